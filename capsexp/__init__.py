@@ -1,0 +1,1 @@
+"""capsexp: a config-driven experiment runner for capsule networks."""

@@ -1,0 +1,55 @@
+"""The types that flow from a data set through a network into a loss. Read this first.
+
+Shape letters, here and everywhere: B batch; I, J input and output capsules of a layer; D pose size;
+C H W channels, height and width of a picture.
+"""
+
+from typing import NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Pictures on the training device, as the network and the loss take them."""
+
+    images: Float[Tensor, "B C H W"]
+    """The network's input; standardised where the data set says so."""
+    labels: Int[Tensor, " B"]
+    """Class of each picture, 0 … J-1."""
+    pixels: Float[Tensor, "B C H W"]
+    """The same pictures in [0, 1], never standardised: what a decoder has to reconstruct."""
+    indices: Int[Tensor, " B"]
+    """Position of each picture in its split, so that a bad one can be named."""
+
+
+class Capsules(NamedTuple):
+    """The capsules of one layer."""
+
+    poses: Float[Tensor, "B I D"]
+    activations: Float[Tensor, "B I"]
+    """Probability in [0, 1] that the entity is present; for dynamic routing, the length of the pose."""
+
+
+class Routed(NamedTuple):
+    """What a routing algorithm returns for a layer's output capsules."""
+
+    poses: Float[Tensor, "B J D"]
+    activations: Float[Tensor, "B J"]
+    coupling: Float[Tensor, "B I J"]
+    """Share of input capsule i that went to output capsule j, in the last iteration (c_ij; R_ij)."""
+
+
+class Output(NamedTuple):
+    """What a network returns. Studies read the intermediates from here, so no hooks are needed."""
+
+    scores: Float[Tensor, "B J"]
+    """What the loss takes: lengths or activations of the class capsules, or logits of a CNN."""
+    probabilities: Float[Tensor, "B J"]
+    """Per class, in [0, 1]. For capsules each class stands alone: they need not add up to 1."""
+    capsules: Capsules | None = None
+    """The class capsules; None for a network without capsules."""
+    couplings: dict[str, Tensor] = {}  # noqa: RUF012 - never written to
+    """Coupling coefficients [B, I, J] per routed layer, by the layer's name."""
+    reconstruction: Float[Tensor, "B C H W"] | None = None
+    """Decoded picture in [0, 1]; None without a decoder."""

@@ -1,0 +1,1 @@
+"""One routing algorithm per file: reference, fast path, public function, module."""

@@ -1,0 +1,111 @@
+"""Values that change during training: functions of the global step.
+
+A schedule is written in YAML wherever a scalar may move: the learning rate, the weight of the
+reconstruction, a margin, an inverse temperature. It keeps no state, so a resumed run needs none.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Step(NamedTuple):
+    """Where the training stands: `number` optimiser steps done, of `total`."""
+
+    number: int
+    total: int
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run that is done, in [0, 1]."""
+        return min(1.0, self.number / self.total) if self.total > 0 else 1.0
+
+
+Schedule = Callable[[Step], float]
+
+
+class Constant:
+    """The same value at every step."""
+
+    def __init__(self, *, value: float) -> None:
+        self.value = float(value)
+        if not math.isfinite(self.value):
+            raise ValueError(f"value must be finite, got {value}")
+
+    def __call__(self, step: Step) -> float:
+        return self.value
+
+
+class Exponential:
+    """`start * decay ** (step / every)`, never below `minimum`. Continuous, without stairs.
+
+    The learning rate of Sabour et al. 2017 in the authors' code: 0.001 * 0.96 ** (step / 2000), at least 1e-6.
+    """
+
+    def __init__(self, *, start: float, decay: float, every: float, minimum: float) -> None:
+        if not 0 < decay <= 1:
+            raise ValueError(f"decay must be in (0, 1], got {decay}")
+        if every <= 0:
+            raise ValueError(f"every must be > 0 steps, got {every}")
+        if start < minimum:
+            raise ValueError(f"start must be >= minimum ({minimum}), got {start}")
+        self.start, self.decay, self.every, self.minimum = start, decay, every, minimum
+
+    def __call__(self, step: Step) -> float:
+        return max(self.minimum, self.start * self.decay ** (step.number / self.every))
+
+
+class Linear:
+    """From `start` to `end` in a straight line over `steps` steps, then constant.
+
+    Args:
+        start: value at step 0.
+        end: value from step `steps` on.
+        steps: length of the ramp in optimiser steps (an integer >= 1), or as a share of the run (a
+            fraction in (0, 1], written with a point: 1.0 is the whole run).
+    """
+
+    def __init__(self, *, start: float, end: float, steps: int | float) -> None:
+        self.start, self.end, self.steps = start, end, _ramp_length(steps)
+
+    def __call__(self, step: Step) -> float:
+        return self.start + (self.end - self.start) * _ramp(step, self.steps)
+
+
+class Cosine:
+    """From `start` to `end` along half a cosine over `steps` steps (as in `Linear`), then constant."""
+
+    def __init__(self, *, start: float, end: float, steps: int | float) -> None:
+        self.start, self.end, self.steps = start, end, _ramp_length(steps)
+
+    def __call__(self, step: Step) -> float:
+        return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * _ramp(step, self.steps)))
+
+
+class Warmup:
+    """Another schedule, multiplied by a straight line from 0 to 1 over the first `steps` steps (as in `Linear`)."""
+
+    def __init__(self, *, steps: int | float, then: Schedule | float) -> None:
+        self.steps, self.then = _ramp_length(steps), as_schedule(then)
+
+    def __call__(self, step: Step) -> float:
+        # Step 0 would train with a rate of 0: count the step that is about to be taken.
+        return self.then(step) * _ramp(Step(step.number + 1, step.total), self.steps)
+
+
+def as_schedule(value: Schedule | float) -> Schedule:
+    """A schedule as it is; a plain number as a constant one."""
+    return value if callable(value) else Constant(value=value)
+
+
+def _ramp_length(steps: int | float) -> int | float:
+    if isinstance(steps, bool) or steps <= 0 or (isinstance(steps, float) and steps > 1):
+        raise ValueError(
+            f"steps must be an integer >= 1 (steps) or a fraction in (0, 1] of the run, got {steps}"
+        )
+    return steps
+
+
+def _ramp(step: Step, steps: int | float) -> float:
+    length = steps * step.total if isinstance(steps, float) else steps
+    return min(1.0, step.number / length) if length > 0 else 1.0

@@ -1,0 +1,182 @@
+"""From a command line to a composed config, with every mistake in it found at once.
+
+Hydra stops at the first override that it cannot apply. `compose` judges each override by itself, so all
+of them are reported together, each with the nearest right name.
+"""
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from capsexp.errors import UserError
+
+GROUPS = ("device", "trainer", "dataset", "routing", "loss", "optimizer", "model", "experiment")
+STORED = "stored"  # name, in every group, of what a run directory's config holds
+VERSION_BASE: dict[str, str] = {} if hydra.__version__ >= "1.4" else {"version_base": "1.3"}
+FAILURES = (HydraException, OmegaConfBaseException)
+
+
+def conf_dir() -> str:
+    """The folder conf/: inside the package when installed from a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return str(folder)
+    raise FileNotFoundError(f"conf/train.yaml is neither in {package} nor beside it: the installation is broken")
+
+
+def compose(config_name: str, overrides: Sequence[str], *, config_dir: str | None) -> DictConfig:
+    """The config that Hydra will hand over, its `hydra` node included.
+
+    A swept override (`-m key=a,b`) stands with its first value; `swept_variants` gives the others.
+
+    Args:
+        config_name: root config, such as `train`.
+        overrides: as typed after the subcommand.
+        config_dir: the user's own folder of configs (`-cd`), searched after conf/.
+    Raises:
+        UserError: one line for every override that does not fit.
+    """
+    if config_dir is not None:
+        overrides = [*overrides, f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"]
+    with hydra.initialize_config_dir(conf_dir(), **VERSION_BASE):
+        parsed, problems = _parse(overrides)
+        groups = [one for one in parsed if _options(one.key_or_group)]
+        problems += [line for one in groups for line in _choice_problems(one)]
+        base = _compose(config_name, [_first(one) for one in groups if not list(_choice_problems(one))])
+        values = [one for one in parsed if one not in groups]
+        problems += [line for one in values for line in _key_problems(one, base)]
+        if problems:
+            raise UserError(*problems)
+        return _compose(config_name, [_first(one) for one in parsed])
+
+
+def swept_variants(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """Overrides of single jobs that between them use every swept value once.
+
+    One value is varied at a time: the cost of checking a sweep grows with its values, not their product.
+    """
+    parsed, _ = _parse(overrides)
+    first = [_first(one) for one in parsed]
+    for place, one in enumerate(parsed):
+        if one.is_sweep_override():
+            for choice in list(one.sweep_string_iterator())[1:]:
+                yield [*first[:place], f"{one.get_key_element()}={choice}", *first[place + 1 :]]
+
+
+def store_as_primary(stored: dict[str, Any], *, extra: dict[str, Any], name: str) -> None:
+    """Register a run's own config as the root config `name`, each of its groups as the option `stored`.
+
+    Hydra then treats it like conf/: `capsexp eval run=DIR dataset=fashion_mnist routing.iterations=5` works.
+    """
+    store = ConfigStore.instance()
+    groups = [group for group in GROUPS if group in stored]
+    for group in groups:
+        store.store(group=group, name=STORED, node=stored[group])
+    # `hydra`, `defaults` and `plugins` of a stored config would let a run directory start code of its own.
+    root = {key: value for key, value in stored.items() if key not in (*groups, "hydra", "defaults", "plugins")}
+    logging = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
+    defaults = [*({group: STORED} for group in groups), "_self_", *logging]
+    quiet = {"run": {"dir": "."}, "output_subdir": None, "job": {"name": name, "chdir": False}}
+    node = {"defaults": defaults, **root, **extra, "plugins": [], "hydra": quiet}
+    store.store(name=name, node=node)
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The config as plain dicts, lists and values, interpolations resolved, without the `hydra` node.
+
+    Raises:
+        UserError: a value that must be set is not, or an interpolation leads nowhere.
+    """
+    config = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(*(f"{key} has no value yet: set {key}=…" for key in missing))
+    try:
+        resolved = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(_one_line(error)) from None
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`: did you mean 'x'?`, or the known names when none is near."""
+    known = sorted(set(known))
+    same_leaf = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or same_leaf[:1]
+    if not close:
+        leaves = {key.rsplit(".", 1)[-1]: key for key in known}
+        close = [leaves[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1)]
+    return f": did you mean {close[0]!r}?" if close else f"; there is {', '.join(known)}"
+
+
+def _compose(config_name: str, overrides: list[str]) -> DictConfig:
+    try:
+        return hydra.compose(config_name, overrides, return_hydra_config=True)
+    except FAILURES as error:
+        raise UserError(_one_line(error)) from None
+
+
+def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
+    parser, parsed, problems = OverridesParser.create(), [], []
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except FAILURES as error:
+            problems.append(f"cannot read {text!r}: {_one_line(error)}; an override reads KEY=VALUE")
+    return parsed, problems
+
+
+def _options(group: str) -> list[str]:
+    return GlobalHydra.instance().config_loader().get_group_options(group)
+
+
+def _values(override: Override) -> list[Any]:
+    """What the override sets: one value, or all of a sweep."""
+    return list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+
+
+def _first(override: Override) -> str:
+    if not override.is_sweep_override():
+        return str(override.input_line)
+    return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
+
+
+def _choice_problems(override: Override) -> Iterator[str]:
+    options = _options(override.key_or_group)
+    for value in [] if override.is_delete() else _values(override):
+        if isinstance(value, str) and value not in options:
+            yield f"{override.key_or_group}={value}: no such option{nearest(value, options)}"
+
+
+def _key_problems(override: Override, base: DictConfig) -> Iterator[str]:
+    if override.is_add() or override.is_force_add():
+        return
+    keys = set(_flat(OmegaConf.to_container(base, resolve=False)))
+    if override.key_or_group not in keys:
+        known = {key for key in keys if not key.startswith("hydra")} | set(GROUPS)
+        yield f"unknown key {override.key_or_group!r}{nearest(override.key_or_group, known)}"
+
+
+def _flat(node: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield f"{prefix}{key}"
+            yield from _flat(value, f"{prefix}{key}.")
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(line for line in lines if not line.startswith(("full_key", "object_type", "provider=")))

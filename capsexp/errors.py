@@ -1,0 +1,28 @@
+"""What a user can put right: told in one line, without a traceback."""
+
+
+class UserError(Exception):
+    """A mistake in what the user asked for. The command line prints it and exits with code 2.
+
+    Args:
+        problems: one line each; all that are known, so that they can be mended in one go.
+    """
+
+    exit_code = 2
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class RunStopped(UserError):
+    """A run that ended early for a reason which its message names.
+
+    Args:
+        problem: the reason.
+        exit_code: 1 for a failure; 130 and 143 after Ctrl-C and SIGTERM, as shells expect.
+    """
+
+    def __init__(self, problem: str, *, exit_code: int) -> None:
+        super().__init__(problem)
+        self.exit_code = exit_code

@@ -1,0 +1,230 @@
+"""Dynamic routing: couplings follow the agreement between a vote and the parent's pose."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from capsexp.capsules import Routed
+from capsexp.ops.squash import length, squash, squash_backward
+
+PRIORS = ("zero", "learned")
+
+
+def dynamic_routing_reference(
+    votes: Float[Tensor, "B I J D"],
+    *,
+    iterations: int,
+    prior: Float[Tensor, "I J"] | None,
+    bias: Float[Tensor, "J D"] | None,
+    leaky: bool,
+    detach: bool,
+) -> Routed:
+    """The paper's loop, operation by operation; what `dynamic_routing` is held to. Same arguments."""
+    logits = votes.new_zeros(votes.shape[:3])  # [B, I, J]
+    if prior is not None:
+        logits = logits + prior
+    for iteration in range(1, iterations + 1):
+        last = iteration == iterations
+        seen = votes if last or not detach else votes.detach()
+        coupling = _softmax_over_parents(logits, dim=2, leaky=leaky)  # eq. 3
+        total = torch.einsum("bij,bijd->bjd", coupling, seen)  # eq. 2
+        poses = squash(total if bias is None else total + bias)  # eq. 1
+        if not last:  # nothing reads the logits after the last pass
+            agreement = torch.einsum("bijd,bjd->bij", seen, poses)
+            logits = logits + (agreement.detach() if detach else agreement)
+    return Routed(poses, length(poses), coupling)
+
+
+def dynamic_routing(
+    votes: Float[Tensor, "B I J D"],
+    *,
+    iterations: int,
+    prior: Float[Tensor, "I J"] | None,
+    bias: Float[Tensor, "J D"] | None,
+    leaky: bool,
+    detach: bool,
+    implementation: str = "auto",
+) -> Routed:
+    """Route votes by agreement, in exactly `iterations` passes.
+
+    Procedure 1 of Sabour et al., "Dynamic routing between capsules" (NIPS 2017).
+    Differs from it in: nothing, with prior, bias = None and leaky, detach = False. float16 and bfloat16 votes
+    are routed in float32, which is also what comes back; autocast is off inside.
+
+    Args:
+        votes: û_j|i.
+        iterations: r >= 1; 1 leaves the coupling at its prior.
+        prior: logits b_ij before the first pass; None is 0 (the paper, footnote 2: "sufficient" for MNIST).
+        bias: added to s_j before each squash (the authors' code, not the paper).
+        leaky: each child may also choose "none of the above": one more logit, always 0, whose share is lost
+            (the paper's CIFAR-10 network).
+        detach: gradients flow through the last pass only, and treat the agreements as constants.
+        implementation: "reference"; "fused": gradient by hand, no second derivatives; "auto": fused.
+    Returns: poses v_j; their lengths in [0, 1); the couplings c_ij of the last pass.
+    Laws: coupling sums to 1 over j (leaky: to less); permuting i permutes the coupling and leaves the poses;
+        rotating all votes for j rotates pose j (without bias) and leaves the coupling.
+    """
+    votes = votes.to(torch.promote_types(votes.dtype, torch.float32))
+    with torch.autocast(votes.device.type, enabled=False):
+        return IMPLEMENTATIONS[implementation](
+            votes, iterations=iterations, prior=prior, bias=bias, leaky=leaky, detach=detach
+        )
+
+
+class DynamicRouting(nn.Module):
+    """Dynamic routing with its parameters, where it has any. See `dynamic_routing`.
+
+    Args:
+        in_caps, out_caps, pose_dim: I, J, D of the votes.
+        prior: "zero" (the paper) or "learned": log priors by location and type, not by picture, from 0.
+        bias: learn a bias per parent, from 0.1 (the authors' code).
+    Raises: ValueError: iterations < 1; a prior or an implementation that does not exist.
+    """
+
+    prior: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_caps: int,
+        out_caps: int,
+        pose_dim: int,
+        *,
+        iterations: int,
+        prior: str,
+        bias: bool,
+        leaky: bool,
+        detach: bool,
+        implementation: str,
+    ) -> None:
+        super().__init__()
+        if iterations < 1:
+            raise ValueError(f"iterations must be >= 1, got {iterations}")
+        if prior not in PRIORS:
+            raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {prior}")
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation}"
+            )
+        self.iterations, self.leaky, self.detach, self.implementation = (
+            iterations,
+            leaky,
+            detach,
+            implementation,
+        )
+        self.prior = nn.Parameter(torch.zeros(in_caps, out_caps)) if prior == "learned" else None
+        self.bias = nn.Parameter(torch.full((out_caps, pose_dim), 0.1)) if bias else None
+
+    def forward(self, votes: Float[Tensor, "B I J D"], activations: Float[Tensor, "B I"]) -> Routed:
+        """Route. A child's activation is the length of its pose, so the votes carry it already."""
+        return dynamic_routing(
+            votes,
+            iterations=self.iterations,
+            prior=self.prior,
+            bias=self.bias,
+            leaky=self.leaky,
+            detach=self.detach,
+            implementation=self.implementation,
+        )
+
+
+def _softmax_over_parents(logits: Tensor, *, dim: int, leaky: bool) -> Tensor:
+    if not leaky:
+        return logits.softmax(dim)
+    parents = logits.shape[dim]
+    none_of_them = logits.new_zeros(()).expand_as(logits.narrow(dim, 0, 1))
+    return torch.cat([logits, none_of_them], dim).softmax(dim).narrow(dim, 0, parents)
+
+
+class _FusedRouting(torch.autograd.Function):
+    """All passes on votes ordered [B J I D], with the gradient by hand.
+
+    Kept for the backward pass: the votes, and per pass the coupling, the sum s_j and the pose; plain autograd
+    keeps several tensors of the votes' size per pass. With L_t the logits of pass t, g' the gradient of g and
+    G_t = sum of L_k' over k >= t, which is what reaches the agreement of pass t-1:
+
+        c_t' = û · s_t'  (+ the coupling's own gradient, t = r)      L_t' = softmax backward of c_t'
+        p_t' = sum_i G_{t+1} û  (t < r; for t = r given)             s_t' = squash backward of p_t'
+        û'   = sum_t c_t s_t' + sum_{t<r} G_{t+1} p_t                one batched product of rank 2r - 1
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        votes: Float[Tensor, "B J I D"],
+        prior: Float[Tensor, "I J"] | None,
+        bias: Float[Tensor, "J D"] | None,
+        iterations: int,
+        leaky: bool,
+        detach: bool,
+    ) -> tuple[Float[Tensor, "B J D"], Float[Tensor, "B J I"]]:
+        votes = votes.contiguous()  # already so, if `make_votes` made them
+        logits = None if prior is None else prior.T.expand(votes.shape[:3])
+        passes: list[Tensor] = []
+        for iteration in range(iterations):
+            if iteration > 0:
+                agreement = torch.linalg.vecdot(votes, passes[-1].unsqueeze(2))
+                logits = agreement if logits is None else logits + agreement
+            coupling = _coupling(logits, votes, leaky=leaky)
+            total = torch.matmul(coupling.unsqueeze(2), votes).squeeze(2)
+            total = total if bias is None else total + bias
+            passes += [coupling, total, squash(total)]
+        ctx.save_for_backward(votes, *(passes[-3:] if detach else passes))
+        ctx.set_materialize_grads(False)
+        return passes[-1], passes[-3]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_poses: Tensor | None, d_coupling: Tensor | None) -> tuple[Tensor | None, ...]:
+        votes, *saved = ctx.saved_tensors
+        passes = list(zip(saved[0::3], saved[1::3], saved[2::3], strict=True))
+        d_logits: Tensor | None = None  # G of the pass after this one
+        d_totals: list[Tensor] = []
+        left: list[Tensor] = []
+        right: list[Tensor] = []
+        for coupling, total, poses in reversed(passes):
+            if d_logits is not None:
+                d_poses = torch.matmul(d_logits.unsqueeze(2), votes).squeeze(2)
+                left, right = [*left, d_logits], [*right, poses]
+            d_totals.append(_backward_or_zero(total, d_poses))
+            left, right = [*left, coupling], [*right, d_totals[-1]]
+            if poses is passes[0][2] and not ctx.needs_input_grad[1]:
+                break  # the first pass's coupling is a constant
+            here = torch.linalg.vecdot(votes, d_totals[-1].unsqueeze(2))
+            here = here if d_coupling is None or d_logits is not None else here + d_coupling
+            here = coupling * (here - (coupling * here).sum(1, keepdim=True))  # softmax backward
+            d_logits = here if d_logits is None else d_logits + here
+        d_votes = torch.matmul(torch.stack(left, 2).transpose(2, 3), torch.stack(right, 2))
+        d_prior = d_logits.sum(0).T if ctx.needs_input_grad[1] and d_logits is not None else None
+        d_bias = torch.stack(d_totals).sum((0, 1)) if ctx.needs_input_grad[2] else None
+        return d_votes, d_prior, d_bias, None, None, None
+
+
+def _coupling(logits: Tensor | None, votes: Tensor, *, leaky: bool) -> Tensor:
+    if logits is not None:
+        return _softmax_over_parents(logits, dim=1, leaky=leaky)
+    return votes.new_full(votes.shape[:3], 1 / (votes.shape[1] + leaky))
+
+
+def _backward_or_zero(total: Tensor, d_poses: Tensor | None) -> Tensor:
+    """`squash_backward`, where a loss on the coupling alone leaves the last poses without a gradient."""
+    return torch.zeros_like(total) if d_poses is None else squash_backward(total, d_poses)
+
+
+def _fused(
+    votes: Float[Tensor, "B I J D"],
+    *,
+    iterations: int,
+    prior: Float[Tensor, "I J"] | None,
+    bias: Float[Tensor, "J D"] | None,
+    leaky: bool,
+    detach: bool,
+) -> Routed:
+    poses, coupling = _FusedRouting.apply(votes.transpose(1, 2), prior, bias, iterations, leaky, detach)
+    return Routed(poses, length(poses), coupling.transpose(1, 2))
+
+
+IMPLEMENTATIONS = {"auto": _fused, "reference": dynamic_routing_reference, "fused": _fused}

@@ -1,0 +1,48 @@
+"""No routing: the control against which a routing algorithm has to show its worth."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from capsexp.capsules import Routed
+from capsexp.ops.squash import length, squash
+
+
+def uniform_routing(votes: Float[Tensor, "B I J D"], *, bias: Float[Tensor, "J D"] | None) -> Routed:
+    """Squash the mean over j of what the children send: every coupling is 1/J.
+
+    The control of Paik et al., "Capsule networks need an improved routing algorithm" (ACML 2019), and the
+    first pass of Sabour et al., "Dynamic routing between capsules" (NIPS 2017).
+    Differs from it in: float16 and bfloat16 votes are summed in float32, which is also what comes back.
+
+    Args:
+        votes: û_j|i.
+        bias: added to s_j before the squash; None for none.
+    Returns: poses; their lengths in [0, 1); couplings, all 1/J.
+    Laws: the same as dynamic routing with one iteration.
+    """
+    votes = votes.to(torch.promote_types(votes.dtype, torch.float32))
+    children, parents = votes.shape[1:3]
+    total = votes.sum(1) / parents
+    poses = squash(total if bias is None else total + bias)
+    coupling = votes.new_full((len(votes), children, parents), 1 / parents)
+    return Routed(poses, length(poses), coupling)
+
+
+class UniformRouting(nn.Module):
+    """`uniform_routing` with its bias, where it has one.
+
+    Args:
+        in_caps, out_caps, pose_dim: I, J, D of the votes.
+        bias: learn a bias per parent, from 0.1.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, in_caps: int, out_caps: int, pose_dim: int, *, bias: bool) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.full((out_caps, pose_dim), 0.1)) if bias else None
+
+    def forward(self, votes: Float[Tensor, "B I J D"], activations: Float[Tensor, "B I"]) -> Routed:
+        """Route. The activations count only through the votes, as in dynamic routing."""
+        return uniform_routing(votes, bias=self.bias)

@@ -1,0 +1,61 @@
+"""Fully connected capsules: every input capsule votes for every output capsule."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from capsexp.capsules import Capsules, Routed
+from capsexp.ops.votes import images_per_piece, in_pieces, make_votes
+
+
+class ClassCaps(nn.Module):
+    """Capsules with one transformation matrix per pair of capsules, under any routing algorithm.
+
+    The DigitCaps of Sabour et al., "Dynamic routing between capsules" (NIPS 2017), section 4.
+    Differs from it in: nothing.
+
+    Args:
+        in_caps, in_dim: number and pose size of the input capsules (I, K).
+        out_caps, out_dim: of the output capsules (J, D).
+        routing: builds the routing from (in_caps, out_caps, pose_dim); the module that comes back is called
+            with (votes, activations) and treats each picture alone.
+        votes_mib: memory for votes in MiB, beyond which the batch is routed in pieces; None: by device.
+    Raises: ValueError: votes_mib <= 0.
+    """
+
+    def __init__(
+        self,
+        in_caps: int,
+        in_dim: int,
+        out_caps: int,
+        out_dim: int,
+        *,
+        routing: Callable[..., nn.Module],
+        votes_mib: float | None,
+    ) -> None:
+        super().__init__()
+        if votes_mib is not None and votes_mib <= 0:
+            raise ValueError(f"votes_mib must be > 0 or null, got {votes_mib}")
+        self.votes_mib = votes_mib
+        self.weight = nn.Parameter(torch.empty(in_caps, in_dim, out_caps, out_dim))  # W_ij
+        nn.init.normal_(self.weight, std=0.1)
+        self.routing = routing(in_caps, out_caps, out_dim)
+
+    def forward(self, capsules: Capsules) -> Routed:
+        """Output capsules, and the coupling that made them."""
+        in_caps, _, out_caps, out_dim = self.weight.shape
+        images = images_per_piece(
+            in_caps * out_caps * out_dim * self.weight.element_size(),
+            budget_mib=self.votes_mib,
+            device=self.weight.device,
+        )
+        return in_pieces(self._route, capsules.poses, capsules.activations, images=images)
+
+    def _route(self, poses: Float[Tensor, "B I K"], activations: Float[Tensor, "B I"]) -> Routed:
+        # Votes in the weights' precision also under autocast: writing them is most of the work, and a routing
+        # that wants float32 would write them a second time.
+        with torch.autocast(poses.device.type, enabled=False):
+            votes = make_votes(poses.to(self.weight.dtype), self.weight)
+            return self.routing(votes, activations.to(self.weight.dtype))

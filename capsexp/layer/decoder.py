@@ -1,0 +1,38 @@
+"""From the pose of one class capsule back to the picture."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class Decoder(nn.Module):
+    """Reconstruct a picture from one class capsule: fully connected layers, the last one a sigmoid.
+
+    Sabour et al., "Dynamic routing between capsules" (NIPS 2017), section 4.1 and figure 2.
+    Differs from it in: nothing.
+
+    Args:
+        classes, pose_dim: number and pose size of the class capsules.
+        image_shape: channels, height and width of the picture.
+        hidden: widths of the ReLU layers.
+    """
+
+    def __init__(
+        self, classes: int, pose_dim: int, image_shape: Sequence[int], *, hidden: Sequence[int]
+    ) -> None:
+        super().__init__()
+        channels, height, width = image_shape
+        self.image_shape = (channels, height, width)
+        sizes = [classes * pose_dim, *hidden, channels * height * width]
+        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(sizes))
+
+    def forward(self, poses: Float[Tensor, "B J D"], classes: Int[Tensor, " B"]) -> Float[Tensor, "B C H W"]:
+        """Picture in [0, 1] of the capsule of each picture's class; the others are masked with zeros."""
+        mask = F.one_hot(classes, poses.shape[1]).to(poses.dtype).unsqueeze(2)  # [B, J, 1]
+        features = (poses * mask).flatten(1)
+        for layer in self.layers[:-1]:
+            features = layer(features).relu()
+        return self.layers[-1](features).sigmoid().unflatten(1, self.image_shape)

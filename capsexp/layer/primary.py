@@ -1,0 +1,67 @@
+"""The first capsules: a convolution whose channels are read as small vectors."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from capsexp.capsules import Capsules
+from capsexp.ops.squash import length, squash
+
+PADDINGS = ("valid", "same")
+
+
+class PrimaryCaps(nn.Module):
+    """Primary capsules of Sabour et al., "Dynamic routing between capsules" (NIPS 2017), section 4.
+
+    One convolution makes types x dim channels; a type's dim channels at a place are one capsule, squashed.
+    Differs from it in: nothing, with scale 1.0 and padding "valid".
+
+    Args:
+        in_channels: channels of the features.
+        types: capsule types, each with its own kernels, shared by all places.
+        dim: pose size.
+        kernel, stride: of the convolution, in pixels.
+        padding: "valid", or "same" as TensorFlow pads: ceil(size / stride) places, the odd pixel at the end.
+        scale: factor on the convolution before its bias. The authors' code has 1/32, from a softmax over its
+            32 types; it acts as a smaller initialisation and learning rate of this layer.
+    Raises: ValueError: a padding that does not exist.
+    """
+
+    def __init__(
+        self, in_channels: int, *, types: int, dim: int, kernel: int, stride: int, padding: str, scale: float
+    ) -> None:
+        super().__init__()
+        if padding not in PADDINGS:
+            raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {padding}")
+        self.types, self.dim, self.padding, self.scale = types, dim, padding, scale
+        self.conv = nn.Conv2d(in_channels, types * dim, kernel, stride)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of capsules for features of this size; 0 or less where they are too small."""
+        kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
+        if self.padding == "same":
+            return -(-height // stride), -(-width // stride)
+        return (height - kernel) // stride + 1, (width - kernel) // stride + 1
+
+    def forward(self, features: Float[Tensor, "B C H W"]) -> Capsules:
+        """Capsules in the order (row, column, type)."""
+        if self.padding == "same":
+            features = F.pad(features, self._same_padding(*features.shape[2:]))
+        # In channels_last memory this order is a view; (type, row, column) would copy.
+        places = self._convolve(features).permute(0, 2, 3, 1)  # [B, H, W, types * dim]
+        poses = squash(places.reshape(len(features), -1, self.dim))
+        return Capsules(poses, length(poses))
+
+    def _convolve(self, features: Tensor) -> Tensor:
+        if self.scale == 1:
+            return self.conv(features)
+        # On the weight, which is smaller than the result.
+        return F.conv2d(features, self.conv.weight * self.scale, self.conv.bias, self.conv.stride)
+
+    def _same_padding(self, height: int, width: int) -> list[int]:
+        """Left, right, top, bottom."""
+        margins = []
+        for size, places in zip((width, height), self.grid(height, width)[::-1], strict=True):
+            missing = max(0, (places - 1) * self.conv.stride[0] + self.conv.kernel_size[0] - size)
+            margins += [missing // 2, missing - missing // 2]
+        return margins

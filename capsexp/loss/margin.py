@@ -1,0 +1,65 @@
+"""Margin loss on the lengths of class capsules, with the reconstruction as a regulariser."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from capsexp.capsules import Batch, Output
+from capsexp.schedule import Schedule, Step, as_schedule
+
+
+class Margin:
+    """Long capsules for classes that are present, short ones for the others.
+
+    Eq. 4 and section 4.1 of Sabour et al., "Dynamic routing between capsules" (NIPS 2017).
+    Differs from it in: nothing.
+
+    Args:
+        present: m+, the length from which a present class costs nothing.
+        absent: m-, the length up to which an absent class costs nothing.
+        down_weight: lambda, of absent classes.
+        reconstruction_weight: factor on the sum of squared errors over the pixels; a number or a schedule.
+    Raises: ValueError: not 0 <= absent < present <= 1; a negative weight.
+    """
+
+    def __init__(
+        self, *, present: float, absent: float, down_weight: float, reconstruction_weight: Schedule | float
+    ) -> None:
+        if not 0 <= absent < present <= 1:
+            raise ValueError(
+                f"absent and present must be 0 <= absent < present <= 1, got {absent} and {present}"
+            )
+        if down_weight < 0:
+            raise ValueError(f"down_weight must be >= 0, got {down_weight}")
+        self.present, self.absent, self.down_weight = present, absent, down_weight
+        self.reconstruction_weight = weight_schedule(reconstruction_weight)
+
+    def __call__(self, output: Output, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Terms that add up to the loss: "margin", and "reconstruction" where the network has a decoder."""
+        margin = self._margin(output.scores, batch.labels)
+        return {"margin": margin, **reconstruction_term(output, batch, self.reconstruction_weight(step))}
+
+    def scheduled(self, step: Step) -> dict[str, float]:
+        """Present value of what may change during training."""
+        return {"reconstruction_weight": self.reconstruction_weight(step)}
+
+    def _margin(self, lengths: Float[Tensor, "B J"], labels: Tensor) -> Float[Tensor, ""]:
+        is_present = F.one_hot(labels, lengths.shape[1]).to(lengths.dtype)  # T_k
+        too_short = (self.present - lengths).relu().square()
+        too_long = (lengths - self.absent).relu().square()
+        return (is_present * too_short + self.down_weight * (1 - is_present) * too_long).sum(1).mean()
+
+
+def reconstruction_term(output: Output, batch: Batch, weight: float) -> dict[str, Tensor]:
+    """The weighted sum of squared errors over a picture, mean over the batch; nothing without a decoder."""
+    if output.reconstruction is None:
+        return {}
+    error = output.reconstruction.float() - batch.pixels
+    return {"reconstruction": weight * error.square().flatten(1).sum(1).mean()}
+
+
+def weight_schedule(weight: Schedule | float) -> Schedule:
+    """`as_schedule` for a value named reconstruction_weight, which a plain number must not make negative."""
+    if not callable(weight) and weight < 0:
+        raise ValueError(f"reconstruction_weight must be >= 0, got {weight}")
+    return as_schedule(weight)

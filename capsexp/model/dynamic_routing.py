@@ -1,0 +1,136 @@
+"""CapsNet: the network of Sabour et al. 2017, for pictures of any size."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from capsexp.capsules import Capsules, Output
+from capsexp.layer.class_caps import ClassCaps
+from capsexp.layer.primary import PrimaryCaps
+
+INITIALISATIONS = ("default", "official")
+MASKS = ("label", "prediction")
+
+
+class CapsNet(nn.Module):
+    """Convolution, primary capsules, class capsules, decoder.
+
+    Sabour et al., "Dynamic routing between capsules" (NIPS 2017), sections 4 and 4.1.
+    Differs from it in: nothing, with the values of conf/model/dynamic_routing.yaml. What the paper leaves
+    open (initialisation, which capsule to decode without a label) is a keyword.
+
+    Args:
+        image_shape: channels, height and width.
+        classes: number of classes, one capsule each.
+        conv_channels, conv_kernel: of the first convolution, stride 1, ReLU.
+        primary_types, primary_dim, primary_kernel, primary_stride, primary_scale: see `PrimaryCaps`.
+        padding: "valid" or "same", of both convolutions.
+        class_dim: pose size of the class capsules.
+        initialisation: "default", or "official", that of the authors' code.
+        mask: the class to decode: "label", where a label is given, else the longest capsule; "prediction":
+            always the longest; or the index of a class.
+        votes_mib: see `ClassCaps`.
+        routing: see `ClassCaps`.
+        decoder: builds the decoder from (classes, pose_dim, image_shape); None for a network without.
+    Raises: ValueError: too small a picture (naming the smallest); an option that does not exist.
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        classes: int,
+        *,
+        conv_channels: int,
+        conv_kernel: int,
+        primary_types: int,
+        primary_dim: int,
+        primary_kernel: int,
+        primary_stride: int,
+        primary_scale: float,
+        padding: str,
+        class_dim: int,
+        initialisation: str,
+        mask: str | int,
+        votes_mib: float | None,
+        routing: Callable[..., nn.Module],
+        decoder: Callable[..., nn.Module] | None,
+    ) -> None:
+        super().__init__()
+        _check_mask(mask, classes)
+        if initialisation not in INITIALISATIONS:
+            raise ValueError(
+                f"initialisation must be one of {', '.join(INITIALISATIONS)}, got {initialisation}"
+            )
+        self.mask = mask
+        self.primary_caps = PrimaryCaps(
+            conv_channels,
+            types=primary_types,
+            dim=primary_dim,
+            kernel=primary_kernel,
+            stride=primary_stride,
+            padding=padding,
+            scale=primary_scale,
+        )
+        self.conv = nn.Conv2d(image_shape[0], conv_channels, conv_kernel, padding=padding)
+        self.class_caps = ClassCaps(
+            self._primary_count(*image_shape[1:]),
+            primary_dim,
+            classes,
+            class_dim,
+            routing=routing,
+            votes_mib=votes_mib,
+        )
+        self.decoder = None if decoder is None else decoder(classes, class_dim, image_shape)
+        if initialisation == "official":
+            self._initialise_officially()
+
+    def forward(self, images: Float[Tensor, "B C H W"], labels: Int[Tensor, " B"] | None = None) -> Output:
+        """Lengths of the class capsules, and the picture that the chosen one decodes to."""
+        routed = self.class_caps(self.primary_caps(self.conv(images).relu()))
+        lengths = routed.activations
+        reconstruction = None
+        if self.decoder is not None:
+            reconstruction = self.decoder(routed.poses, self._decoded(lengths, labels))
+        return Output(
+            scores=lengths,
+            probabilities=lengths,
+            capsules=Capsules(routed.poses, lengths),
+            couplings={"class_caps": routed.coupling},
+            reconstruction=reconstruction,
+        )
+
+    def _decoded(self, lengths: Tensor, labels: Tensor | None) -> Tensor:
+        """Class whose capsule is decoded, per picture."""
+        if isinstance(self.mask, int):
+            return torch.full((len(lengths),), self.mask, device=lengths.device)
+        if self.mask == "label" and labels is not None:
+            return labels
+        return lengths.argmax(1)
+
+    def _primary_count(self, height: int, width: int) -> int:
+        lost = self.conv.kernel_size[0] - 1 if self.conv.padding == "valid" else 0
+        rows, columns = self.primary_caps.grid(height - lost, width - lost)
+        if rows < 1 or columns < 1:
+            smallest = lost + self.primary_caps.conv.kernel_size[0]
+            raise ValueError(
+                f"image_shape must be at least {smallest}x{smallest} for conv_kernel {lost + 1} and "
+                f"primary_kernel {smallest - lost} with padding valid, got {height}x{width}"
+            )
+        return rows * columns * self.primary_caps.types
+
+    def _initialise_officially(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.constant_(parameter, 0.1)
+            elif name.endswith("weight"):  # whatever else a routing learns starts where the routing puts it
+                std = 0.05 if name == "conv.weight" else 0.1
+                nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
+
+
+def _check_mask(mask: str | int, classes: int) -> None:
+    if mask not in MASKS and not (isinstance(mask, int) and 0 <= mask < classes):
+        raise ValueError(
+            f"mask must be one of {', '.join(MASKS)}, or a class 0 ... {classes - 1}, got {mask}"
+        )

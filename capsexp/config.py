@@ -33,7 +33,9 @@ def conf_dir() -> str:
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "train.yaml").is_file():
             return str(folder)
-    raise FileNotFoundError(f"conf/train.yaml is neither in {package} nor beside it: the installation is broken")
+    raise FileNotFoundError(
+        f"conf/train.yaml is neither in {package} nor beside it: the installation is broken"
+    )
 
 
 def compose(config_name: str, overrides: Sequence[str], *, config_dir: str | None) -> DictConfig:
@@ -45,21 +47,21 @@ def compose(config_name: str, overrides: Sequence[str], *, config_dir: str | Non
         config_name: root config, such as `train`.
         overrides: as typed after the subcommand.
         config_dir: the user's own folder of configs (`-cd`), searched after conf/.
+
     Raises:
         UserError: one line for every override that does not fit.
     """
     if config_dir is not None:
         overrides = [*overrides, f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"]
     with hydra.initialize_config_dir(conf_dir(), **VERSION_BASE):
-        parsed, problems = _parse(overrides)
-        groups = [one for one in parsed if _options(one.key_or_group)]
-        problems += [line for one in groups for line in _choice_problems(one)]
-        base = _compose(config_name, [_first(one) for one in groups if not list(_choice_problems(one))])
-        values = [one for one in parsed if one not in groups]
-        problems += [line for one in values for line in _key_problems(one, base)]
-        if problems:
-            raise UserError(*problems)
-        return _compose(config_name, [_first(one) for one in parsed])
+        parsed, unreadable = _parse(overrides)
+        try:
+            composed = _compose(config_name, [_first(one) for one in parsed])
+        except UserError as error:
+            raise UserError(*unreadable, *(_diagnosis(config_name, parsed) or error.problems)) from None
+        if unreadable:
+            raise UserError(*unreadable)
+        return composed
 
 
 def swept_variants(overrides: Sequence[str]) -> Iterator[list[str]]:
@@ -85,7 +87,9 @@ def store_as_primary(stored: dict[str, Any], *, extra: dict[str, Any], name: str
     for group in groups:
         store.store(group=group, name=STORED, node=stored[group])
     # `hydra`, `defaults` and `plugins` of a stored config would let a run directory start code of its own.
-    root = {key: value for key, value in stored.items() if key not in (*groups, "hydra", "defaults", "plugins")}
+    root = {
+        key: value for key, value in stored.items() if key not in (*groups, "hydra", "defaults", "plugins")
+    }
     logging = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
     defaults = [*({group: STORED} for group in groups), "_self_", *logging]
     quiet = {"run": {"dir": "."}, "output_subdir": None, "job": {"name": name, "chdir": False}}
@@ -99,7 +103,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: a value that must be set is not, or an interpolation leads nowhere.
     """
-    config = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
     if missing:
         raise UserError(*(f"{key} has no value yet: set {key}=…" for key in missing))
@@ -127,6 +131,15 @@ def _compose(config_name: str, overrides: list[str]) -> DictConfig:
         return hydra.compose(config_name, overrides, return_hydra_config=True)
     except FAILURES as error:
         raise UserError(_one_line(error)) from None
+
+
+def _diagnosis(config_name: str, overrides: list[Override]) -> list[str]:
+    """What is wrong with each override by itself."""
+    groups = [one for one in overrides if _options(one.key_or_group)]
+    problems = [line for one in groups for line in _choice_problems(one)]
+    base = _compose(config_name, [_first(one) for one in groups if not list(_choice_problems(one))])
+    values = [one for one in overrides if one not in groups]
+    return problems + [line for one in values for line in _key_problems(one, base)]
 
 
 def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
@@ -177,6 +190,9 @@ def _flat(node: Any, prefix: str = "") -> Iterator[str]:
             yield from _flat(value, f"{prefix}{key}.")
 
 
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(line for line in lines if not line.startswith(("full_key", "object_type", "provider=")))
+def _one_line(error: BaseException) -> str:
+    """Hydra's message without its hints for developers; often the cause says what is wrong."""
+    texts = [str(error), str(error.__cause__ or "")]
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    noise = ("full_key", "object_type", "provider=", "Config search path")
+    return " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
 from capsexp.capsules import Batch
-from capsexp.download import DataError, Progress, RemoteFile, StoredFile, missing, obtain, verify
+from capsexp.download import DataError, Progress
 from capsexp.preprocess import Preprocess, Preprocessed, Shape
 
 Part = Literal["train", "test"]
@@ -52,6 +52,8 @@ class Dataset(ABC):
     classes: tuple[str, ...]
     stored_shape: Shape
     """Channels, height, width of the pictures on disk."""
+    folder: Path | None = None
+    """Where the files lie; None for a set that needs none."""
 
     def __init__(self, *, preprocess: Preprocess, validation: int | float, split_seed: int) -> None:
         self.preprocess = preprocess
@@ -89,60 +91,20 @@ class Dataset(ABC):
         """The training part without its validation slice, and that slice (empty for `validation: 0`)."""
         return split_validation(self.read("train"), count=self.validation, seed=self.split_seed)
 
+    def missing(self) -> list[str]:
+        """Names of the files that are not there; none for a set that needs no files."""
+        return []
+
+    def prepare(self, progress: Progress) -> None:
+        """Get what is missing; nothing to do for a set that needs no files."""
+
+    def problems(self) -> list[str]:
+        """Every missing or damaged file, one line each. Reads all of them."""
+        return []
+
     @abstractmethod
     def _load(self, part: Part) -> Split:
         """The pictures of one part as they lie on disk, after a check of the files."""
-
-
-class StoredDataset(Dataset):
-    """A published data set whose files lie under a data root.
-
-    Args:
-        root: the data root (`~` is expanded).
-        download: get what is missing when it is first read.
-        preprocess, validation, split_seed: as in `Dataset`.
-    """
-
-    files: tuple[RemoteFile, ...]
-    """What can be downloaded, and the files on disk that come out of it."""
-    folder: str
-    """Where the files lie, below the root."""
-
-    def __init__(
-        self, *, root: str, download: bool, preprocess: Preprocess, validation: int | float, split_seed: int
-    ) -> None:
-        self.root = Path(root).expanduser()
-        self.download = download
-        super().__init__(preprocess=preprocess, validation=validation, split_seed=split_seed)
-
-    def stored_files(self) -> tuple[StoredFile, ...]:
-        """Every file on disk."""
-        return tuple(stored for remote in self.files for stored in remote.holds)
-
-    def missing(self) -> list[StoredFile]:
-        """The files that are not there."""
-        return missing(self.root, self.files)
-
-    def prepare(self, progress: Progress) -> None:
-        """Download and unpack what is missing; one process at a time.
-
-        Raises:
-            DataError: a file cannot be had, or is not what was published.
-        """
-        obtain(self.root, self.files, dataset=self.name, online=True, progress=progress)
-
-    def _verified(self, part: Part) -> dict[str, Path]:
-        """Paths, by file name, of the files that reading this part takes."""
-        if self.missing():
-            obtain(self.root, self.files, dataset=self.name, online=self.download, progress=None)
-        needed = [stored for stored in self.stored_files() if self._needed(stored, part)]
-        for stored in needed:
-            verify(self.root / stored.name, stored.checksum)
-        return {Path(stored.name).name: self.root / stored.name for stored in needed}
-
-    @abstractmethod
-    def _needed(self, stored: StoredFile, part: Part) -> bool:
-        """Whether reading this part opens this file."""
 
 
 class Batches:

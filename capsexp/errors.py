@@ -15,7 +15,7 @@ class UserError(Exception):
         self.problems = problems
 
 
-class RunStopped(UserError):
+class RunStopped(UserError):  # noqa: N818 - a signal or a stop, not always an error
     """A run that ended early for a reason which its message names.
 
     Args:

@@ -33,13 +33,14 @@ class Constant:
             raise ValueError(f"value must be finite, got {value}")
 
     def __call__(self, step: Step) -> float:
+        """Value at a step."""
         return self.value
 
 
 class Exponential:
     """`start * decay ** (step / every)`, never below `minimum`. Continuous, without stairs.
 
-    The learning rate of Sabour et al. 2017 in the authors' code: 0.001 * 0.96 ** (step / 2000), at least 1e-6.
+    In the authors' code for Sabour et al. 2017 the learning rate is 0.001 * 0.96 ** (step / 2000), >= 1e-6.
     """
 
     def __init__(self, *, start: float, decay: float, every: float, minimum: float) -> None:
@@ -52,6 +53,7 @@ class Exponential:
         self.start, self.decay, self.every, self.minimum = start, decay, every, minimum
 
     def __call__(self, step: Step) -> float:
+        """Value at a step."""
         return max(self.minimum, self.start * self.decay ** (step.number / self.every))
 
 
@@ -69,6 +71,7 @@ class Linear:
         self.start, self.end, self.steps = start, end, _ramp_length(steps)
 
     def __call__(self, step: Step) -> float:
+        """Value at a step."""
         return self.start + (self.end - self.start) * _ramp(step, self.steps)
 
 
@@ -79,16 +82,18 @@ class Cosine:
         self.start, self.end, self.steps = start, end, _ramp_length(steps)
 
     def __call__(self, step: Step) -> float:
+        """Value at a step."""
         return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * _ramp(step, self.steps)))
 
 
 class Warmup:
-    """Another schedule, multiplied by a straight line from 0 to 1 over the first `steps` steps (as in `Linear`)."""
+    """Another schedule, times a straight line from 0 to 1 over the first `steps` steps (as in `Linear`)."""
 
     def __init__(self, *, steps: int | float, then: Schedule | float) -> None:
         self.steps, self.then = _ramp_length(steps), as_schedule(then)
 
     def __call__(self, step: Step) -> float:
+        """Value at a step."""
         # Step 0 would train with a rate of 0: count the step that is about to be taken.
         return self.then(step) * _ramp(Step(step.number + 1, step.total), self.steps)
 

@@ -1,0 +1,7 @@
+"""`python -m capsexp`."""
+
+import sys
+
+from capsexp.cli import main
+
+sys.exit(main())

@@ -1,0 +1,301 @@
+"""From a plain config to objects: judge every `_target_`, bind every key, then build.
+
+`_target_` is the only registry, and a config must not be able to run code of its own: a run directory
+can come from anybody. So a target is resolved first and the *object* is judged, by its real module and
+its base class; then that same object is called. Hydra's `instantiate` resolves the name a second time,
+reads further special keys, and differs between Hydra 1.3 and 1.4, which is why it is not used here.
+"""
+
+import functools
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from capsexp.config import nearest
+from capsexp.errors import UserError
+
+# What a config may name: classes that only hold numbers, tensors and each other. Nothing that takes a
+# path to load code from, a command or a pickle may be added here.
+OWN_PACKAGES = ("model", "routing", "layer", "loss", "dataset")
+OWN_MODULES = ("schedule", "preprocess", "device", "trainer")
+OUTSIDE = ("torch.nn.", "torch.optim.", "torchvision.transforms.", "torchvision.models.")
+RUN_TIME = {"model": {"image_shape", "classes"}, "optimizer": {"params"}}  # known only when a run starts
+
+
+class Parts(NamedTuple):
+    """Everything that a run is made of; `train` and `eval` get it from the same function."""
+
+    seed: int
+    device: Any
+    trainer: Any
+    dataset: Any
+    loss: Any
+    new_model: Callable[[], Any]
+    """Builds the network on the CPU from the global random state, so that every device starts alike."""
+    new_optimizer: Callable[..., Any]
+    """Takes the parameters and `lr`."""
+    learning_rate: Callable[..., float]
+
+    def batches(self, split: Any, *, limit: int | None) -> Any:
+        """A split as batches on the run's device (`capsexp.data.Batches`)."""
+        from capsexp.data import Batches
+
+        return Batches(
+            split,
+            self.dataset.preprocess,
+            batch_size=self.trainer.batch_size,
+            seed=self.seed,
+            device=self.device.torch_device,
+            memory_format=self.device.memory_format,
+            limit=limit,
+        )
+
+
+def components(config: dict[str, Any], *, plugins: Sequence[str]) -> Parts:
+    """Check a whole config and build the parts of a run.
+
+    The network and its optimiser are built once on the `meta` device, which costs no memory, so that
+    a mistake in them is told before any work starts.
+
+    Args:
+        config: plain values, as `capsexp.config.plain` returns them.
+        plugins: further packages that `_target_` may name, from this call's command line only.
+
+    Raises:
+        UserError: every problem that was found, one line each.
+    """
+    problems = [
+        line for group, node in config.items() for line in _node_problems(node, group, tuple(plugins))
+    ]
+    problems += [] if _is_seed(config["seed"]) else [f"seed: must be an integer >= 0, got {config['seed']!r}"]
+    if problems:
+        raise UserError(*problems)
+    built: dict[str, Any] = {}
+    for group in ("device", "trainer", "dataset", "loss", "optimizer"):
+        try:
+            built[group] = build(config[group], at=group, plugins=plugins)
+        except UserError as error:
+            problems += error.problems
+    new_optimizer, learning_rate = _split_learning_rate(built.get("optimizer"))
+    new_model: Callable[[], Any] = _nothing
+    if "dataset" in built:
+        new_model = functools.partial(_build_model, config["model"], built["dataset"], tuple(plugins))
+        problems += _meta_problems(new_model, new_optimizer if "optimizer" in built else None)
+    if problems:
+        raise UserError(*problems)
+    return Parts(
+        seed=config["seed"],
+        device=built["device"],
+        trainer=built["trainer"],
+        dataset=built["dataset"],
+        loss=built["loss"],
+        new_model=new_model,
+        new_optimizer=new_optimizer,
+        learning_rate=learning_rate,
+    )
+
+
+def build(node: Any, *, at: str, plugins: Sequence[str] = (), **run_time: Any) -> Any:
+    """Build what a config node describes: its nested parts first, then the node itself.
+
+    Args:
+        node: a dict with `_target_` and the target's keyword arguments; `_partial_: true` leaves the
+            call to whoever gets the result. Any other value is returned as it is, with the targets
+            inside it built.
+        at: the node's key, for messages.
+        plugins: see `components`.
+        run_time: arguments that no config can hold, such as the pictures' shape.
+
+    Raises:
+        UserError: a constructor refused a value.
+    """
+    if isinstance(node, list):
+        return [build(item, at=f"{at}[{place}]", plugins=plugins) for place, item in enumerate(node)]
+    if not isinstance(node, dict):
+        return node
+    keys = (key for key in node if key not in ("_target_", "_partial_"))
+    arguments = {key: build(node[key], at=f"{at}.{key}", plugins=plugins) for key in keys}
+    if "_target_" not in node:
+        return arguments
+    make = _naming(resolve(node["_target_"], plugins=plugins), at)
+    if node.get("_partial_"):
+        return functools.partial(make, **arguments, **run_time)
+    return make(**arguments, **run_time)
+
+
+def resolve(target: str, *, plugins: Sequence[str] = ()) -> Any:
+    """The class that a `_target_` names, if a config may name it.
+
+    Raises:
+        UserError: it is not there, or it is not allowed.
+    """
+    allowed = (*(f"capsexp.{name}." for name in (*OWN_PACKAGES, *OWN_MODULES)), *OUTSIDE)
+    refusal = f"{target!r} may not be built from a config"
+    if not isinstance(target, str) or not target.startswith((*allowed, *(f"{name}." for name in plugins))):
+        raise UserError(
+            f"{refusal}: allowed are classes in capsexp, torch.nn, torch.optim, torchvision.transforms "
+            "and torchvision.models; name your own package on the command line with plugins=[PACKAGE]"
+        )
+    found = _locate(target)
+    # The path may lead elsewhere through a module's imports: the object's own name is what counts.
+    name = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"
+    if name.startswith(tuple(f"{package}." for package in plugins)) and callable(found):
+        return found
+    if not inspect.isclass(found):
+        raise UserError(f"{refusal}: it is {name}, which is no class")
+    if name.startswith(OUTSIDE) and issubclass(found, _outside_bases()):
+        return found
+    if name.startswith(allowed[: -len(OUTSIDE)]):
+        return found
+    raise UserError(
+        f"{refusal}: it is {name}, which is not a module, optimiser or schedule of those packages"
+    )
+
+
+def _outside_bases() -> tuple[type, ...]:
+    import torch
+
+    return (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+
+
+def _locate(target: str) -> Any:
+    parts = target.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError as error:
+            # Only "this prefix is no module" may be passed over: an import that fails inside is a bug.
+            if error.name is None or not ".".join(parts[:end]).startswith(error.name):
+                raise
+            continue
+        for part in parts[end:]:
+            if not hasattr(found, part):
+                names = [name for name in vars(found) if not name.startswith("_")]
+                raise UserError(f"no {target!r}: {found.__name__} has no {part!r}{nearest(part, names)}")
+            found = getattr(found, part)
+        return found
+    raise UserError(f"no {target!r}: there is no module {parts[0]!r}")
+
+
+def _naming(target: Callable[..., Any], at: str) -> Callable[..., Any]:
+    """The target, whose complaints about a value begin with the config key."""
+
+    @functools.wraps(target, updated=())
+    def make(*arguments: Any, **keywords: Any) -> Any:
+        try:
+            return target(*arguments, **keywords)
+        except ValueError as error:
+            raise UserError(f"{at}: {error}") from error
+
+    return make
+
+
+def _node_problems(node: Any, at: str, plugins: Sequence[str]) -> Iterator[str]:
+    """What is wrong with the keys and types of a node and of all nodes inside it."""
+    if isinstance(node, list):
+        node = {str(place): item for place, item in enumerate(node)}
+    if not isinstance(node, dict):
+        return
+    for key, value in node.items():
+        yield from _node_problems(value, f"{at}.{key}", plugins)
+    if "_target_" not in node:
+        return
+    try:
+        target = resolve(node["_target_"], plugins=plugins)
+    except UserError as error:
+        yield f"{at}._target_: {error}"
+        return
+    given = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
+    yield from _signature_problems(target, given, at, partial=bool(node.get("_partial_")))
+
+
+def _signature_problems(target: Any, given: dict[str, Any], at: str, *, partial: bool) -> Iterator[str]:
+    parameters = inspect.signature(target).parameters
+    run_time = RUN_TIME.get(at, set())
+    for key, value in given.items():
+        if key not in parameters or key in run_time:
+            yield f"{at}.{key}: {target.__name__} takes no {key!r}{nearest(key, set(parameters) - run_time)}"
+        elif not _fits(value, _annotations(target).get(key, Any)):
+            wanted = _describe(_annotations(target)[key])
+            yield f"{at}.{key}: must be {wanted}, got {value!r}"
+    required = {name for name, one in parameters.items() if one.default is one.empty and one.kind in (1, 3)}
+    for name in sorted(required - set(given) - run_time) if not partial else ():
+        yield f"{at}.{name}: {target.__name__} needs a value for it"
+
+
+def _annotations(target: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except NameError:  # an annotation that exists only for type checkers: nothing to hold values to
+        return {}
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a config value can stand for an annotation; unknown annotations accept everything."""
+    if isinstance(value, dict):  # a node to be built: the object has to show for itself
+        return True
+    origin = typing.get_origin(wanted)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in typing.get_args(wanted))
+    if origin is typing.Literal:
+        return value in typing.get_args(wanted)
+    if wanted in (int, float):
+        numbers = (int,) if wanted is int else (int, float)
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    if origin in (list, tuple) or wanted in (list, tuple):
+        return isinstance(value, list | tuple)
+    if wanted in (bool, str, type(None)):
+        return isinstance(value, wanted)
+    # What is left is a class or a callable, which only a node can describe, or an annotation we don't know.
+    return not (isinstance(value, int | float | str) and _is_part(wanted))
+
+
+def _is_part(wanted: Any) -> bool:
+    return inspect.isclass(wanted) and wanted.__module__.startswith("capsexp.")
+
+
+def _describe(wanted: Any) -> str:
+    if typing.get_origin(wanted) is typing.Literal:
+        return " or ".join(repr(one) for one in typing.get_args(wanted))
+    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
+        return " or ".join(_describe(one) for one in typing.get_args(wanted))
+    return "null" if wanted is type(None) else getattr(wanted, "__name__", str(wanted))
+
+
+def _is_seed(seed: Any) -> bool:
+    return isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0
+
+
+def _split_learning_rate(optimizer: Any) -> tuple[Callable[..., Any], Callable[..., float]]:
+    """The optimiser without its `lr`, which the loop sets at every step, and that `lr` as a schedule."""
+    from capsexp.schedule import as_schedule
+
+    if optimizer is None:
+        return _nothing, as_schedule(0.0)
+    keywords = dict(optimizer.keywords)
+    learning_rate = as_schedule(keywords.pop("lr"))
+    return functools.partial(optimizer.func, **keywords), learning_rate
+
+
+def _build_model(node: dict[str, Any], dataset: Any, plugins: Sequence[str]) -> Any:
+    shape, classes = dataset.image_shape, len(dataset.classes)
+    return build(node, at="model", plugins=plugins, image_shape=shape, classes=classes)
+
+
+def _meta_problems(new_model: Callable[[], Any], new_optimizer: Callable[..., Any] | None) -> Iterator[str]:
+    import torch
+
+    try:
+        with torch.device("meta"):
+            model = new_model()
+        if new_optimizer is not None:
+            new_optimizer(model.parameters(), lr=0.0)
+    except UserError as error:
+        yield from error.problems
+
+
+def _nothing(*arguments: Any, **keywords: Any) -> Any:
+    raise AssertionError("a part that could not be built was used")

@@ -1,0 +1,312 @@
+"""The command `capsexp`: finds conf/, checks what was asked for, and hands over to Hydra.
+
+torch is imported only when work starts, so that `--cfg`, `--info`, `--help` and completion answer at once.
+"""
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from capsexp import config
+from capsexp.errors import UserError
+from capsexp.run_dir import RunDir, new_run_dir
+
+COMMANDS = {
+    "train": "train a network: capsexp train [GROUP=OPTION] [KEY=VALUE] [-m]",
+    "eval": "evaluate a trained run: capsexp eval run=DIR [part=test|validation|train] [KEY=VALUE]",
+    "predict": "classify pictures: capsexp predict run=DIR FILES… [KEY=VALUE]",
+    "data": "data sets: capsexp data list|prepare|verify [NAMES…] [data_root=DIR]",
+    "bench": "speed and memory beside the same network without routing: capsexp bench [GROUP=OPTION]",
+    "doctor": "versions, devices, data sets, compiler, and what each would enable",
+}
+USAGE = "usage: capsexp COMMAND …\n\n" + "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())
+
+
+def main() -> int:
+    """Entry point of the console script and of `python -m capsexp`. Returns the exit code."""
+    # A bug keeps its whole traceback; what a user can mend is told by UserError.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        return _dispatch(sys.argv[1:])
+    except UserError as error:
+        return _complain(error)
+    except BrokenPipeError:  # `capsexp … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("-sc", "--shell-completion"):
+        return _complete(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    command, *rest = arguments
+    if command == "--version":
+        print(f"capsexp {_version()}")
+        return 0
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command!r}{config.nearest(command, COMMANDS)}")
+    run: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "eval": _eval,
+        "predict": _predict,
+        "data": _data,
+        "bench": _bench,
+        "doctor": _doctor,
+    }
+    return run[command](rest)
+
+
+def _train(arguments: list[str]) -> int:
+    options, overrides = _parse(arguments)
+    if _only_shows(options):
+        return _hand_over(arguments, "train", _nothing)
+    composed = config.compose(options.config_name or "train", overrides, config_dir=options.config_dir)
+    if options.cfg or options.info:
+        return _hand_over(arguments, "train", _nothing)
+    _check(composed, overrides)
+    if options.multirun:
+        for variant in config.swept_variants(overrides):
+            name = options.config_name or "train"
+            _check(config.compose(name, variant, config_dir=options.config_dir), overrides)
+    return _hand_over([*arguments, *_where(composed, overrides, options)], "train", _training_job)
+
+
+def _eval(arguments: list[str]) -> int:
+    options, overrides = _parse(arguments)
+    if _only_shows(options):
+        print("usage: capsexp", COMMANDS["eval"].partition(": ")[2])
+        return 0
+    _load_run(overrides, command="eval", part="test", weights="best")
+    composed = config.compose("eval_run", overrides, config_dir=options.config_dir)
+    if not (options.cfg or options.info):
+        _check(composed, overrides)
+    return _hand_over(arguments, "eval_run", _evaluation_job)
+
+
+def _predict(arguments: list[str]) -> int:
+    files = [text for text in arguments if "=" not in text or Path(text).exists()]
+    overrides = [text for text in arguments if text not in files]
+    _load_run(overrides, command="predict", top=3, weights="best", reconstructions=True)
+    composed = config.compose("predict_run", overrides, config_dir=None)
+    if not files:
+        raise UserError("capsexp predict needs pictures: capsexp predict run=DIR FILES…")
+    from capsexp.predict import predict
+
+    predict(_check(composed, overrides), config.plain(composed), files)
+    return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    options, overrides = _parse(arguments)
+    if _only_shows(options) or options.cfg or options.info:
+        return _hand_over(arguments, "train", _nothing)
+    composed = config.compose(options.config_name or "train", overrides, config_dir=options.config_dir)
+    _check(composed, overrides)
+    from capsexp.bench import bench
+
+    bench(config.plain(composed), plugins=_plugins(overrides))
+    return 0
+
+
+def _data(arguments: list[str]) -> int:
+    from capsexp.prepare import COMMANDS as ACTIONS
+    from capsexp.prepare import run
+
+    action, *rest = arguments or ["list"]
+    if action not in ACTIONS:
+        raise UserError(f"unknown command 'data {action}'{config.nearest(action, ACTIONS)}")
+    names = [text for text in rest if "=" not in text]
+    return run(action, _datasets([text for text in rest if "=" in text], names or None))
+
+
+def _doctor(arguments: list[str]) -> int:
+    from capsexp.doctor import report
+
+    report(_datasets(arguments, None))
+    return 0
+
+
+def _training_job(composed: DictConfig) -> None:
+    """One training run, in the directory that Hydra was told."""
+    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+    path = Path(HydraConfig.get().runtime.output_dir)
+    if sweeping:
+        print(f"\njob {HydraConfig.get().job.num}: {' '.join(HydraConfig.get().overrides.task)}", flush=True)
+    try:
+        _train_in(RunDir(path), composed)
+    except UserError as error:
+        code = _complain(error)
+        if not sweeping or code > 128:  # a signal ends the whole sweep
+            raise SystemExit(code) from None
+        raise RuntimeError(f"this job failed: {error}") from error
+
+
+def _train_in(run: RunDir, composed: DictConfig) -> None:
+    from capsexp.build import components
+    from capsexp.train import train
+
+    plain = config.plain(composed)
+    parts = components(plain, plugins=_plugins(HydraConfig.get().overrides.task))
+    with run.owned():
+        changed = run.begin(plain, resume=plain["resume"], command=_command())
+        status = run.status()
+        if status.get("status") == "completed" and not changed:
+            figures = "  ".join(f"{name} {value:.4f}" for name, value in status["results"].items())
+            print(f"{run.path} is complete: {figures}")
+            return
+        train(parts, run, plain)
+    print(f"run: {run.path}\ncurves: tensorboard --logdir {run.path}")
+
+
+def _evaluation_job(composed: DictConfig) -> None:
+    from capsexp.build import components
+    from capsexp.evaluate import evaluate_run
+
+    plain = config.plain(composed)
+    try:
+        evaluate_run(components(plain, plugins=_plugins(HydraConfig.get().overrides.task)), plain)
+    except UserError as error:
+        raise SystemExit(_complain(error)) from None
+
+
+def _load_run(overrides: Sequence[str], *, command: str, **extra: Any) -> None:
+    """Make the config of `run=DIR` the root config `COMMAND_run`, with some keys of the command's own."""
+    run = _value(overrides, "run")
+    if not isinstance(run, str):
+        raise UserError(f"capsexp {command} needs a run: capsexp {command} run=DIR")
+    path = Path(run) / ".hydra" / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run} is not the directory of a run: there is no {path}")
+    stored = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} holds no config")
+    keyed = {str(key): value for key, value in stored.items()}
+    config.store_as_primary(keyed, extra=extra, name=f"{command}_run")
+
+
+def _check(composed: DictConfig, overrides: Sequence[str]) -> Any:
+    """Build the parts of the run on the meta device: every mistake is told before any work starts."""
+    plain = config.plain(composed)
+    if plain["resume"] not in ("auto", "force"):
+        raise UserError(f"resume: must be 'auto' or 'force', got {plain['resume']!r}")
+    from capsexp.build import components
+
+    return components(plain, plugins=_plugins(overrides))
+
+
+def _where(composed: DictConfig, overrides: Sequence[str], options: Namespace) -> list[str]:
+    """Overrides that send the output to a directory which no other run has, unless the user chose one."""
+    given = {text.partition("=")[0] for text in overrides}
+    root = Path(composed.output_root)
+    if options.multirun:
+        if "hydra.sweep.dir" in given:
+            return []
+        return [f"hydra.sweep.dir={_quoted(new_run_dir(root / 'sweeps'))}"]
+    if composed.run is not None or "hydra.run.dir" in given:
+        return []
+    choices = composed.hydra.runtime.choices
+    folder = choices.get("experiment") or f"{choices['model']}-{choices['dataset']}"
+    settings = [text for text in overrides if text.partition("=")[0] not in config.GROUPS]
+    return [f"run={_quoted(new_run_dir(root / folder, label='-'.join(settings)))}"]
+
+
+def _quoted(path: Path) -> str:
+    """A path as a value in Hydra's grammar, in which `=`, `,` and blanks mean something."""
+    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"
+
+
+def _datasets(overrides: Sequence[str], names: Sequence[str] | None) -> dict[str, Any]:
+    """The data sets that need no further setting, or those named, by name."""
+    from capsexp.build import build
+
+    known = sorted(path.stem for path in Path(config.conf_dir(), "dataset").glob("*.yaml"))
+    for name in names or []:
+        if name not in known:
+            raise UserError(f"unknown data set {name!r}{config.nearest(name, known)}")
+    found = {}
+    for name in names or known:
+        composed = config.compose("train", [f"dataset={name}", *overrides], config_dir=None)
+        if names is None and OmegaConf.missing_keys(composed.dataset):
+            continue
+        plain = config.plain(composed)
+        found[name] = build(plain["dataset"], at="dataset", plugins=_plugins(overrides))
+    return found
+
+
+def _parse(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
+    options = get_args_parser().parse_args(list(arguments))
+    if options.experimental_rerun is not None:
+        raise UserError("--experimental-rerun is switched off: it loads a pickle; use run=DIR")
+    return options, list(options.overrides)
+
+
+def _only_shows(options: Namespace) -> bool:
+    return bool(options.help or options.hydra_help)
+
+
+def _plugins(overrides: Sequence[str]) -> list[str]:
+    """`plugins=[…]` as it stands on this command line; from a stored config it would not count."""
+    plugins = _value(overrides, "plugins")
+    return [str(name) for name in plugins] if isinstance(plugins, list) else []
+
+
+def _value(overrides: Sequence[str], key: str) -> Any:
+    texts = [text for text in overrides if text.partition("=")[0] == key]
+    return OverridesParser.create().parse_override(texts[-1]).value() if texts else None
+
+
+def _hand_over(arguments: list[str], config_name: str, job: Callable[[DictConfig], None]) -> int:
+    sys.argv = [sys.argv[0], *arguments]
+    hydra.main(config_path=config.conf_dir(), config_name=config_name, **config.VERSION_BASE)(job)()
+    return 0
+
+
+def _complete(arguments: Sequence[str]) -> int:
+    """Answer the shell: the subcommands by ourselves, everything after one through Hydra."""
+    if arguments[1:] and arguments[1].startswith("query="):
+        line = os.environ.get("COMP_LINE", "")
+        words = line[: int(os.environ.get("COMP_POINT", len(line)))].split(" ")
+        if len(words) <= 2:
+            print(" ".join(name for name in COMMANDS if name.startswith(words[-1])))
+            return 0
+        program, _, rest = line.split(" ", 2)
+        os.environ["COMP_LINE"] = f"{program} {rest}"
+        os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
+    return _hand_over(list(arguments), "train", _nothing)
+
+
+def _nothing(composed: DictConfig) -> None:
+    """The job of a call that only shows something."""
+
+
+_argv = tuple(sys.argv)
+
+
+def _command() -> list[str]:
+    """The command as it was typed."""
+    return ["capsexp", *_argv[1:]]
+
+
+def _version() -> str:
+    import importlib.metadata
+
+    return importlib.metadata.version("capsexp")
+
+
+def _complain(error: UserError) -> int:
+    for problem in error.problems:
+        print(f"capsexp: {problem}", file=sys.stderr)
+    return error.exit_code

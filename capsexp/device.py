@@ -1,0 +1,91 @@
+"""The device to train on, and how PyTorch and the C allocator are set up for it."""
+
+import ctypes
+import platform
+import sys
+from typing import Literal
+
+import torch
+
+# mallopt's parameters, from glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+
+class Device:
+    """Where a run computes.
+
+    Args:
+        name: `auto` is CUDA, then MPS, then the CPU.
+        threads: CPU threads; None leaves PyTorch's choice.
+        memory_format: layout of pictures and convolution weights.
+        allocator: `tuned` keeps large buffers instead of handing them back to the system after every
+            operation (see `tune_allocator`).
+        deterministic: refuse operations whose result may differ between two runs.
+
+    Raises:
+        ValueError: the device is not there, or threads < 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: Literal["auto", "cpu", "cuda", "mps"],
+        threads: int | None,
+        memory_format: Literal["channels_last", "contiguous"],
+        allocator: Literal["tuned", "default"],
+        deterministic: bool,
+    ) -> None:
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be >= 1, got {threads}")
+        if name != "auto" and not available()[name]:
+            there = ", ".join(one for one, found in available().items() if found)
+            raise ValueError(f"no {name} device here; there is {there}")
+        self.torch_device = torch.device(best() if name == "auto" else name)
+        self.threads, self.allocator, self.deterministic = threads, allocator, deterministic
+        channels_last = memory_format == "channels_last"
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def prepare(self) -> None:
+        """Set this process up for the device: allocator, threads, determinism."""
+        if self.allocator == "tuned" and self.torch_device.type == "cpu":
+            tune_allocator()
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        torch.use_deterministic_algorithms(self.deterministic)
+        if self.deterministic:
+            torch.backends.cudnn.benchmark = False
+
+    def __str__(self) -> str:
+        if self.torch_device.type == "cuda":
+            return f"cuda ({torch.cuda.get_device_name()})"
+        return f"cpu ({torch.get_num_threads()} threads)" if self.torch_device.type == "cpu" else "mps"
+
+
+def available() -> dict[str, bool]:
+    """Which of the devices that a config can name are there."""
+    return {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+
+
+def best() -> str:
+    """The fastest device that is there."""
+    return next(name for name, found in available().items() if found)
+
+
+def has_tunable_allocator() -> bool:
+    """Whether this process uses glibc's malloc, the one that `tune_allocator` knows."""
+    return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+
+
+def tune_allocator() -> bool:
+    """Make glibc keep the memory that it got; return whether that was possible.
+
+    By default glibc maps every large buffer anew and unmaps it after use, so each operation of a CPU
+    step pays for page faults on all of its output. Best called before the first large tensor is made.
+    The price is memory that stays with the process.
+    """
+    if not has_tunable_allocator():
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 256 * 2**20}
+    # Every one is tried, also after one that failed.
+    return sum(mallopt(parameter, value) for parameter, value in settings.items()) == len(settings)

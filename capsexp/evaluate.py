@@ -1,0 +1,138 @@
+"""Accuracy and loss of a network over a split, one batch at a time."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from capsexp import checkpoint
+from capsexp.build import Parts
+from capsexp.capsules import Batch, Output
+from capsexp.data import Batches
+from capsexp.errors import UserError
+from capsexp.ops.entropy import coupling_entropy
+from capsexp.schedule import Step
+from capsexp.state import trained_weights
+
+Loss = Callable[[Output, Batch, Step], dict[str, Tensor]]
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode and without gradients, and afterwards as it was before."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    loss: Loss,
+    step: Step,
+    *,
+    precision: torch.dtype = torch.float32,
+    at_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Means over all pictures of a split.
+
+    Args:
+        model: the network.
+        batches: the split; taken in order, with the preprocessing of test time.
+        loss: gives the terms to average.
+        step: where the training stands, for the loss's schedules.
+        precision: of autocast; float32 for none.
+        at_batch: called before each batch; may raise to break off.
+
+    Returns:
+        `accuracy` in [0, 1], `loss` and its terms, and `coupling_entropy/LAYER` for each routed layer.
+    """
+    sums: dict[str, float] = defaultdict(float)
+    count = 0
+    with inference(model):
+        for batch in batches.in_order():
+            at_batch()
+            with autocast(batch.images.device, precision):
+                output = model(batch.images, batch.labels)
+                terms = loss(output, batch, step)
+            size = len(batch.labels)
+            for name, value in figures(output, batch, terms).items():
+                sums[name] += value * size
+            count += size
+    return {name: total / count for name, total in sums.items()}
+
+
+def figures(output: Output, batch: Batch, terms: dict[str, Tensor]) -> dict[str, float]:
+    """What is told about one batch: accuracy, loss, its terms, and how decided the routing is."""
+    correct = (output.scores.argmax(1) == batch.labels).float().mean()
+    values = {"accuracy": correct, "loss": torch.stack(list(terms.values())).sum(), **terms}
+    values |= {f"coupling_entropy/{layer}": coupling_entropy(c) for layer, c in output.couplings.items()}
+    return {name: value.item() for name, value in values.items()}
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Mixed precision for a device; float32 switches it off."""
+    enabled = precision is not torch.float32
+    return torch.autocast(device.type, dtype=precision if enabled else torch.bfloat16, enabled=enabled)
+
+
+def load_model(parts: Parts, path: Path, *, weights: str) -> tuple[nn.Module, Step]:
+    """A trained network on its device, and the step that its weights are from.
+
+    Args:
+        parts: what `capsexp.build.components` returned.
+        path: the run directory.
+        weights: `best`, `last`, or the number of a step.
+
+    Raises:
+        UserError: no such checkpoint, a damaged one, or one of another network.
+    """
+    parts.device.prepare()
+    folder = path / "checkpoints"
+    saved = checkpoint.load(
+        folder / (f"step-{int(weights):08d}.pt" if weights.isdigit() else f"{weights}.pt")
+    )
+    model = parts.new_model()
+    try:
+        model.load_state_dict(trained_weights(saved))
+    except RuntimeError as error:
+        raise UserError(f"the weights in {path} are of another network: {_first_lines(error)}") from None
+    model.to(parts.device.torch_device, memory_format=parts.device.memory_format).eval()
+    return model, Step(saved["step"], saved["step"])
+
+
+def evaluate_run(parts: Parts, config: Mapping[str, Any]) -> dict[str, float]:
+    """`capsexp eval`: print a trained run's figures on a part of its data; evaluations.jsonl keeps them."""
+    path, part = Path(config["run"]), config["part"]
+    if part not in ("test", "validation", "train"):
+        raise UserError(f"part: must be 'test', 'validation' or 'train', got {part!r}")
+    model, step = load_model(parts, path, weights=str(config["weights"]))
+    split = (
+        parts.dataset.read("test") if part == "test" else parts.dataset.read_training()[part == "validation"]
+    )
+    if split.count == 0:
+        raise UserError("part=validation: this run had no validation pictures (dataset.validation=0)")
+    batches = parts.batches(split, limit=parts.trainer.limit_eval_batches)
+    values = evaluate(model, batches, parts.loss, step, precision=parts.trainer.precision)
+    table = Table(f"{part}, {batches.count} pictures", f"{config['weights']} weights, step {step.number}")
+    for name, value in values.items():
+        table.add_row(name, f"{value:.6g}")
+    Console().print(table)
+    with open(path / "evaluations.jsonl", "a") as file:
+        file.write(json.dumps({"part": part, "step": step.number, "config": config, **values}) + "\n")
+    return values
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines()[:3])

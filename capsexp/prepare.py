@@ -1,0 +1,84 @@
+"""What `capsexp data list`, `prepare` and `verify` do. The command line prints what comes back."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from capsexp.data import Dataset
+from capsexp.download import DataError, Progress
+
+Say = Callable[[str], None]
+"""Prints one line."""
+
+
+class DatasetRow(NamedTuple):
+    """A data set as `capsexp data list` shows it."""
+
+    name: str
+    state: str
+    """`embedded`, `present` (not verified), `incomplete` or `missing`."""
+    size: int
+    """Bytes on disk, of everything in its folder."""
+    folder: Path | None
+    """None for an embedded set."""
+
+
+def list_datasets(datasets: Mapping[str, Dataset]) -> list[DatasetRow]:
+    """What is there and what is not, by name. Looks for files; does not read them."""
+    return [
+        DatasetRow(name, _state(dataset), _size(dataset.folder), dataset.folder)
+        for name, dataset in sorted(datasets.items())
+    ]
+
+
+def prepare(dataset: Dataset, *, say: Say, progress: Progress) -> int:
+    """Download what is missing, then verify everything.
+
+    Args:
+        dataset: the data set.
+        say: prints one line.
+        progress: called while something is downloaded or unpacked.
+
+    Returns:
+        Exit code: 0 if the set can be used, 1 if not (the reason was said).
+    """
+    if absent := dataset.missing():
+        say(f"{dataset.name}: getting {', '.join(absent)} in {dataset.folder}")
+        try:
+            dataset.prepare(progress)
+        except DataError as error:
+            say(f"{dataset.name}: {error}")
+            return 1
+    return verify(dataset, say=say)
+
+
+def verify(dataset: Dataset, *, say: Say) -> int:
+    """Read every file and compare it with what was published; a user's own pictures are decoded.
+
+    Args:
+        dataset: the data set.
+        say: prints one line, here one for each bad file or one for all that are good.
+
+    Returns:
+        Exit code: 0 if all is well, 1 if not.
+    """
+    problems = dataset.problems()
+    for problem in problems:
+        say(f"{dataset.name}: {problem}")
+    if not problems:
+        say(f"{dataset.name}: verified" + (f" in {dataset.folder}" if dataset.folder else " (embedded)"))
+    return 1 if problems else 0
+
+
+def _state(dataset: Dataset) -> str:
+    if dataset.folder is None:
+        return "embedded"
+    if not dataset.missing():
+        return "present"
+    return "incomplete" if _size(dataset.folder) else "missing"
+
+
+def _size(folder: Path | None) -> int:
+    if folder is None or not folder.is_dir():
+        return 0
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

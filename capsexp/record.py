@@ -1,0 +1,119 @@
+"""What a run leaves behind while it trains: metrics.jsonl in full precision, and TensorBoard."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+from tensorboard.plugins.hparams import summary_v2 as hparams_summary
+from torch import Tensor, cat
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid
+
+from capsexp.errors import UserError
+
+STATUS = {"completed": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE}
+
+
+class Record:
+    """Writer of a run's numbers and pictures.
+
+    metrics.jsonl holds only what a resumed run repeats bit for bit, so no times; those go to TensorBoard.
+
+    Args:
+        path: the run directory.
+        start_step: the step that this process begins at; TensorBoard drops what stands after it.
+        length: bytes of metrics.jsonl that belong to the checkpoint begun from; the rest is cut off.
+        settings: the config, for TensorBoard's HParams table, where the run shows from now on.
+
+    Raises:
+        UserError: metrics.jsonl is shorter than `length`.
+    """
+
+    def __init__(self, path: Path, *, start_step: int, length: int, settings: Mapping[str, Any]) -> None:
+        self._metrics = open(path / "metrics.jsonl", "ab")  # noqa: SIM115 - closed in close()
+        if self._metrics.tell() < length:
+            raise UserError(
+                f"{path}/metrics.jsonl is shorter than its checkpoint knows: it was changed by hand"
+            )
+        self._metrics.seek(self._metrics.truncate(length))
+        # purge_step=0 on the first start too: the loader in Python judges by the first writer alone.
+        self._writer = SummaryWriter(str(path / "tb"), purge_step=start_step, flush_secs=10)
+        hparams = hparams_summary.hparams_pb(_typed(settings), trial_id=path.name)
+        self._summary(hparams)
+        self._writer.flush()
+
+    def metrics(self, step: int, values: Mapping[str, float], **position: int) -> None:
+        """Numbers that are the same in every repetition of the run: to both places."""
+        line = json.dumps({"step": step, **position, **values})
+        self._metrics.write(line.encode() + b"\n")
+        self._metrics.flush()
+        self.speed(step, values)
+
+    def speed(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers that depend on the machine's mood: to TensorBoard alone."""
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)
+
+    def pictures(self, step: int, tag: str, rows: list[Float[Tensor, "N C H W"]]) -> None:
+        """Rows of pictures in [0, 1], one above the other."""
+        columns = rows[0].shape[0]
+        grid = make_grid(_visible(interleave(rows)), nrow=columns, padding=1, pad_value=0.5)
+        self._writer.add_image(tag, grid, step)
+
+    def length(self) -> int:
+        """Bytes of metrics.jsonl so far, safely on disk: part of a checkpoint's state."""
+        os.fsync(self._metrics.fileno())
+        self._writer.flush()
+        return self._metrics.tell()
+
+    def close(self, status: str) -> None:
+        """End the record; `status` is what TensorBoard's HParams table shows (unknown if interrupted)."""
+        if status in STATUS:
+            self._summary(_session_end(STATUS[status]))
+        self._writer.close()
+        self._metrics.close()
+
+    def _summary(self, summary: Summary) -> None:
+        file = self._writer.file_writer
+        assert file is not None
+        file.add_summary(summary)
+
+
+def interleave(rows: list[Float[Tensor, "N C H W"]]) -> Float[Tensor, "M C H W"]:
+    """Rows of pictures one after the other, on the CPU."""
+    return cat([row.detach().float().cpu().clamp(0, 1) for row in rows])
+
+
+def _visible(pictures: Float[Tensor, "N C H W"]) -> Float[Tensor, "N D H W"]:
+    """Grey or colour as it is; of other channel counts, such as stereo pairs, the first channel."""
+    return pictures if pictures.shape[1] in (1, 3) else pictures[:, :1]
+
+
+def _typed(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flat keys with the types that the HParams table knows; unset values are left out."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _typed(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat
+
+
+def _session_end(status: int) -> Summary:
+    # torch's own add_hparams writes a second run, knows no failure and nothing of crashed runs.
+    end = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
+    content = plugin_data_pb2.HParamsPluginData(session_end_info=end, version=metadata.PLUGIN_DATA_VERSION)
+    plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=content.SerializeToString())
+    value = Summary.Value(
+        tag=metadata.SESSION_END_INFO_TAG,
+        metadata=SummaryMetadata(plugin_data=plugin),
+        tensor=metadata.NULL_TENSOR,
+    )
+    return Summary(value=[value])

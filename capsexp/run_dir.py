@@ -1,0 +1,190 @@
+"""A run's directory: who owns it, what was run in it, and how it stands.
+
+.hydra/config.yaml  overrides.yaml   the config as composed, and what was typed
+resolved_config.yaml                 the same with every value filled in
+command.txt   env.json  dirty.patch  the command; versions, commit, machine; uncommitted changes
+status.json                          running | completed | failed | interrupted, step, heartbeat
+metrics.jsonl   train.log   tb/      numbers in full precision; the log; TensorBoard
+checkpoints/                         see capsexp.checkpoint
+"""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import secrets
+import shlex
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from capsexp.errors import UserError
+from capsexp.files import write_whole
+
+# What does not change a run's results, so a resumed run may have it otherwise.
+NOT_COMPARED = ("run", "resume", "output_root", "data_root", "plugins", "device")
+PACKAGES = ("capsexp", "torch", "torchvision", "hydra-core", "omegaconf", "tensorboard", "numpy")
+
+
+def new_run_dir(parent: Path, *, label: str = "") -> Path:
+    """Make a directory that no other run has, even one started in the same second."""
+    parent.mkdir(parents=True, exist_ok=True)
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-")[:60]
+    while True:
+        name = "-".join(part for part in (time.strftime("%Y%m%d-%H%M%S"), slug, secrets.token_hex(2)) if part)
+        with contextlib.suppress(FileExistsError):
+            (parent / name).mkdir()
+            return parent / name
+
+
+class RunDir:
+    """One run's directory, held by one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._status: dict[str, Any] = {}
+        self._written = 0.0
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Keep every other process out. The system lets go of the lock when this process dies.
+
+        Raises:
+            UserError: another process is training in this directory.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "run.lock", "a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                status = self.status()
+                owner = f"process {status.get('pid')} on {status.get('host')}"
+                raise UserError(f"{self.path} is in use by {owner}: choose another run=DIR") from None
+            yield
+
+    def begin(self, config: dict[str, Any], *, resume: str, command: Sequence[str]) -> bool:
+        """Write down what is run, or check that it is what was run here before.
+
+        Args:
+            config: the plain config.
+            resume: `auto` refuses a config that differs from the earlier one; `force` replaces it.
+            command: the words that were typed.
+        Returns:
+            Whether the config differs from an earlier one.
+        Raises:
+            UserError: the config differs; one line for each key.
+        """
+        stored = self.path / "resolved_config.yaml"
+        changes: list[str] = []
+        if stored.exists():
+            changes = list(_differences(_comparable(_read_yaml(stored)), _comparable(config)))
+        if changes and resume != "force":
+            hint = f"{self.path} holds a run with another config: resume=force takes the new one"
+            raise UserError(*changes, hint)
+        text = OmegaConf.to_yaml(OmegaConf.create(config))
+        write_whole(stored, lambda file: file.write(text.encode()))
+        if not (self.path / "command.txt").exists():
+            line = shlex.join(command) + "\n"
+            write_whole(self.path / "command.txt", lambda file: file.write(line.encode()))
+        return bool(changes)
+
+    def write_environment(self, device: str) -> None:
+        """Write env.json, and dirty.patch when the code is a checkout with uncommitted changes."""
+        commit, patch = _git_state(Path(__file__).resolve().parent.parent)
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+        machine = {
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "cores": os.cpu_count(),
+        }
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "device": device}
+        self._write_json(
+            "env.json", {"versions": versions, "commit": commit, "dirty": bool(patch), **machine, **owner}
+        )
+        if patch:
+            write_whole(self.path / "dirty.patch", lambda file: file.write(patch.encode()))
+
+    def status(self) -> dict[str, Any]:
+        """What status.json says; empty when there is none."""
+        try:
+            return dict(json.loads((self.path / "status.json").read_text()))
+        except (OSError, ValueError):
+            return {}
+
+    def start(self, *, step: int) -> None:
+        """Say that this process is at work from a step on, and keep the list of resumes."""
+        before = self.status()
+        resumes = before.get("resumes", [])
+        if before:
+            resumes = [*resumes, {"step": step, "time": time.time()}]
+        started = before.get("started", time.time())
+        self._status = {
+            "started": started,
+            "resumes": resumes,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+        }
+        self.say("running", step=step)
+
+    def heartbeat(self, step: int) -> None:
+        """Say that the run is alive; at most once in five seconds."""
+        if time.time() - self._written > 5:
+            self.say("running", step=step)
+
+    def say(self, status: str, **more: Any) -> None:
+        """Write status.json: a status, and whatever belongs to it (step, error, exit_code, results)."""
+        self._status |= {"status": status, "heartbeat": time.time(), **more}
+        self._write_json("status.json", self._status)
+        self._written = time.time()
+
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        write_whole(self.path / name, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    return dict(_leaves({key: value for key, value in config.items() if key not in NOT_COMPARED}))
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif f"{prefix}{key}" != "dataset.root":
+            yield f"{prefix}{key}", value
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            yield f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
+
+
+def _git_state(folder: Path) -> tuple[str | None, str]:
+    """Commit and uncommitted changes of the code, or (None, "") where it is no checkout."""
+    if not (folder / ".git").exists():
+        return None, ""
+    try:
+        git = ["git", "-C", str(folder)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        patch = subprocess.run([*git, "diff", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None, ""
+    return commit.stdout.strip(), patch.stdout

@@ -1,0 +1,63 @@
+"""What a resumed run has to get back."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+
+class State:
+    """Everything that a resumed run has to get back; the rest follows from the config and the step."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, average: AveragedModel | None
+    ) -> None:
+        self.model, self.optimizer, self.average = model, optimizer, average
+        self.step = self.epoch = self.batch = 0
+        self.recorded = 0  # bytes of metrics.jsonl
+        self.best_accuracy = -1.0
+        self.best_step: int | None = None
+
+    def note_validation(self, accuracy: float) -> None:
+        """Remember the best validation so far; of equals, the first."""
+        if accuracy > self.best_accuracy:
+            self.best_accuracy, self.best_step = accuracy, self.step
+
+    def captured(self) -> dict[str, Any]:
+        """The state as plain values and tensors."""
+        numbers = ("step", "epoch", "batch", "recorded", "best_accuracy", "best_step")
+        return {
+            **{name: getattr(self, name) for name in numbers},
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            # Dropout draws from the global generators. Order and augmentation follow from seed and epoch.
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Take over what `captured` returned."""
+        self.restore_weights(saved)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for name in ("step", "epoch", "batch", "recorded", "best_accuracy", "best_step"):
+            setattr(self, name, saved[name])
+        torch.set_rng_state(saved["random"])
+        if torch.cuda.is_available() and saved["random_cuda"]:
+            torch.cuda.set_rng_state_all(saved["random_cuda"])
+
+    def restore_weights(self, saved: dict[str, Any]) -> None:
+        """Take over the weights, and their moving average, alone."""
+        self.model.load_state_dict(saved["model"])
+        if self.average is not None:
+            self.average.load_state_dict(saved["average"])
+
+
+def trained_weights(saved: dict[str, Any]) -> dict[str, Any]:
+    """The weights to use from a checkpoint: their moving average where there is one."""
+    if saved["average"] is None:
+        return dict(saved["model"])
+    module = "module."
+    items = saved["average"].items()
+    return {name.removeprefix(module): value for name, value in items if name.startswith(module)}

@@ -1,0 +1,74 @@
+"""Published data sets whose files lie under a data root."""
+
+from abc import abstractmethod
+from pathlib import Path
+
+from capsexp.data import Dataset, Part
+from capsexp.download import DataError, Progress, RemoteFile, StoredFile, missing, obtain, verify
+from capsexp.preprocess import Preprocess
+
+
+class StoredDataset(Dataset):
+    """A published data set: known files, each with a checksum that is compared before it is read.
+
+    Args:
+        root: the data root (`~` is expanded).
+        download: get what is missing when the set is first read.
+        preprocess: see `Dataset`.
+        validation: see `Dataset`.
+        split_seed: see `Dataset`.
+    """
+
+    files: tuple[RemoteFile, ...]
+    """What can be downloaded, and the files on disk that come out of it."""
+
+    def __init__(
+        self, *, root: str, download: bool, preprocess: Preprocess, validation: int | float, split_seed: int
+    ) -> None:
+        self.root = Path(root).expanduser()
+        self.folder = (self.root / self.files[0].holds[0].name).parent
+        self.download = download
+        super().__init__(preprocess=preprocess, validation=validation, split_seed=split_seed)
+
+    def missing(self) -> list[str]:
+        """Names, below the data root, of the files that are not there."""
+        return [stored.name for stored in missing(self.root, self.files)]
+
+    def prepare(self, progress: Progress) -> None:
+        """Download and unpack what is missing; one process at a time.
+
+        Raises:
+            DataError: a file cannot be had, or is not what was published.
+        """
+        if self.missing():
+            obtain(self.root, self.files, dataset=self.name, online=True, progress=progress)
+
+    def problems(self) -> list[str]:
+        """Every missing or damaged file, one line each."""
+        return [problem for stored in self._stored() if (problem := self._problem(stored))]
+
+    def _problem(self, stored: StoredFile) -> str:
+        path = self.root / stored.name
+        if not path.is_file():
+            return f"{path} is missing"
+        try:
+            verify(path, stored.checksum)
+        except DataError as error:
+            return str(error)
+        return ""
+
+    def _stored(self) -> list[StoredFile]:
+        return [stored for remote in self.files for stored in remote.holds]
+
+    def _verified(self, part: Part) -> dict[str, Path]:
+        """Paths, by file name, of the files that reading this part takes."""
+        if self.missing():
+            obtain(self.root, self.files, dataset=self.name, online=self.download, progress=None)
+        needed = [stored for stored in self._stored() if self._needs(stored, part)]
+        for stored in needed:
+            verify(self.root / stored.name, stored.checksum)
+        return {Path(stored.name).name: self.root / stored.name for stored in needed}
+
+    @abstractmethod
+    def _needs(self, stored: StoredFile, part: Part) -> bool:
+        """Whether reading this part opens this file."""

@@ -1,0 +1,266 @@
+"""The training loop."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from capsexp import checkpoint
+from capsexp.build import Parts
+from capsexp.capsules import Batch
+from capsexp.data import Batches, Split
+from capsexp.errors import RunStopped
+from capsexp.evaluate import Loss, autocast, evaluate, figures, inference
+from capsexp.files import write_whole
+from capsexp.profiler import profiler
+from capsexp.progress import Reporter
+from capsexp.record import Record
+from capsexp.run_dir import RunDir
+from capsexp.schedule import Step
+from capsexp.state import State
+from capsexp.stop_signal import StopSignal
+from capsexp.trainer import Trainer
+
+SHOWN = 16  # pictures whose reconstruction goes to TensorBoard
+
+
+def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, float]:
+    """Train a network in a run directory, from its last checkpoint if there is one, and test it once.
+
+    Args:
+        parts: what `capsexp.build.components` returned.
+        run: the directory, owned by this process.
+        config: the plain config, for TensorBoard's table.
+
+    Returns:
+        The test figures, such as `test/accuracy`, or the last validation's with `trainer.test=none`.
+
+    Raises:
+        RunStopped: a signal, or a loss or gradient that is not finite.
+        UserError: no usable checkpoint; missing data.
+    """
+    settings, device = parts.trainer, parts.device
+    device.prepare()
+    torch.manual_seed(parts.seed)
+
+    # Data
+    training, validation = _read_splits(parts)
+    total = settings.total_steps(len(training))
+
+    # Network, optimiser
+    model = parts.new_model().to(device.torch_device, memory_format=device.memory_format)
+    optimizer = parts.new_optimizer(model.parameters(), lr=parts.learning_rate(Step(0, total)))
+    average = _moving_average(model, settings.ema_decay)
+    state = State(model, optimizer, average)
+    forward: nn.Module = torch.compile(model) if settings.compile else model  # type: ignore[assignment]
+
+    # Resume
+    saved = checkpoint.newest(run.checkpoints, tell=lambda line: print(line, flush=True))
+    if saved is not None:
+        state.restore(saved)
+    run.start(step=state.step)
+    run.write_environment(str(device))
+    record = Record(run.path, start_step=state.step, length=state.recorded, settings=config)
+    reporter = Reporter(total=total, done=state.step)
+    stop, testing = StopSignal(), False
+
+    def save() -> None:
+        reporter.pause()
+        state.recorded = record.length()
+        checkpoint.save(run.checkpoints, state.captured(), step=state.step)
+        if state.best_step is not None:
+            checkpoint.point(run.checkpoints, "best", state.best_step)
+        keep = [] if state.best_step is None else [state.best_step]
+        checkpoint.prune(run.checkpoints, keep_last=2, keep_steps=keep, keep_every=settings.keep_every)
+
+    def stop_if_asked() -> None:
+        if stop.asked():
+            if not testing:  # for the test the weights may have gone back to the best
+                save()
+            raise stop.reason(state.step)
+
+    def mean_figures(batches: Batches, part: str) -> dict[str, float]:
+        subject = forward if average is None else average.module
+        options: dict[str, Any] = {"precision": settings.precision, "at_batch": stop_if_asked}
+        return _prefixed(part, evaluate(subject, batches, parts.loss, Step(state.step, total), **options))
+
+    with _closing(run, record, state), stop, reporter, profiler(run.path, settings.profile) as profile:
+        reporter.say(f"{run.path} on {device}")
+        reporter.say(_introduction(model, training, validation, Step(state.step, total)))
+        if validation is not None and settings.images_every and state.step == 0:
+            _show_reconstructions(record, model, validation, 0)
+        while state.step < total or state.batch > 0:
+            for batch in _training_batches(training, state.epoch, state.batch, settings.overfit):
+                if state.step == total:
+                    break
+                step = Step(state.step, total)
+                learning_rate = parts.learning_rate(step)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate
+                told = _gradients(forward, parts.loss, batch, step, settings)
+                told["gradient_norm"] = _gradient_norm(model, settings.grad_clip)
+                _refuse_non_finite(told, batch, state.step, run)
+                optimizer.step()
+                if average is not None:
+                    average.update_parameters(model)
+                state.step, state.batch = state.step + 1, state.batch + 1
+
+                shown = {name: told[name] for name in told if "/" not in name and name != "gradient_norm"}
+                place = {"epoch": state.epoch + 1, "epochs": settings.max_epochs}
+                reporter.step(state.step, **place, figures=shown, pictures=len(batch.labels))
+                if state.step % settings.log_every == 0 or state.step == total:
+                    scheduled = {"learning_rate": learning_rate, **parts.loss.scheduled(step)}
+                    values = {**_prefixed("train", told), **_prefixed("schedule", scheduled)}
+                    record.metrics(state.step, values, epoch=state.epoch + 1)
+                    record.speed(state.step, {"images_per_second": reporter.images_per_second})
+                    run.heartbeat(state.step)
+                if profile is not None:
+                    profile.step()
+                if state.step % settings.save_every == 0:
+                    save()
+                stop_if_asked()
+
+            # End of an epoch
+            ended = state.epoch + 1
+            last = state.step == total
+            if validation is not None and (ended % settings.validate_every == 0 or last):
+                values = mean_figures(validation, "validation")
+                record.metrics(state.step, values, epoch=ended)
+                state.note_validation(values["validation/accuracy"])
+                reporter.say(f"epoch {ended}: {_sentence(values)}")
+                if ended % settings.images_every == 0 or last:
+                    _show_reconstructions(record, model, validation, state.step)
+            state.epoch, state.batch = state.epoch + 1, 0
+            save()
+
+        # The test set is read here, once, and chooses nothing.
+        testing = True
+        results = {"validation/best_accuracy": state.best_accuracy} if state.best_step is not None else {}
+        if settings.test != "none":
+            if settings.test == "best" and state.best_step is not None:
+                state.restore_weights(checkpoint.load(run.checkpoints / "best.pt"))
+            test = parts.batches(parts.dataset.read("test"), limit=settings.limit_eval_batches)
+            results |= mean_figures(test, "test")
+            reporter.say(f"test set, {test.count} pictures: {_sentence(results)}")
+        record.metrics(state.step, results, epoch=state.epoch)
+        run.say("completed", step=state.step, results=results, exit_code=0)
+    return results
+
+
+def _training_batches(batches: Batches, epoch: int, start: int, overfit: bool) -> Iterator[Batch]:
+    """The batches of an epoch from number `start` on; for overfitting, unshuffled and unaugmented."""
+    if not overfit:
+        return batches.training(epoch, start=start)
+    return (batch for number, batch in enumerate(batches.in_order()) if number >= start)
+
+
+def _read_splits(parts: Parts) -> tuple[Batches, Batches | None]:
+    """Training and validation pictures on the device; None for no validation."""
+    settings = parts.trainer
+    training, validation = parts.dataset.read_training()
+    if settings.overfit:
+        training = validation = Split(
+            training.images[: settings.batch_size], training.labels[: settings.batch_size]
+        )
+    batches = parts.batches(training, limit=settings.limit_train_batches)
+    if validation.count == 0:
+        return batches, None
+    return batches, parts.batches(validation, limit=settings.limit_eval_batches)
+
+
+def _moving_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    if decay is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def _gradients(model: nn.Module, loss: Loss, batch: Batch, step: Step, settings: Trainer) -> dict[str, float]:
+    """Leave the gradient of the batch's mean loss in the parameters; return the batch's figures."""
+    model.zero_grad(set_to_none=True)
+    told: dict[str, float] = {}
+    for part in _parts_of(batch, settings.accumulate):
+        share = len(part.labels) / len(batch.labels)
+        with autocast(part.images.device, settings.precision):
+            output = model(part.images, part.labels)
+            terms = loss(output, part, step)
+        total = torch.stack(list(terms.values())).sum()
+        (total * share if share < 1 else total).backward()
+        for name, value in figures(output, part, terms).items():
+            told[name] = told.get(name, 0.0) + share * value
+    return told
+
+
+def _parts_of(batch: Batch, count: int) -> Iterator[Batch]:
+    if count == 1:
+        yield batch
+    else:
+        size = math.ceil(len(batch.labels) / count)
+        yield from (Batch(*fields) for fields in zip(*(field.split(size) for field in batch), strict=True))
+
+
+def _gradient_norm(model: nn.Module, largest: float | None) -> float:
+    """Norm of the whole gradient, before it is cut to `largest`."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if largest is not None:
+        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm.item()
+
+
+def _refuse_non_finite(told: dict[str, float], batch: Batch, step: int, run: RunDir) -> None:
+    """End the run before a loss or gradient that is no number reaches the weights."""
+    wrong = {name: str(value) for name, value in told.items() if not math.isfinite(value)}
+    if not wrong:
+        return
+    report = {"step": step, "values": wrong, "indices": batch.indices.tolist()}
+    write_whole(run.path / "non_finite.json", lambda file: file.write(json.dumps(report).encode()))
+    good = checkpoint.saved(run.checkpoints)
+    kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+    names = ", ".join(f"{name} is {value}" for name, value in wrong.items())
+    first = ", ".join(map(str, batch.indices[:8].tolist()))
+    where = f"training pictures {first}, … (all in non_finite.json)"
+    raise RunStopped(f"step {step}: {names}, with {where}; {kept}", exit_code=1)
+
+
+def _show_reconstructions(record: Record, model: nn.Module, batches: Batches, step: int) -> None:
+    """Pictures above what the network makes of them, by the class that it takes them for."""
+    batch = next(batches.in_order())
+    with inference(model):
+        output = model(batch.images[:SHOWN])
+    if output.reconstruction is not None:
+        record.pictures(step, "reconstruction", [batch.pixels[:SHOWN], output.reconstruction])
+
+
+@contextlib.contextmanager
+def _closing(run: RunDir, record: Record, state: State) -> Iterator[None]:
+    """However the run ends: say so in status.json and in TensorBoard."""
+    try:
+        yield
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt) or getattr(error, "exit_code", 1) > 128
+        status = "interrupted" if interrupted else "failed"
+        message = str(error) or type(error).__name__
+        run.say(status, step=state.step, error=message, exit_code=getattr(error, "exit_code", 1))
+        record.close(status)
+        raise
+    record.close("completed")
+
+
+def _introduction(model: nn.Module, training: Batches, validation: Batches | None, step: Step) -> str:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    pictures = f"{training.count} training and {validation.count if validation else 0} validation pictures"
+    begin = f"going on at step {step.number} of {step.total}" if step.number else f"{step.total} steps"
+    return f"{type(model).__name__} with {parameters:,} parameters; {pictures}; {begin}"
+
+
+def _prefixed(part: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{part}/{name}": value for name, value in values.items()}
+
+
+def _sentence(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in values.items() if "entropy" not in name)

@@ -95,7 +95,7 @@ class Dataset(ABC):
         """Names of the files that are not there; none for a set that needs no files."""
         return []
 
-    def prepare(self, progress: Progress) -> None:
+    def prepare(self, progress: Progress) -> None:  # noqa: B027 - most sets need nothing
         """Get what is missing; nothing to do for a set that needs no files."""
 
     def problems(self) -> list[str]:

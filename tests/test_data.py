@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -200,9 +197,8 @@ def test_derived_seeds_are_the_same_in_every_process_and_differ_by_every_part():
     seeds = [derive_seed(*part) for part in parts]
     assert len(set(seeds)) == len(parts)
     assert all(0 <= seed < 2**63 for seed in seeds)
-    code = "from capsexp.data import derive_seed; print(derive_seed(0, 1, 2, 'a'))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(result.stdout) == seeds[0]
+    # Frozen: Python's own hash of a string would differ in the next process.
+    assert seeds[0] == 6_302_797_363_194_110_411
 
 
 def test_the_order_of_an_epoch_is_a_fixed_permutation():

@@ -2,8 +2,9 @@
 
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
-from capsexp.data import Part, Split, StoredDataset
+from capsexp.data import Part, Split
 from capsexp.download import RemoteFile, StoredFile
+from capsexp.stored import StoredDataset
 
 URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 FOLDER = "MNIST/raw/"
@@ -18,7 +19,6 @@ class MNIST(StoredDataset):
     """60,000 training and 10,000 test pictures in 10 classes."""
 
     name = "mnist"
-    folder = FOLDER
     classes = tuple("0123456789")
     stored_shape = (1, 28, 28)
     files = (
@@ -44,7 +44,7 @@ class MNIST(StoredDataset):
         ),
     )
 
-    def _needed(self, stored: StoredFile, part: Part) -> bool:
+    def _needs(self, stored: StoredFile, part: Part) -> bool:
         return stored.name.startswith(FOLDER + ("train" if part == "train" else "t10k"))
 
     def _load(self, part: Part) -> Split:

@@ -1,0 +1,36 @@
+"""SVHN, cropped digits: house numbers in street photographs, 32x32, colour."""
+
+import torch
+from torchvision import datasets
+
+from capsexp.data import Part, Split
+from capsexp.download import RemoteFile, StoredFile
+from capsexp.stored import StoredDataset
+
+URL = "https://ufldl.stanford.edu/housenumbers/"
+FOLDER = "svhn/"
+
+
+def _file(name: str, sha256: str) -> RemoteFile:
+    return RemoteFile(FOLDER + name, URL + name, sha256, (StoredFile(FOLDER + name, f"sha256:{sha256}"),))
+
+
+class SVHN(StoredDataset):
+    """73,257 training and 26,032 test pictures in 10 classes, without the additional set."""
+
+    name = "svhn"
+    classes = tuple("0123456789")
+    stored_shape = (3, 32, 32)
+    files = (
+        _file("train_32x32.mat", "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8"),
+        _file("test_32x32.mat", "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b"),
+    )
+
+    def _needs(self, stored: StoredFile, part: Part) -> bool:
+        return stored.name.startswith(FOLDER + part)
+
+    def _load(self, part: Part) -> Split:
+        self._verified(part)
+        # In the files the digit 0 is class 10; torchvision makes it class 0.
+        source = datasets.SVHN(str(self.root / FOLDER), split=part, download=False)
+        return Split(torch.from_numpy(source.data).contiguous(), torch.from_numpy(source.labels))

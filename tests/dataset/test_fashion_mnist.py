@@ -1,0 +1,33 @@
+import pytest
+from torchvision import datasets
+
+from capsexp.dataset.fashion_mnist import FOLDER, FashionMNIST
+from capsexp.download import DataError
+from capsexp.preprocess import Preprocess
+
+
+def fashion_mnist(root):
+    preprocess = Preprocess(
+        resize=None, shift=2, crop=None, flip=False, brightness=0, contrast=None, standardise=False
+    )
+    return FashionMNIST(root=str(root), download=False, validation=5000, split_seed=0, preprocess=preprocess)
+
+
+def test_names_and_files_are_those_of_torchvision():
+    assert list(FashionMNIST.classes) == datasets.FashionMNIST.classes
+    published = [name for name, _ in datasets.FashionMNIST.resources]
+    assert sorted(remote.name for remote in FashionMNIST.files) == sorted(FOLDER + name for name in published)
+    assert all(remote.url.startswith("https://") for remote in FashionMNIST.files)
+
+
+def test_mnist_under_its_name_is_refused(tmp_path):
+    (tmp_path / FOLDER).mkdir(parents=True)
+    for remote in FashionMNIST.files:
+        (tmp_path / remote.holds[0].name).write_bytes(b"something else")
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte is damaged or .*: expected md5 f4a8"):
+        fashion_mnist(tmp_path).read("train")
+
+
+def test_missing_and_offline_says_what_to_do(tmp_path):
+    with pytest.raises(DataError, match="data set fashion_mnist is not complete under"):
+        fashion_mnist(tmp_path).read("test")

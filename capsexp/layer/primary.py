@@ -28,7 +28,15 @@ class PrimaryCaps(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, *, types: int, dim: int, kernel: int, stride: int, padding: str, scale: float
+        self,
+        in_channels: int,
+        *,
+        types: int,
+        dim: int,
+        kernel: int,
+        stride: int,
+        padding: str,
+        scale: int | float,
     ) -> None:
         super().__init__()
         if padding not in PADDINGS:

@@ -16,7 +16,7 @@ class CrossEntropy:
     Raises: ValueError: a negative weight.
     """
 
-    def __init__(self, *, reconstruction_weight: Schedule | float) -> None:
+    def __init__(self, *, reconstruction_weight: Schedule | int | float) -> None:
         self.reconstruction_weight = weight_schedule(reconstruction_weight)
 
     def __call__(self, output: Output, batch: Batch, step: Step) -> dict[str, Tensor]:

@@ -23,7 +23,12 @@ class Margin:
     """
 
     def __init__(
-        self, *, present: float, absent: float, down_weight: float, reconstruction_weight: Schedule | float
+        self,
+        *,
+        present: int | float,
+        absent: int | float,
+        down_weight: int | float,
+        reconstruction_weight: Schedule | int | float,
     ) -> None:
         if not 0 <= absent < present <= 1:
             raise ValueError(
@@ -58,8 +63,10 @@ def reconstruction_term(output: Output, batch: Batch, weight: float) -> dict[str
     return {"reconstruction": weight * error.square().flatten(1).sum(1).mean()}
 
 
-def weight_schedule(weight: Schedule | float) -> Schedule:
+def weight_schedule(weight: Schedule | int | float) -> Schedule:
     """`as_schedule` for a value named reconstruction_weight, which a plain number must not make negative."""
-    if not callable(weight) and weight < 0:
+    if callable(weight):
+        return weight
+    if weight < 0:
         raise ValueError(f"reconstruction_weight must be >= 0, got {weight}")
-    return as_schedule(weight)
+    return as_schedule(float(weight))

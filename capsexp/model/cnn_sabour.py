@@ -33,7 +33,7 @@ class CNN(nn.Module):
         conv_channels: Sequence[int],
         kernel: int,
         hidden: Sequence[int],
-        dropout: float,
+        dropout: int | float,
     ) -> None:
         super().__init__()
         if not 0 <= dropout < 1:

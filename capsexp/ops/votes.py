@@ -30,20 +30,20 @@ def make_votes(poses: Float[Tensor, "B I K"], weight: Float[Tensor, "I K J D"]) 
     return by_parent.transpose(1, 2)
 
 
-def images_per_piece(bytes_per_image: int, *, budget_mib: float | None, device: torch.device) -> int:
+def images_per_piece(bytes_per_image: int, *, budget: int | None, device: torch.device) -> int:
     """How many pictures' votes fit the budget; at least one.
 
     Args:
         bytes_per_image: size of the votes of one picture.
-        budget_mib: the budget in MiB; None chooses by device.
+        budget: in bytes; None chooses by device.
         device: where the votes will lie.
     """
-    if budget_mib is None:
+    if budget is None:
         # On a CPU the votes of a piece should stay in the cache from one pass of the routing to the next: of
         # the piece sizes tried for the MNIST network, 16 pictures (11.3 MiB) were the fastest. An accelerator
         # wants large pieces, and there the budget only keeps many classes from exhausting its memory.
-        budget_mib = 12 if device.type == "cpu" else 1024
-    return max(1, int(budget_mib * MIB) // bytes_per_image)
+        budget = (12 if device.type == "cpu" else 1024) * MIB
+    return max(1, budget // bytes_per_image)
 
 
 def in_pieces(route: Callable[..., Routed], *inputs: Float[Tensor, "B ..."], images: int) -> Routed:

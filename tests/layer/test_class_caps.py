@@ -1,0 +1,105 @@
+import functools
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from capsexp.capsules import Capsules
+from capsexp.layer.class_caps import ClassCaps
+from capsexp.ops.votes import make_votes
+from capsexp.routing.dynamic import DynamicRouting
+from capsexp.routing.uniform import UniformRouting
+
+MIB = 2**20
+
+
+def dynamic(**changes):
+    options = {"iterations": 3, "prior": "zero", "bias": False, "leaky": False, "detach": False}
+    return functools.partial(DynamicRouting, **{**options, "implementation": "auto", **changes})
+
+
+def capsules(*shape, dtype=torch.float32):
+    poses = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return Capsules(poses, poses.norm(dim=2))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Size of the largest tensor that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [one.untyped_storage().nbytes() for one in tree_leaves(result) if torch.is_tensor(one)]
+        self.size = max([self.size, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("implementation", ["fused", "reference"])
+def test_a_hundred_classes_never_hold_the_votes_of_the_whole_batch(implementation):
+    torch.manual_seed(0)
+    routing = dynamic(implementation=implementation)
+    layer = ClassCaps(32, 1, 100, 16, routing=routing, votes_mib=0.5)  # 0.2 MiB of votes per picture
+    votes_of_the_batch = 32 * 32 * 100 * 16 * 4
+    stored = []
+    with LargestTensor() as largest, saved_tensors_hooks(lambda t: stored.append(t.nbytes) or t, lambda t: t):
+        layer(capsules(32, 32, 1)).activations.sum().backward()
+    assert largest.size <= MIB / 2 < votes_of_the_batch / 10
+    assert sum(stored) < votes_of_the_batch / 10
+
+
+@pytest.mark.parametrize(
+    "routing", [dynamic(prior="learned", bias=True), functools.partial(UniformRouting, bias=True)]
+)
+def test_pieces_give_the_same_result_and_gradients(routing):
+    results = []
+    for votes_mib in (1.0, 0.01):  # a piece is one picture
+        torch.manual_seed(0)
+        layer = ClassCaps(30, 4, 5, 8, routing=routing, votes_mib=votes_mib).double()
+        inputs = capsules(3, 30, 4, dtype=torch.float64)
+        inputs.poses.requires_grad_()
+        routed = layer(inputs)
+        loss = sum(field.square().sum() for field in routed)
+        results.append((*routed, *torch.autograd.grad(loss, [inputs.poses, *layer.parameters()])))
+    for whole, pieces in zip(*results, strict=True):
+        torch.testing.assert_close(pieces, whole, rtol=1e-10, atol=1e-12)
+
+
+def test_layer_routes_its_votes():
+    layer = ClassCaps(6, 4, 5, 8, routing=dynamic(), votes_mib=None)
+    inputs = capsules(3, 6, 4)
+    expected = layer.routing(make_votes(inputs.poses, layer.weight), inputs.activations)
+    for one, other in zip(layer(inputs), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_capsules_of_length_zero_give_finite_gradients():
+    layer = ClassCaps(6, 4, 5, 8, routing=dynamic(), votes_mib=None)
+    inputs = Capsules(torch.zeros(2, 6, 4, requires_grad=True), torch.zeros(2, 6))
+    routed = layer(inputs)
+    routed.activations.sum().backward()
+    assert not routed.poses.any()
+    assert inputs.poses.grad.isfinite().all()
+    assert layer.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("votes_mib", [None, 0.001])
+def test_autocast_makes_and_routes_votes_in_float32(votes_mib):
+    layer = ClassCaps(6, 4, 5, 8, routing=dynamic(), votes_mib=votes_mib)
+    inputs = capsules(3, 6, 4, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        routed = layer(inputs)
+        routed.activations.sum().backward()
+    expected = layer(Capsules(inputs.poses.float(), inputs.activations.float()))
+    torch.testing.assert_close(routed.poses, expected.poses, rtol=1e-6, atol=1e-7)
+    assert layer.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("votes_mib", [0.0, -1.0])
+def test_a_budget_without_room_is_refused(votes_mib):
+    with pytest.raises(ValueError, match=f"votes_mib must be > 0 or null, got {votes_mib}"):
+        ClassCaps(6, 4, 5, 8, routing=dynamic(), votes_mib=votes_mib)

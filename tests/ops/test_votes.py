@@ -1,0 +1,75 @@
+import pytest
+import torch
+from torch import nn
+
+from capsexp.capsules import Routed
+from capsexp.ops.votes import MIB, images_per_piece, in_pieces, make_votes
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_votes_are_each_pose_times_its_matrix():
+    poses, weight = torch.randn(3, 5, 2).double(), torch.randn(5, 2, 4, 6).double()
+    votes = make_votes(poses, weight)
+    for b, i, j in [(0, 0, 0), (2, 4, 3), (1, 2, 1)]:
+        torch.testing.assert_close(votes[b, i, j], weight[i, :, j].T @ poses[b, i])
+    torch.testing.assert_close(votes, torch.einsum("bik,ikjd->bijd", poses, weight))
+
+
+def test_votes_lie_in_memory_as_routing_reads_them():
+    assert make_votes(torch.randn(3, 5, 2), torch.randn(5, 2, 4, 6)).transpose(1, 2).is_contiguous()
+
+
+def test_votes_pass_gradcheck():
+    poses, weight = torch.randn(2, 3, 2).double(), torch.randn(3, 2, 2, 4).double()
+    assert torch.autograd.gradcheck(make_votes, (poses.requires_grad_(), weight.requires_grad_()))
+
+
+@pytest.mark.parametrize(
+    ("budget", "device", "images"),
+    [(None, CPU, 12), (None, CUDA, 1024), (3 * MIB, CPU, 3), (3 * MIB - 1, CUDA, 2), (1, CPU, 1)],
+)
+def test_pieces_fit_the_budget_and_hold_at_least_one_picture(budget, device, images):
+    assert images_per_piece(MIB, budget=budget, device=device) == images
+
+
+def test_a_batch_that_fits_is_routed_in_one_call():
+    sizes = []
+    in_pieces(spy(sizes), torch.randn(4, 3, 2), torch.randn(4, 3), images=4)
+    assert sizes == [4]
+
+
+def test_a_larger_batch_is_routed_in_pieces_once_forward_and_once_backward():
+    sizes = []
+    poses = torch.randn(7, 3, 2, requires_grad=True)
+    routed = in_pieces(spy(sizes), poses, torch.randn(7, 3), images=3)
+    assert sizes == [3, 3, 1]
+    assert [len(field) for field in routed] == [7, 7, 7]
+    routed.poses.sum().backward()
+    assert sorted(sizes) == [1, 1, 3, 3, 3, 3]
+
+
+def test_pieces_give_the_same_values_and_gradients():
+    layer = nn.Linear(2, 4).double()
+
+    def route(poses, activations):
+        j = layer(poses).tanh()
+        return Routed(j, j.sum(2) * activations, j @ j.mT)
+
+    poses, activations = torch.randn(7, 3, 2).double(), torch.randn(7, 3).double()
+    results = []
+    for images in (7, 2):
+        poses.requires_grad_()
+        routed = in_pieces(route, poses, activations, images=images)
+        loss = sum((field**2).sum() for field in routed)
+        results.append((*routed, *torch.autograd.grad(loss, [poses, *layer.parameters()])))
+    for whole, pieces in zip(*results, strict=True):
+        torch.testing.assert_close(whole, pieces, rtol=1e-12, atol=1e-12)
+
+
+def spy(sizes):
+    def route(poses, activations):
+        sizes.append(len(poses))
+        return Routed(poses.tanh(), poses.tanh().sum(2), poses.tanh())
+
+    return route

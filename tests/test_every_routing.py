@@ -1,0 +1,97 @@
+"""What every routing algorithm promises. A new conf/routing/*.yaml is under test by existing."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+ROUTINGS = sorted((Path(__file__).parents[1] / "conf" / "routing").glob("*.yaml"))
+SHAPES = [(3, 7, 4, 16), (2, 1, 3, 16), (2, 5, 1, 16), (1, 1, 1, 16)]
+
+pytestmark = pytest.mark.parametrize("path", ROUTINGS, ids=lambda path: path.stem)
+
+
+def build(path, in_caps, out_caps, pose_dim, dtype=torch.float64):
+    node = yaml.safe_load(path.read_text())
+    module, name = node.pop("_target_").rsplit(".", 1)
+    assert node.pop("_partial_") is True
+    torch.manual_seed(0)
+    make = getattr(importlib.import_module(module), name)
+    return make(in_caps, out_caps, pose_dim, **node).to(dtype)
+
+
+def random(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    votes = torch.randn(*shape, dtype=torch.float64, generator=generator)
+    return votes, torch.rand(*shape[:2], dtype=torch.float64, generator=generator)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_results_have_the_promised_shapes_and_ranges(path, shape):
+    batch, children, parents, dim = shape
+    routed = build(path, *shape[1:])(*random(*shape))
+    assert routed.poses.shape == (batch, parents, dim)
+    assert routed.activations.shape == (batch, parents)
+    assert routed.coupling.shape == (batch, children, parents)
+    assert ((routed.activations >= 0) & (routed.activations <= 1)).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_coupling_sums_to_one_over_parents(path, shape):
+    coupling = build(path, *shape[1:])(*random(*shape)).coupling
+    total = coupling.sum(2)
+    assert (coupling >= 0).all()
+    if yaml.safe_load(path.read_text()).get("leaky"):
+        assert (total <= 1).all()
+    else:
+        torch.testing.assert_close(total, torch.ones_like(total))
+
+
+def test_permuting_the_children_is_invisible(path):
+    votes, activations = random(3, 7, 4, 16)
+    routing, order = build(path, 7, 4, 16), torch.randperm(7)
+    before, after = routing(votes, activations), routing(votes[:, order], activations[:, order])
+    torch.testing.assert_close(after.poses, before.poses)
+    torch.testing.assert_close(after.activations, before.activations)
+    torch.testing.assert_close(after.coupling, before.coupling[:, order])
+
+
+def test_a_picture_alone_is_routed_as_in_a_batch(path):
+    votes, activations = random(5, 7, 4, 16)
+    routing = build(path, 7, 4, 16)
+    batch = routing(votes, activations)
+    for picture in range(5):
+        alone = routing(votes[picture : picture + 1], activations[picture : picture + 1])
+        for one, other in zip(alone, batch, strict=True):
+            torch.testing.assert_close(one[0], other[picture])
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_votes_without_contrast_give_finite_values_and_gradients(path, shape, fill):
+    votes = torch.full(shape, fill, dtype=torch.float64, requires_grad=True)
+    activations = torch.full(shape[:2], fill, dtype=torch.float64, requires_grad=True)
+    routing = build(path, *shape[1:])
+    routed = routing(votes, activations)
+    sum(field.sum() for field in routed).backward()
+    gradients = [votes.grad, activations.grad, *(one.grad for one in routing.parameters())]
+    for tensor in (*routed, *(one for one in gradients if one is not None)):
+        assert tensor.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_results_keep_the_dtype_of_the_votes(path, dtype):
+    votes, activations = random(3, 7, 4, 16)
+    routed = build(path, 7, 4, 16, dtype)(votes.to(dtype), activations.to(dtype))
+    assert {field.dtype for field in routed} == {dtype}
+
+
+def test_gradients_reach_the_votes_and_every_parameter(path):
+    votes, activations = random(3, 7, 4, 16)
+    routing = build(path, 7, 4, 16)
+    routed = routing(votes.requires_grad_(), activations)
+    (routed.activations.square().sum() + routed.poses.sum()).backward()
+    for tensor in (votes, *routing.parameters()):
+        assert tensor.grad.any()

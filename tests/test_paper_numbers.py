@@ -1,0 +1,78 @@
+"""Parameters as the papers count them, on the meta device, through the configs that users have."""
+
+import pytest
+import torch
+from torch import nn
+
+from capsexp.build import build
+from capsexp.config import compose, plain
+
+
+def network(*overrides: str, image_shape: tuple[int, int, int], classes: int = 10) -> nn.Module:
+    node = plain(compose("train", list(overrides), config_dir=None))["model"]
+    with torch.device("meta"):
+        return build(node, at="model", image_shape=image_shape, classes=classes)
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+CAPSNET = "model=dynamic_routing"
+BIAS = "routing.bias=true"
+NO_DECODER = "model.decoder=null"
+CIFAR = ["model.primary_types=64", "model.padding=same"]
+
+
+# Sabour et al. 2017: 6.8M and 8.2M (section 5.1), 11.36M (section 6). The figures for other pictures include
+# the bias of the class capsules, which the authors' code has.
+@pytest.mark.parametrize(
+    ("overrides", "image_shape", "classes", "expected"),
+    [
+        ([], (1, 28, 28), 10, 8_215_568),
+        ([NO_DECODER], (1, 28, 28), 10, 6_804_224),
+        ([BIAS], (1, 28, 28), 10, 8_215_728),
+        ([BIAS, NO_DECODER], (1, 28, 28), 10, 6_804_384),
+        ([BIAS], (1, 36, 36), 10, 11_361_968),
+        ([BIAS, NO_DECODER], (1, 36, 36), 10, 9_425_824),
+        ([BIAS], (1, 40, 40), 10, 13_475_808),
+        ([BIAS, NO_DECODER], (1, 40, 40), 10, 11_228_064),
+        ([BIAS, NO_DECODER], (2, 32, 32), 5, 6_661_200),
+        ([BIAS, NO_DECODER, *CIFAR], (3, 24, 24), 10, 22_476_448),
+    ],
+)
+def test_capsnet_has_the_papers_number_of_parameters(overrides, image_shape, classes, expected):
+    assert count(network(CAPSNET, *overrides, image_shape=image_shape, classes=classes)) == expected
+
+
+def test_the_parts_of_capsnet_have_the_papers_number_of_parameters():
+    net = network(CAPSNET, image_shape=(1, 28, 28))
+    counts = {name: count(part) for name, part in net.named_children()}
+    assert counts == {
+        "conv": 20_992,
+        "primary_caps": 5_308_672,
+        "class_caps": 1_474_560,
+        "decoder": 1_411_344,
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "image_shape", "children"),
+    [
+        ([], (1, 28, 28), 32 * 6 * 6),
+        ([], (1, 36, 36), 32 * 10 * 10),
+        ([], (1, 40, 40), 32 * 12 * 12),
+        ([], (2, 32, 32), 32 * 8 * 8),
+        (CIFAR, (3, 24, 24), 64 * 12 * 12),
+    ],
+)
+def test_primary_capsules_are_as_many_as_in_the_paper(overrides, image_shape, children):
+    assert network(CAPSNET, *overrides, image_shape=image_shape).class_caps.weight.shape[0] == children
+
+
+def test_uniform_coupling_changes_no_parameter():
+    assert count(network(CAPSNET, "routing=uniform", image_shape=(1, 28, 28))) == 8_215_568
+
+
+def test_baseline_has_the_papers_number_of_parameters():
+    assert count(network("model=cnn_sabour", image_shape=(1, 28, 28))) == 35_445_522

@@ -71,6 +71,8 @@ def components(config: dict[str, Any], *, plugins: Sequence[str]) -> Parts:
         line for group, node in config.items() for line in _node_problems(node, group, tuple(plugins))
     ]
     problems += [] if _is_seed(config["seed"]) else [f"seed: must be an integer >= 0, got {config['seed']!r}"]
+    if config.get("routing") is not None and "routing" not in config["model"]:
+        problems.append("routing: the chosen model has no routing; leave it out, or choose another model")
     if problems:
         raise UserError(*problems)
     built: dict[str, Any] = {}

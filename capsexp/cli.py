@@ -29,6 +29,7 @@ COMMANDS = {
     "bench": "speed and memory beside the same network without routing: capsexp bench [GROUP=OPTION]",
     "doctor": "versions, devices, data sets, compiler, and what each would enable",
 }
+DATA_ACTIONS = ("list", "prepare", "verify")
 USAGE = "usage: capsexp COMMAND …\n\n" + "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())
 
 
@@ -121,14 +122,19 @@ def _bench(arguments: list[str]) -> int:
 
 
 def _data(arguments: list[str]) -> int:
-    from capsexp.prepare import COMMANDS as ACTIONS
-    from capsexp.prepare import run
-
     action, *rest = arguments or ["list"]
-    if action not in ACTIONS:
-        raise UserError(f"unknown command 'data {action}'{config.nearest(action, ACTIONS)}")
+    if action not in DATA_ACTIONS:
+        raise UserError(f"unknown command 'data {action}'{config.nearest(action, DATA_ACTIONS)}")
     names = [text for text in rest if "=" not in text]
-    return run(action, _datasets([text for text in rest if "=" in text], names or None))
+    datasets = _datasets([text for text in rest if "=" in text], names or None)
+    from capsexp import prepare
+
+    if action == "list":
+        prepare.print_list(datasets)
+        return 0
+    if action == "prepare" and not names:
+        raise UserError(f"capsexp data prepare needs names: {', '.join(datasets)}")
+    return prepare.work_through(action, datasets)
 
 
 def _doctor(arguments: list[str]) -> int:

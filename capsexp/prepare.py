@@ -1,8 +1,13 @@
-"""What `capsexp data list`, `prepare` and `verify` do. The command line prints what comes back."""
+"""What `capsexp data list`, `prepare` and `verify` do."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import Progress as Bars
+from rich.progress import TaskID
+from rich.table import Table
 
 from capsexp.data import Dataset
 from capsexp.download import DataError, Progress
@@ -29,6 +34,34 @@ def list_datasets(datasets: Mapping[str, Dataset]) -> list[DatasetRow]:
         DatasetRow(name, _state(dataset), _size(dataset.folder), dataset.folder)
         for name, dataset in sorted(datasets.items())
     ]
+
+
+def print_list(datasets: Mapping[str, Dataset]) -> None:
+    """A table of the data sets."""
+    table = Table("data set", "state", "MB on disk", "folder")
+    for row in list_datasets(datasets):
+        table.add_row(row.name, row.state, f"{row.size / 1e6:.0f}", str(row.folder or ""))
+    Console().print(table)
+
+
+def work_through(action: str, datasets: Mapping[str, Dataset]) -> int:
+    """`prepare` or `verify` data sets one after the other. Returns 0 if all can be used, otherwise 1."""
+    console = Console(soft_wrap=True, highlight=False)
+    with Bars(console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what)
+            bars.update(tasks[what], completed=done, total=total or None)
+
+        codes = [
+            prepare(dataset, say=console.print, progress=progress)
+            if action == "prepare"
+            else verify(dataset, say=console.print)
+            for dataset in datasets.values()
+        ]
+    return max(codes, default=0)
 
 
 def prepare(dataset: Dataset, *, say: Say, progress: Progress) -> int:

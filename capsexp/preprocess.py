@@ -90,7 +90,7 @@ class Preprocess:
         """The whole set at the size of `resize`, antialiased."""
         if self.resize is None or tuple(images.shape[2:]) == self.resize:
             return images
-        return torch.cat([_resize(chunk, self.resize) for chunk in torch.split(images, RESIZE_CHUNK)])
+        return torch.cat([resized(chunk, self.resize) for chunk in torch.split(images, RESIZE_CHUNK)])
 
     def train(self, images: UInt8[Tensor, "B C H W"], generator: torch.Generator) -> Preprocessed:
         """A training batch, each picture with its own draws from `generator` (a CPU generator)."""
@@ -167,9 +167,12 @@ def _to_unit(images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
     return images.to(torch.float32).div_(255)
 
 
-def _resize(images: UInt8[Tensor, "N C H W"], size: tuple[int, int]) -> UInt8[Tensor, "N C h w"]:
-    resized = F.interpolate(images.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
-    return resized.round_().clamp_(0, 255).to(torch.uint8)
+def resized(images: UInt8[Tensor, "N C H W"], size: tuple[int, int]) -> UInt8[Tensor, "N C h w"]:
+    """Pictures at another size, antialiased."""
+    larger_or_smaller = F.interpolate(
+        images.float(), size=size, mode="bilinear", antialias=True, align_corners=False
+    )
+    return larger_or_smaller.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _at_least(name: str, value: int, lowest: int) -> int:

@@ -102,8 +102,8 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
                 learning_rate = parts.learning_rate(step)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
-                told = _gradients(forward, parts.loss, batch, step, settings)
-                told["gradient_norm"] = _gradient_norm(model, settings.grad_clip)
+                told = gradients(forward, parts.loss, batch, step, settings)
+                told["gradient_norm"] = gradient_norm(model, settings.grad_clip)
                 _refuse_non_finite(told, batch, state.step, run)
                 optimizer.step()
                 if average is not None:
@@ -179,7 +179,7 @@ def _moving_average(model: nn.Module, decay: float | None) -> AveragedModel | No
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
-def _gradients(model: nn.Module, loss: Loss, batch: Batch, step: Step, settings: Trainer) -> dict[str, float]:
+def gradients(model: nn.Module, loss: Loss, batch: Batch, step: Step, settings: Trainer) -> dict[str, float]:
     """Leave the gradient of the batch's mean loss in the parameters; return the batch's figures."""
     model.zero_grad(set_to_none=True)
     told: dict[str, float] = {}
@@ -203,7 +203,7 @@ def _parts_of(batch: Batch, count: int) -> Iterator[Batch]:
         yield from (Batch(*fields) for fields in zip(*(field.split(size) for field in batch), strict=True))
 
 
-def _gradient_norm(model: nn.Module, largest: float | None) -> float:
+def gradient_norm(model: nn.Module, largest: float | None) -> float:
     """Norm of the whole gradient, before it is cut to `largest`."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])

@@ -85,7 +85,7 @@ class ImageFolder(Dataset):
         found = []
         for picture in (p for part in self._pictures.values() for p in part):
             try:
-                _decode(picture.path, self.stored_shape[0])
+                decode(picture.path, self.stored_shape[0])
             except DataError as error:
                 found.append(str(error))
         return found
@@ -94,7 +94,7 @@ class ImageFolder(Dataset):
         pictures = self._pictures[part]
         # Resized one by one: the whole set at its size on disk may not fit into memory, or into one tensor.
         images = [
-            self.preprocess.resize_all(_decode(picture.path, self.stored_shape[0])[None])
+            self.preprocess.resize_all(decode(picture.path, self.stored_shape[0])[None])
             for picture in pictures
         ]
         return Split(torch.cat(images), torch.tensor([picture.label for picture in pictures]))
@@ -189,13 +189,18 @@ def _common_size(headers: Sequence[_Header]) -> tuple[int, int]:
     return (first.height, first.width)
 
 
-def _decode(path: str, channels: int) -> UInt8[Tensor, "C H W"]:
+def decode(path: str, channels: int) -> UInt8[Tensor, "C H W"]:
+    """A picture file as bytes with 1 or 3 channels, converted as `ImageFolder` says.
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
     try:
         with Image.open(path) as image:
             turned = ImageOps.exif_transpose(image) if image.format in CAMERA_FORMATS else image
             pixels = np.array(_converted(turned, channels))
     except Exception as error:  # PIL raises many kinds for a file that it cannot decode
-        raise DataError(f"image_folder: {path} is damaged and cannot be decoded: {error}") from error
+        raise DataError(f"{path} is damaged and cannot be decoded: {error}") from error
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
 
 

@@ -67,9 +67,7 @@ def components(config: dict[str, Any], *, plugins: Sequence[str]) -> Parts:
     Raises:
         UserError: every problem that was found, one line each.
     """
-    problems = [
-        line for group, node in config.items() for line in _node_problems(node, group, tuple(plugins))
-    ]
+    problems = list(_static_problems(config, plugins))
     problems += [] if _is_seed(config["seed"]) else [f"seed: must be an integer >= 0, got {config['seed']!r}"]
     if config.get("routing") is not None and "routing" not in config["model"]:
         problems.append("routing: the chosen model has no routing; leave it out, or choose another model")
@@ -193,6 +191,13 @@ def _naming(target: Callable[..., Any], at: str) -> Callable[..., Any]:
             raise UserError(f"{at}: {error}") from error
 
     return make
+
+
+def _static_problems(config: dict[str, Any], plugins: Sequence[str]) -> Iterator[str]:
+    for key, node in config.items():
+        if key == "model" and node.get("routing") == config.get("routing"):
+            node = {**node, "routing": {}}  # judged once, under its own name
+        yield from _node_problems(node, key, plugins)
 
 
 def _node_problems(node: Any, at: str, plugins: Sequence[str]) -> Iterator[str]:

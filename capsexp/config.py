@@ -122,8 +122,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or same_leaf[:1]
     if not close:
         leaves = {key.rsplit(".", 1)[-1]: key for key in known}
-        close = [leaves[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1)]
-    return f": did you mean {close[0]!r}?" if close else f"; there is {', '.join(known)}"
+        leaf = name.rsplit(".", 1)[-1]
+        close = [leaves[one] for one in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
+    if close:
+        return f": did you mean {close[0]!r}?"
+    return f"; there is {', '.join(known)}" if len(known) <= 20 else ""
 
 
 def _compose(config_name: str, overrides: list[str]) -> DictConfig:

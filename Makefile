@@ -1,0 +1,44 @@
+# make demo: everything from nothing to a trained, tested capsule network.   make test: the same for the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+# Changes when what has to be installed changes, so a second `make` installs nothing.
+INSTALLED := .venv/installed-$(shell cat pyproject.toml Makefile | cksum | cut -d' ' -f1)
+DEMO := outputs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(INSTALLED):
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "capsexp needs Python 3.11 to 3.13, $(PYTHON) is another: make PYTHON=python3.12 …"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	rm -f .venv/installed-*
+	touch $@
+
+demo: $(INSTALLED) ## train a small CapsNet on embedded digits (under a minute), evaluate it, show where it is
+	rm -rf $(DEMO)
+	$(BIN)/capsexp train run=$(DEMO)
+	$(BIN)/capsexp eval run=$(DEMO)
+	@echo
+	@echo "The run is in $(DEMO). Its curves and reconstructions:"
+	@echo "  $(BIN)/tensorboard --logdir $(DEMO)    then open http://localhost:6006"
+
+test: $(INSTALLED) ## all tests
+	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -o addopts="--strict-markers --import-mode=importlib -m compile"
+
+lint: $(INSTALLED) ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment and caches; runs in outputs/ stay
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

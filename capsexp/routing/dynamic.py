@@ -166,10 +166,10 @@ class _FusedRouting(torch.autograd.Function):
         passes: list[Tensor] = []
         for iteration in range(iterations):
             if iteration > 0:
-                agreement = torch.linalg.vecdot(votes, passes[-1].unsqueeze(2))
+                agreement = _agreement(votes, passes[-1])
                 logits = agreement if logits is None else logits + agreement
             coupling = _coupling(logits, votes, leaky=leaky)
-            total = torch.matmul(coupling.unsqueeze(2), votes).squeeze(2)
+            total = _weighted_sum(coupling, votes)
             total = total if bias is None else total + bias
             passes += [coupling, total, squash(total)]
         ctx.save_for_backward(votes, *(passes[-3:] if detach else passes))
@@ -187,13 +187,13 @@ class _FusedRouting(torch.autograd.Function):
         right: list[Tensor] = []
         for coupling, total, poses in reversed(passes):
             if d_logits is not None:
-                d_poses = torch.matmul(d_logits.unsqueeze(2), votes).squeeze(2)
+                d_poses = _weighted_sum(d_logits, votes)
                 left, right = [*left, d_logits], [*right, poses]
             d_totals.append(_backward_or_zero(total, d_poses))
             left, right = [*left, coupling], [*right, d_totals[-1]]
             if poses is passes[0][2] and not ctx.needs_input_grad[1]:
-                break  # the first pass's coupling is a constant
-            here = torch.linalg.vecdot(votes, d_totals[-1].unsqueeze(2))
+                break  # the logits before this pass are constants
+            here = _agreement(votes, d_totals[-1])
             here = here if d_coupling is None or d_logits is not None else here + d_coupling
             here = coupling * (here - (coupling * here).sum(1, keepdim=True))  # softmax backward
             d_logits = here if d_logits is None else d_logits + here
@@ -201,6 +201,16 @@ class _FusedRouting(torch.autograd.Function):
         d_prior = d_logits.sum(0).T if ctx.needs_input_grad[1] and d_logits is not None else None
         d_bias = torch.stack(d_totals).sum((0, 1)) if ctx.needs_input_grad[2] else None
         return d_votes, d_prior, d_bias, None, None, None
+
+
+def _weighted_sum(weights: Float[Tensor, "B J I"], votes: Float[Tensor, "B J I D"]) -> Float[Tensor, "B J D"]:
+    return torch.matmul(weights.unsqueeze(2), votes).squeeze(2)
+
+
+def _agreement(votes: Float[Tensor, "B J I D"], poses: Float[Tensor, "B J D"]) -> Float[Tensor, "B J I"]:
+    # A row vector times a transposed matrix: on a CPU two to four times as fast as the matrix times a column,
+    # and as multiplying and summing.
+    return torch.matmul(poses.unsqueeze(2), votes.transpose(2, 3)).squeeze(2)
 
 
 def _coupling(logits: Tensor | None, votes: Tensor, *, leaky: bool) -> Tensor:

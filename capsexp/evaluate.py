@@ -121,7 +121,7 @@ def evaluate_run(parts: Parts, config: Mapping[str, Any]) -> dict[str, float]:
     split = (
         parts.dataset.read("test") if part == "test" else parts.dataset.read_training()[part == "validation"]
     )
-    if split.count == 0:
+    if split.size == 0:
         raise UserError("part=validation: this run had no validation pictures (dataset.validation=0)")
     batches = parts.batches(split, limit=parts.trainer.limit_eval_batches)
     values = evaluate(model, batches, parts.loss, step, precision=parts.trainer.precision)

@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Mapping
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -29,7 +28,7 @@ class Reporter:
         self._last_line = 0.0
         self._speed = Speedometer()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Reporter":
         if self._bar:
             self._bar.start()
         return self

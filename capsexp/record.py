@@ -36,11 +36,10 @@ class Record:
     """
 
     def __init__(self, path: Path, *, start_step: int, length: int, settings: Mapping[str, Any]) -> None:
-        self._metrics = open(path / "metrics.jsonl", "ab")  # noqa: SIM115 - closed in close()
-        if self._metrics.tell() < length:
-            raise UserError(
-                f"{path}/metrics.jsonl is shorter than its checkpoint knows: it was changed by hand"
-            )
+        metrics = path / "metrics.jsonl"
+        if length > (metrics.stat().st_size if metrics.exists() else 0):
+            raise UserError(f"{metrics} is shorter than when its checkpoint was made")
+        self._metrics = open(metrics, "ab")  # noqa: SIM115 - closed in close()
         self._metrics.seek(self._metrics.truncate(length))
         # purge_step=0 on the first start too: the loader in Python judges by the first writer alone.
         self._writer = SummaryWriter(str(path / "tb"), purge_step=start_step, flush_secs=10)

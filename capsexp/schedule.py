@@ -21,18 +21,18 @@ class Step(NamedTuple):
         return min(1.0, self.number / self.total) if self.total > 0 else 1.0
 
 
-Schedule = Callable[[Step], float]
+Schedule = Callable[[Step], int | float]
 
 
 class Constant:
     """The same value at every step."""
 
-    def __init__(self, *, value: float) -> None:
+    def __init__(self, *, value: int | float) -> None:
         self.value = float(value)
         if not math.isfinite(self.value):
             raise ValueError(f"value must be finite, got {value}")
 
-    def __call__(self, step: Step) -> float:
+    def __call__(self, step: Step) -> int | float:
         """Value at a step."""
         return self.value
 
@@ -43,7 +43,9 @@ class Exponential:
     In the authors' code for Sabour et al. 2017 the learning rate is 0.001 * 0.96 ** (step / 2000), >= 1e-6.
     """
 
-    def __init__(self, *, start: float, decay: float, every: float, minimum: float) -> None:
+    def __init__(
+        self, *, start: int | float, decay: int | float, every: int | float, minimum: int | float
+    ) -> None:
         if not 0 < decay <= 1:
             raise ValueError(f"decay must be in (0, 1], got {decay}")
         if every <= 0:
@@ -52,7 +54,7 @@ class Exponential:
             raise ValueError(f"start must be >= minimum ({minimum}), got {start}")
         self.start, self.decay, self.every, self.minimum = start, decay, every, minimum
 
-    def __call__(self, step: Step) -> float:
+    def __call__(self, step: Step) -> int | float:
         """Value at a step."""
         return max(self.minimum, self.start * self.decay ** (step.number / self.every))
 
@@ -67,10 +69,10 @@ class Linear:
             fraction in (0, 1], written with a point: 1.0 is the whole run).
     """
 
-    def __init__(self, *, start: float, end: float, steps: int | float) -> None:
+    def __init__(self, *, start: int | float, end: int | float, steps: int | float) -> None:
         self.start, self.end, self.steps = start, end, _ramp_length(steps)
 
-    def __call__(self, step: Step) -> float:
+    def __call__(self, step: Step) -> int | float:
         """Value at a step."""
         return self.start + (self.end - self.start) * _ramp(step, self.steps)
 
@@ -78,10 +80,10 @@ class Linear:
 class Cosine:
     """From `start` to `end` along half a cosine over `steps` steps (as in `Linear`), then constant."""
 
-    def __init__(self, *, start: float, end: float, steps: int | float) -> None:
+    def __init__(self, *, start: int | float, end: int | float, steps: int | float) -> None:
         self.start, self.end, self.steps = start, end, _ramp_length(steps)
 
-    def __call__(self, step: Step) -> float:
+    def __call__(self, step: Step) -> int | float:
         """Value at a step."""
         return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * _ramp(step, self.steps)))
 
@@ -89,16 +91,16 @@ class Cosine:
 class Warmup:
     """Another schedule, times a straight line from 0 to 1 over the first `steps` steps (as in `Linear`)."""
 
-    def __init__(self, *, steps: int | float, then: Schedule | float) -> None:
+    def __init__(self, *, steps: int | float, then: Schedule | int | float) -> None:
         self.steps, self.then = _ramp_length(steps), as_schedule(then)
 
-    def __call__(self, step: Step) -> float:
+    def __call__(self, step: Step) -> int | float:
         """Value at a step."""
         # Step 0 would train with a rate of 0: count the step that is about to be taken.
         return self.then(step) * _ramp(Step(step.number + 1, step.total), self.steps)
 
 
-def as_schedule(value: Schedule | float) -> Schedule:
+def as_schedule(value: Schedule | int | float) -> Schedule:
     """A schedule as it is; a plain number as a constant one."""
     return value if callable(value) else Constant(value=value)
 

@@ -2,7 +2,7 @@
 
 import signal
 import types
-from typing import Any, Self
+from typing import Any
 
 from capsexp.errors import RunStopped
 
@@ -26,7 +26,7 @@ class StopSignal:
             f"{name}: stopped at step {step}; the same command goes on", exit_code=128 + self.number
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopSignal":
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._note)
         return self

@@ -168,7 +168,7 @@ def _read_splits(parts: Parts) -> tuple[Batches, Batches | None]:
             training.images[: settings.batch_size], training.labels[: settings.batch_size]
         )
     batches = parts.batches(training, limit=settings.limit_train_batches)
-    if validation.count == 0:
+    if validation.size == 0:
         return batches, None
     return batches, parts.batches(validation, limit=settings.limit_eval_batches)
 

@@ -19,7 +19,7 @@ class Trainer:
         max_steps: int | None,
         batch_size: int,
         accumulate: int,
-        grad_clip: float | None,
+        grad_clip: int | float | None,
         precision: Literal["float32", "bfloat16"],
         ema_decay: float | None,
         compile: bool,

@@ -1,0 +1,73 @@
+"""What several test files need: tiny runs through the same path that the command line takes."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Tests are many small operations: with more threads they wait for each other, most of all on a busy machine.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from capsexp import config
+from capsexp.build import Parts, components
+from capsexp.run_dir import RunDir
+
+# Small enough for a second, large enough for every part: several steps an epoch, a smaller last batch.
+TINY = (
+    "device=cpu",
+    "device.allocator=default",
+    "device.threads=1",
+    "model.conv_channels=8",
+    "model.primary_types=2",
+    "model.decoder.hidden=[8,8]",
+    "trainer.batch_size=100",
+    "trainer.limit_train_batches=5",
+    "trainer.limit_eval_batches=1",
+    "trainer.max_epochs=3",
+    "trainer.log_every=1",
+    "trainer.save_every=2",
+)
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    """The plain config of `capsexp train`, tiny unless overridden."""
+    return config.plain(config.compose("train", [*TINY, *overrides], config_dir=None))
+
+
+@pytest.fixture
+def tiny_overrides() -> tuple[str, ...]:
+    return TINY
+
+
+@pytest.fixture
+def tiny_config() -> Callable[..., dict[str, Any]]:
+    return composed
+
+
+@pytest.fixture
+def tiny_parts() -> Callable[..., Parts]:
+    return lambda *overrides: components(composed(*overrides), plugins=[])
+
+
+@pytest.fixture
+def train_tiny() -> Callable[..., dict[str, float]]:
+    """Train a tiny run in a directory; more overrides may follow."""
+
+    def run(path: Path, *overrides: str) -> dict[str, float]:
+        from capsexp.train import train
+
+        settings = composed(*overrides)
+        directory = RunDir(path)
+        with directory.owned():
+            directory.begin(settings, resume=settings["resume"], command=["capsexp", "train"])
+            return train(components(settings, plugins=[]), directory, settings)
+
+    return run
+
+
+@pytest.fixture
+def metrics_of() -> Callable[[Path], list[dict[str, Any]]]:
+    return lambda path: [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]

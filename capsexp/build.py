@@ -9,13 +9,12 @@ reads further special keys, and differs between Hydra 1.3 and 1.4, which is why 
 import functools
 import importlib
 import inspect
-import types
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from capsexp.config import nearest
 from capsexp.errors import UserError
+from capsexp.signature import fits, signature_problems
 
 # What a config may name: classes that only hold numbers, tensors and each other. Nothing that takes a
 # path to load code from, a command or a pickle may be added here.
@@ -23,6 +22,7 @@ OWN_PACKAGES = ("model", "routing", "layer", "loss", "dataset")
 OWN_MODULES = ("schedule", "preprocess", "device", "trainer")
 OUTSIDE = ("torch.nn.", "torch.optim.", "torchvision.transforms.", "torchvision.models.")
 RUN_TIME = {"model": {"image_shape", "classes"}, "optimizer": {"params"}}  # known only when a run starts
+GROUPS = ("device", "trainer", "dataset", "loss", "optimizer", "model")  # what no run can do without
 
 
 class Parts(NamedTuple):
@@ -67,23 +67,25 @@ def components(config: dict[str, Any], *, plugins: Sequence[str]) -> Parts:
     Raises:
         UserError: every problem that was found, one line each.
     """
-    problems = list(_static_problems(config, plugins))
-    problems += [] if _is_seed(config["seed"]) else [f"seed: must be an integer >= 0, got {config['seed']!r}"]
-    if config.get("routing") is not None and "routing" not in config["model"]:
-        problems.append("routing: the chosen model has no routing; leave it out, or choose another model")
-    if problems:
-        raise UserError(*problems)
+    found = _static_problems(config, plugins)
+    problems = [problem for key in found for problem in found[key]]
     built: dict[str, Any] = {}
-    for group in ("device", "trainer", "dataset", "loss", "optimizer"):
-        try:
-            built[group] = build(config[group], at=group, plugins=plugins)
-        except UserError as error:
-            problems += error.problems
-    new_optimizer, learning_rate = _split_learning_rate(built.get("optimizer"))
+    for group in GROUPS[:-1]:
+        if not found[group]:
+            try:
+                built[group] = build(config[group], at=group, plugins=plugins)
+            except UserError as error:
+                problems += error.problems
+    new_optimizer, learning_rate = _nothing, _nothing
+    try:
+        if "optimizer" in built:
+            new_optimizer, learning_rate = _split_learning_rate(built["optimizer"])
+    except ValueError as error:
+        problems.append(f"optimizer.lr: {error}")
     new_model: Callable[[], Any] = _nothing
-    if "dataset" in built:
-        new_model = functools.partial(_build_model, config["model"], built["dataset"], tuple(plugins))
-        problems += _meta_problems(new_model, new_optimizer if "optimizer" in built else None)
+    if "dataset" in built and not found["model"] and not found.get("routing"):
+        new_model = functools.partial(_build_model, config, built["dataset"], tuple(plugins))
+        problems += _meta_problems(new_model, new_optimizer if "optimizer" in built else None, learning_rate)
     if problems:
         raise UserError(*problems)
     return Parts(
@@ -173,18 +175,24 @@ def _locate(target: str) -> Any:
             continue
         for part in parts[end:]:
             if not hasattr(found, part):
-                names = [name for name in vars(found) if not name.startswith("_")]
-                raise UserError(f"no {target!r}: {found.__name__} has no {part!r}{nearest(part, names)}")
+                names = [name for name in dir(found) if not name.startswith("_")]
+                where = getattr(found, "__name__", type(found).__name__)
+                raise UserError(f"no {target!r}: {where} has no {part!r}{nearest(part, names)}")
             found = getattr(found, part)
         return found
     raise UserError(f"no {target!r}: there is no module {parts[0]!r}")
 
 
 def _naming(target: Callable[..., Any], at: str) -> Callable[..., Any]:
-    """The target, whose complaints about a value begin with the config key."""
+    """The target, whose complaints about a key or a value begin with the config key."""
+    signature = inspect.signature(target)
 
     @functools.wraps(target, updated=())
     def make(*arguments: Any, **keywords: Any) -> Any:
+        try:
+            signature.bind(*arguments, **keywords)
+        except TypeError as error:  # keys of a part that is completed at run time show only here
+            raise UserError(f"{at}: {target.__name__}: {error}") from error
         try:
             return target(*arguments, **keywords)
         except ValueError as error:
@@ -193,11 +201,31 @@ def _naming(target: Callable[..., Any], at: str) -> Callable[..., Any]:
     return make
 
 
-def _static_problems(config: dict[str, Any], plugins: Sequence[str]) -> Iterator[str]:
-    for key, node in config.items():
-        if key == "model" and node.get("routing") == config.get("routing"):
-            node = {**node, "routing": {}}  # judged once, under its own name
-        yield from _node_problems(node, key, plugins)
+def _static_problems(config: dict[str, Any], plugins: Sequence[str]) -> dict[str, list[str]]:
+    """What can be told without building anything, by top-level key."""
+    found = {key: list(_node_problems(node, key, plugins)) for key, node in config.items()}
+    found |= {group: [*_group_problems(config.get(group), group), *found.get(group, [])] for group in GROUPS}
+    seed, model = config.get("seed"), config.get("model")
+    if not _is_seed(seed):
+        found["seed"] = [f"seed: must be an integer >= 0, got {seed!r}"]
+    if config.get("routing") is not None and isinstance(model, dict):
+        if "routing" not in model:
+            found["routing"] = [
+                "routing: the chosen model has no routing; leave it out, or choose another model"
+            ]
+        elif model["routing"] == config["routing"]:  # judged once, under its own name
+            found["model"] = [line for line in found["model"] if not line.startswith("model.routing.")]
+    return found
+
+
+def _group_problems(node: Any, group: str) -> Iterator[str]:
+    """What a group's node lacks, whatever its target is."""
+    if not isinstance(node, dict) or "_target_" not in node:
+        yield f"{group}: nothing is chosen; choose with {group}=OPTION"
+    elif bool(node.get("_partial_")) is not (group == "optimizer"):
+        yield f"{group}._partial_: must be {str(group == 'optimizer').lower()} for this group"
+    elif group == "optimizer" and not fits(node.get("lr"), float):
+        yield f"optimizer.lr: must be a number or a schedule, got {node.get('lr')!r}"
 
 
 def _node_problems(node: Any, at: str, plugins: Sequence[str]) -> Iterator[str]:
@@ -215,61 +243,12 @@ def _node_problems(node: Any, at: str, plugins: Sequence[str]) -> Iterator[str]:
     except UserError as error:
         yield f"{at}._target_: {error}"
         return
-    given = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
-    yield from _signature_problems(target, given, at, partial=bool(node.get("_partial_")))
-
-
-def _signature_problems(target: Any, given: dict[str, Any], at: str, *, partial: bool) -> Iterator[str]:
-    parameters = inspect.signature(target).parameters
-    run_time = RUN_TIME.get(at, set())
-    for key, value in given.items():
-        if key not in parameters or key in run_time:
-            yield f"{at}.{key}: {target.__name__} takes no {key!r}{nearest(key, set(parameters) - run_time)}"
-        elif not _fits(value, _annotations(target).get(key, Any)):
-            wanted = _describe(_annotations(target)[key])
-            yield f"{at}.{key}: must be {wanted}, got {value!r}"
-    required = {name for name, one in parameters.items() if one.default is one.empty and one.kind in (1, 3)}
-    for name in sorted(required - set(given) - run_time) if not partial else ():
-        yield f"{at}.{name}: {target.__name__} needs a value for it"
-
-
-def _annotations(target: Any) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except NameError:  # an annotation that exists only for type checkers: nothing to hold values to
-        return {}
-
-
-def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a config value can stand for an annotation; unknown annotations accept everything."""
-    if isinstance(value, dict):  # a node to be built: the object has to show for itself
-        return True
-    origin = typing.get_origin(wanted)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, one) for one in typing.get_args(wanted))
-    if origin is typing.Literal:
-        return value in typing.get_args(wanted)
-    if wanted in (int, float):
-        numbers = (int,) if wanted is int else (int, float)
-        return isinstance(value, numbers) and not isinstance(value, bool)
-    if origin in (list, tuple) or wanted in (list, tuple):
-        return isinstance(value, list | tuple)
-    if wanted in (bool, str, type(None)):
-        return isinstance(value, wanted)
-    # What is left is a class or a callable, which only a node can describe, or an annotation we don't know.
-    return not (isinstance(value, int | float | str) and _is_part(wanted))
-
-
-def _is_part(wanted: Any) -> bool:
-    return inspect.isclass(wanted) and wanted.__module__.startswith("capsexp.")
-
-
-def _describe(wanted: Any) -> str:
-    if typing.get_origin(wanted) is typing.Literal:
-        return " or ".join(repr(one) for one in typing.get_args(wanted))
-    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
-        return " or ".join(_describe(one) for one in typing.get_args(wanted))
-    return "null" if wanted is type(None) else getattr(wanted, "__name__", str(wanted))
+    # The learning rate is the loop's; `_group_problems` looks at it.
+    apart = {"_target_", "_partial_"} | ({"lr"} if at == "optimizer" else set())
+    given = {key: value for key, value in node.items() if key not in apart}
+    yield from signature_problems(
+        target, given, at, run_time=RUN_TIME.get(at, set()), partial=bool(node.get("_partial_"))
+    )
 
 
 def _is_seed(seed: Any) -> bool:
@@ -280,26 +259,34 @@ def _split_learning_rate(optimizer: Any) -> tuple[Callable[..., Any], Callable[.
     """The optimiser without its `lr`, which the loop sets at every step, and that `lr` as a schedule."""
     from capsexp.schedule import as_schedule
 
-    if optimizer is None:
-        return _nothing, as_schedule(0.0)
     keywords = dict(optimizer.keywords)
     learning_rate = as_schedule(keywords.pop("lr"))
     return functools.partial(optimizer.func, **keywords), learning_rate
 
 
-def _build_model(node: dict[str, Any], dataset: Any, plugins: Sequence[str]) -> Any:
-    shape, classes = dataset.image_shape, len(dataset.classes)
-    return build(node, at="model", plugins=plugins, image_shape=shape, classes=classes)
+def _build_model(config: dict[str, Any], dataset: Any, plugins: Sequence[str]) -> Any:
+    run_time = {"image_shape": dataset.image_shape, "classes": len(dataset.classes)}
+    node = config["model"]
+    if "routing" in node and node["routing"] == config.get("routing"):  # told about under its own name
+        run_time["routing"] = build(node["routing"], at="routing", plugins=plugins)
+        node = {key: value for key, value in node.items() if key != "routing"}
+    return build(node, at="model", plugins=plugins, **run_time)
 
 
-def _meta_problems(new_model: Callable[[], Any], new_optimizer: Callable[..., Any] | None) -> Iterator[str]:
+def _meta_problems(
+    new_model: Callable[[], Any],
+    new_optimizer: Callable[..., Any] | None,
+    learning_rate: Callable[..., float],
+) -> Iterator[str]:
     import torch
+
+    from capsexp.schedule import Step
 
     try:
         with torch.device("meta"):
             model = new_model()
         if new_optimizer is not None:
-            new_optimizer(model.parameters(), lr=0.0)
+            new_optimizer(model.parameters(), lr=learning_rate(Step(0, 1)))
     except UserError as error:
         yield from error.problems
 

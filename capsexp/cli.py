@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from capsexp import config
+from capsexp.arguments import parse, plugins, quoted
 from capsexp.errors import UserError
 from capsexp.run_dir import RunDir, new_run_dir
 
@@ -29,6 +28,7 @@ COMMANDS = {
     "bench": "speed and memory beside the same network without routing: capsexp bench [GROUP=OPTION]",
     "doctor": "versions, devices, data sets, compiler, and what each would enable",
 }
+WITHOUT_HYDRAS_HELP = ("eval", "predict", "data", "doctor")
 DATA_ACTIONS = ("list", "prepare", "verify")
 USAGE = "usage: capsexp COMMAND …\n\n" + "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())
 
@@ -53,6 +53,9 @@ def _dispatch(arguments: list[str]) -> int:
         print(USAGE)
         return 0
     command, *rest = arguments
+    if command in WITHOUT_HYDRAS_HELP and {"-h", "--help"} & {*rest}:
+        print(f"{command}: {COMMANDS[command]}")
+        return 0
     if command == "--version":
         print(f"capsexp {_version()}")
         return 0
@@ -70,36 +73,36 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    options, overrides = _parse(arguments)
+    options, flags, overrides = parse(arguments)
     if _only_shows(options):
-        return _hand_over(arguments, "train", _nothing)
-    composed = config.compose(options.config_name or "train", overrides, config_dir=options.config_dir)
+        return _hand_over([*flags, *overrides], "train", _nothing)
+    name, folder = options.config_name or "train", options.config_dir
+    composed = config.compose(name, overrides, config_dir=folder, sweep=options.multirun)
     if options.cfg or options.info:
-        return _hand_over(arguments, "train", _nothing)
+        return _hand_over([*flags, *overrides], "train", _nothing)
     _check(composed, overrides)
     if options.multirun:
-        for variant in config.swept_variants(overrides):
-            name = options.config_name or "train"
-            _check(config.compose(name, variant, config_dir=options.config_dir), overrides)
-    return _hand_over([*arguments, *_where(composed, overrides, options)], "train", _training_job)
+        if composed.run is not None:
+            raise UserError("run: a sweep makes a directory for each of its runs; choose hydra.sweep.dir=DIR")
+        for variant in config.swept_variants(overrides, config_dir=folder):
+            _check(config.compose(name, variant, config_dir=folder), overrides)
+    where = [*_where(composed, overrides, options), "hydra.output_subdir=null"]
+    return _hand_over([*flags, *overrides, *where], "train", _training_job)
 
 
 def _eval(arguments: list[str]) -> int:
-    options, overrides = _parse(arguments)
-    if _only_shows(options):
-        print("usage: capsexp", COMMANDS["eval"].partition(": ")[2])
-        return 0
-    _load_run(overrides, command="eval", part="test", weights="best")
+    options, flags, overrides = parse(arguments)
+    config.load_run(overrides, command="eval", part="test", weights="best")
     composed = config.compose("eval_run", overrides, config_dir=options.config_dir)
     if not (options.cfg or options.info):
         _check(composed, overrides)
-    return _hand_over(arguments, "eval_run", _evaluation_job)
+    return _hand_over([*flags, *overrides], "eval_run", _evaluation_job)
 
 
 def _predict(arguments: list[str]) -> int:
     files = [text for text in arguments if "=" not in text or Path(text).exists()]
     overrides = [text for text in arguments if text not in files]
-    _load_run(overrides, command="predict", top=3, weights="best", reconstructions=True)
+    config.load_run(overrides, command="predict", top=3, weights="best", reconstructions=True)
     composed = config.compose("predict_run", overrides, config_dir=None)
     if not files:
         raise UserError("capsexp predict needs pictures: capsexp predict run=DIR FILES…")
@@ -110,14 +113,16 @@ def _predict(arguments: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    options, overrides = _parse(arguments)
-    if _only_shows(options) or options.cfg or options.info:
-        return _hand_over(arguments, "train", _nothing)
+    options, flags, overrides = parse(arguments)
+    if _only_shows(options):
+        return _hand_over([*flags, *overrides], "train", _nothing)
     composed = config.compose(options.config_name or "train", overrides, config_dir=options.config_dir)
+    if options.cfg or options.info:
+        return _hand_over([*flags, *overrides], "train", _nothing)
     _check(composed, overrides)
     from capsexp.bench import bench
 
-    bench(config.plain(composed), plugins=_plugins(overrides))
+    bench(config.plain(composed), plugins=plugins(overrides))
     return 0
 
 
@@ -164,9 +169,11 @@ def _train_in(run: RunDir, composed: DictConfig) -> None:
     from capsexp.train import train
 
     plain = config.plain(composed)
-    parts = components(plain, plugins=_plugins(HydraConfig.get().overrides.task))
+    parts = components(plain, plugins=plugins(HydraConfig.get().overrides.task))
     with run.owned():
         changed = run.begin(plain, resume=plain["resume"], command=_command())
+        hydra_node = {"hydra": HydraConfig.get()}
+        run.write_composed(config=composed, hydra=hydra_node, overrides=HydraConfig.get().overrides.task)
         status = run.status()
         if status.get("status") == "completed" and not changed:
             figures = "  ".join(f"{name} {value:.4f}" for name, value in status["results"].items())
@@ -182,34 +189,25 @@ def _evaluation_job(composed: DictConfig) -> None:
 
     plain = config.plain(composed)
     try:
-        evaluate_run(components(plain, plugins=_plugins(HydraConfig.get().overrides.task)), plain)
+        evaluate_run(components(plain, plugins=plugins(HydraConfig.get().overrides.task)), plain)
     except UserError as error:
         raise SystemExit(_complain(error)) from None
-
-
-def _load_run(overrides: Sequence[str], *, command: str, **extra: Any) -> None:
-    """Make the config of `run=DIR` the root config `COMMAND_run`, with some keys of the command's own."""
-    run = _value(overrides, "run")
-    if not isinstance(run, str):
-        raise UserError(f"capsexp {command} needs a run: capsexp {command} run=DIR")
-    path = Path(run) / ".hydra" / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{run} is not the directory of a run: there is no {path}")
-    stored = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    if not isinstance(stored, dict):
-        raise UserError(f"{path} holds no config")
-    keyed = {str(key): value for key, value in stored.items()}
-    config.store_as_primary(keyed, extra=extra, name=f"{command}_run")
 
 
 def _check(composed: DictConfig, overrides: Sequence[str]) -> Any:
     """Build the parts of the run on the meta device: every mistake is told before any work starts."""
     plain = config.plain(composed)
-    if plain["resume"] not in ("auto", "force"):
-        raise UserError(f"resume: must be 'auto' or 'force', got {plain['resume']!r}")
+    resume = plain.get("resume")
+    problems = [] if resume in ("auto", "force") else [f"resume: must be 'auto' or 'force', got {resume!r}"]
     from capsexp.build import components
 
-    return components(plain, plugins=_plugins(overrides))
+    try:
+        parts = components(plain, plugins=plugins(overrides))
+    except UserError as error:
+        raise UserError(*problems, *error.problems) from None
+    if problems:
+        raise UserError(*problems)
+    return parts
 
 
 def _where(composed: DictConfig, overrides: Sequence[str], options: Namespace) -> list[str]:
@@ -219,19 +217,13 @@ def _where(composed: DictConfig, overrides: Sequence[str], options: Namespace) -
     if options.multirun:
         if "hydra.sweep.dir" in given:
             return []
-        return [f"hydra.sweep.dir={_quoted(new_run_dir(root / 'sweeps'))}"]
+        return [f"hydra.sweep.dir={quoted(new_run_dir(root / 'sweeps'))}"]
     if composed.run is not None or "hydra.run.dir" in given:
         return []
     choices = composed.hydra.runtime.choices
     folder = choices.get("experiment") or f"{choices['model']}-{choices['dataset']}"
     settings = [text for text in overrides if text.partition("=")[0] not in config.GROUPS]
-    return [f"run={_quoted(new_run_dir(root / folder, label='-'.join(settings)))}"]
-
-
-def _quoted(path: Path) -> str:
-    """A path as a value in Hydra's grammar, in which `=`, `,` and blanks mean something."""
-    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"
+    return [f"run={quoted(new_run_dir(root / folder, label='-'.join(settings)))}"]
 
 
 def _datasets(overrides: Sequence[str], names: Sequence[str] | None) -> dict[str, Any]:
@@ -248,30 +240,12 @@ def _datasets(overrides: Sequence[str], names: Sequence[str] | None) -> dict[str
         if names is None and OmegaConf.missing_keys(composed.dataset):
             continue
         plain = config.plain(composed)
-        found[name] = build(plain["dataset"], at="dataset", plugins=_plugins(overrides))
+        found[name] = build(plain["dataset"], at="dataset", plugins=plugins(overrides))
     return found
-
-
-def _parse(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
-    options = get_args_parser().parse_args(list(arguments))
-    if options.experimental_rerun is not None:
-        raise UserError("--experimental-rerun is switched off: it loads a pickle; use run=DIR")
-    return options, list(options.overrides)
 
 
 def _only_shows(options: Namespace) -> bool:
     return bool(options.help or options.hydra_help)
-
-
-def _plugins(overrides: Sequence[str]) -> list[str]:
-    """`plugins=[…]` as it stands on this command line; from a stored config it would not count."""
-    plugins = _value(overrides, "plugins")
-    return [str(name) for name in plugins] if isinstance(plugins, list) else []
-
-
-def _value(overrides: Sequence[str], key: str) -> Any:
-    texts = [text for text in overrides if text.partition("=")[0] == key]
-    return OverridesParser.create().parse_override(texts[-1]).value() if texts else None
 
 
 def _hand_over(arguments: list[str], config_name: str, job: Callable[[DictConfig], None]) -> int:

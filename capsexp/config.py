@@ -4,6 +4,7 @@ Hydra stops at the first override that it cannot apply. `compose` judges each ov
 of them are reported together, each with the nearest right name.
 """
 
+import contextlib
 import difflib
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +19,9 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
+from capsexp.arguments import value
 from capsexp.errors import UserError
 
 GROUPS = ("device", "trainer", "dataset", "routing", "loss", "optimizer", "model", "experiment")
@@ -38,43 +41,71 @@ def conf_dir() -> str:
     )
 
 
-def compose(config_name: str, overrides: Sequence[str], *, config_dir: str | None) -> DictConfig:
+def compose(
+    config_name: str, overrides: Sequence[str], *, config_dir: str | None, sweep: bool = False
+) -> DictConfig:
     """The config that Hydra will hand over, its `hydra` node included.
 
-    A swept override (`-m key=a,b`) stands with its first value; `swept_variants` gives the others.
+    In a sweep, an override of several values (`key=a,b`) stands with its first; `swept_variants` gives
+    the others.
 
     Args:
         config_name: root config, such as `train`.
         overrides: as typed after the subcommand.
         config_dir: the user's own folder of configs (`-cd`), searched after conf/.
+        sweep: whether overrides may hold several values (`-m`).
 
     Raises:
         UserError: one line for every override that does not fit.
     """
-    if config_dir is not None:
-        overrides = [*overrides, f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"]
-    with hydra.initialize_config_dir(conf_dir(), **VERSION_BASE):
-        parsed, unreadable = _parse(overrides)
+    with _searching(config_dir) as own:
+        parsed, problems = _parse(overrides)
+        problems += [] if sweep else [line for one in parsed for line in _sweep_problems(one)]
         try:
-            composed = _compose(config_name, [_first(one) for one in parsed])
+            composed = _compose(config_name, [*map(_first, parsed), *own])
         except UserError as error:
-            raise UserError(*unreadable, *(_diagnosis(config_name, parsed) or error.problems)) from None
-        if unreadable:
-            raise UserError(*unreadable)
+            raise UserError(*problems, *(_diagnosis(config_name, parsed, own) or error.problems)) from None
+        if problems:
+            raise UserError(*problems)
         return composed
 
 
-def swept_variants(overrides: Sequence[str]) -> Iterator[list[str]]:
+def swept_variants(overrides: Sequence[str], *, config_dir: str | None) -> list[list[str]]:
     """Overrides of single jobs that between them use every swept value once.
 
     One value is varied at a time: the cost of checking a sweep grows with its values, not their product.
     """
-    parsed, _ = _parse(overrides)
-    first = [_first(one) for one in parsed]
-    for place, one in enumerate(parsed):
-        if one.is_sweep_override():
-            for choice in list(one.sweep_string_iterator())[1:]:
-                yield [*first[:place], f"{one.get_key_element()}={choice}", *first[place + 1 :]]
+    with _searching(config_dir):
+        parsed, _ = _parse(overrides)
+        first = [_first(one) for one in parsed]
+        return [
+            [*first[:place], f"{one.get_key_element()}={choice}", *first[place + 1 :]]
+            for place, one in enumerate(parsed)
+            if one.is_sweep_override()
+            for choice in list(one.sweep_string_iterator())[1:]
+        ]
+
+
+def load_run(overrides: Sequence[str], *, command: str, **extra: Any) -> None:
+    """Make the config of `run=DIR` the root config `COMMAND_run`, with some keys of the command's own.
+
+    Raises:
+        UserError: there is no such run, or its config cannot be read.
+    """
+    run = value(overrides, "run")
+    if not isinstance(run, str):
+        raise UserError(f"capsexp {command} needs a run: capsexp {command} run=DIR")
+    path = Path(run) / ".hydra" / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run} is not the directory of a run: there is no {path}")
+    try:
+        stored = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (*FAILURES, YAMLError, ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} holds no config")
+    keyed = {str(key): value for key, value in stored.items()}
+    store_as_primary(keyed, extra={"run": None, **extra}, name=f"{command}_run")
 
 
 def store_as_primary(stored: dict[str, Any], *, extra: dict[str, Any], name: str) -> None:
@@ -83,10 +114,12 @@ def store_as_primary(stored: dict[str, Any], *, extra: dict[str, Any], name: str
     Hydra then treats it like conf/: `capsexp eval run=DIR dataset=fashion_mnist routing.iterations=5` works.
     """
     store = ConfigStore.instance()
-    groups = [group for group in GROUPS if group in stored]
+    groups = [group for group in GROUPS if isinstance(stored.get(group), dict)]
+    # `hydra`, `defaults` and `plugins` of a stored config would let a run directory start code of its own;
+    # the `defaults` of a group too: they can place another group's keys at `hydra`.
     for group in groups:
-        store.store(group=group, name=STORED, node=stored[group])
-    # `hydra`, `defaults` and `plugins` of a stored config would let a run directory start code of its own.
+        node = {key: value for key, value in stored[group].items() if key != "defaults"}
+        store.store(group=group, name=STORED, node=node)
     root = {
         key: value for key, value in stored.items() if key not in (*groups, "hydra", "defaults", "plugins")
     }
@@ -104,10 +137,10 @@ def plain(config: DictConfig) -> dict[str, Any]:
         UserError: a value that must be set is not, or an interpolation leads nowhere.
     """
     config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
-    if missing:
-        raise UserError(*(f"{key} has no value yet: set {key}=…" for key in missing))
     try:
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+        if missing:
+            raise UserError(*(f"{key} has no value yet: set {key}=…" for key in missing))
         resolved = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(_one_line(error)) from None
@@ -129,30 +162,56 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; there is {', '.join(known)}" if len(known) <= 20 else ""
 
 
+@contextlib.contextmanager
+def _searching(config_dir: str | None) -> Iterator[list[str]]:
+    """Hydra looking into conf/ and the user's own folder; gives the override that names the latter."""
+    if config_dir is not None and not os.path.isdir(config_dir):
+        raise UserError(f"-cd {config_dir}: there is no such folder")
+    with hydra.initialize_config_dir(conf_dir(), **VERSION_BASE):
+        own = [] if config_dir is None else [f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"]
+        if own:  # from here on, the options of a group are those of both folders
+            hydra.compose("train", own)
+        yield own
+
+
 def _compose(config_name: str, overrides: list[str]) -> DictConfig:
     try:
         return hydra.compose(config_name, overrides, return_hydra_config=True)
-    except FAILURES as error:
+    except (*FAILURES, ValueError) as error:  # ValueError: a group given something that is no name
         raise UserError(_one_line(error)) from None
 
 
-def _diagnosis(config_name: str, overrides: list[Override]) -> list[str]:
+def _diagnosis(config_name: str, overrides: list[Override], own: list[str]) -> list[str]:
     """What is wrong with each override by itself."""
     groups = [one for one in overrides if _options(one.key_or_group)]
     problems = [line for one in groups for line in _choice_problems(one)]
-    base = _compose(config_name, [_first(one) for one in groups if not list(_choice_problems(one))])
+    fitting = [_first(one) for one in groups if not list(_choice_problems(one))]
+    try:
+        base = _compose(config_name, [*fitting, *own])
+    except UserError as error:
+        return problems or list(error.problems)
     values = [one for one in overrides if one not in groups]
     return problems + [line for one in values for line in _key_problems(one, base)]
 
 
 def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
-    parser, parsed, problems = OverridesParser.create(), [], []
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    parsed, problems = [], []
     for text in overrides:
         try:
-            parsed.append(parser.parse_override(text))
+            one = parser.parse_override(text)
+            if not one.key_or_group:
+                raise HydraException("no key")
+            parsed.append(one)
         except FAILURES as error:
             problems.append(f"cannot read {text!r}: {_one_line(error)}; an override reads KEY=VALUE")
     return parsed, problems
+
+
+def _sweep_problems(override: Override) -> Iterator[str]:
+    if override.is_sweep_override():
+        text = override.input_line
+        yield f"{text}: several values make a sweep, which -m starts; a list is written in brackets"
 
 
 def _options(group: str) -> list[str]:
@@ -172,9 +231,10 @@ def _first(override: Override) -> str:
 
 def _choice_problems(override: Override) -> Iterator[str]:
     options = _options(override.key_or_group)
-    for value in [] if override.is_delete() else _values(override):
-        if isinstance(value, str) and value not in options:
-            yield f"{override.key_or_group}={value}: no such option{nearest(value, options)}"
+    for choice in [] if override.is_delete() else _values(override):
+        if not isinstance(choice, list) and choice not in options:
+            name = "null" if choice is None else str(choice)
+            yield f"{override.key_or_group}={name}: no such option{nearest(name, options)}"
 
 
 def _key_problems(override: Override, base: DictConfig) -> Iterator[str]:

@@ -70,9 +70,12 @@ class RunDir:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                status = self.status()
-                owner = f"process {status.get('pid')} on {status.get('host')}"
+                lock.seek(0)
+                owner = lock.read() or "another process"
                 raise UserError(f"{self.path} is in use by {owner}: choose another run=DIR") from None
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
             yield
 
     def begin(self, config: dict[str, Any], *, resume: str, command: Sequence[str]) -> bool:
@@ -94,12 +97,20 @@ class RunDir:
         if changes and resume != "force":
             hint = f"{self.path} holds a run with another config: resume=force takes the new one"
             raise UserError(*changes, hint)
-        text = OmegaConf.to_yaml(OmegaConf.create(config))
-        write_whole(stored, lambda file: file.write(text.encode()))
+        self._write_yaml("resolved_config.yaml", config)
         if not (self.path / "command.txt").exists():
             line = shlex.join(command) + "\n"
             write_whole(self.path / "command.txt", lambda file: file.write(line.encode()))
         return bool(changes)
+
+    def write_composed(self, **contents: Any) -> None:
+        """Write .hydra/NAME.yaml, interpolations as they are: what `capsexp eval run=DIR` goes by.
+
+        Not left to Hydra, which would write before anybody has asked whose directory this is.
+        """
+        (self.path / ".hydra").mkdir(exist_ok=True)
+        for name, content in contents.items():
+            self._write_yaml(f".hydra/{name}.yaml", content)
 
     def write_environment(self, device: str) -> None:
         """Write env.json, and dirty.patch when the code is a checkout with uncommitted changes."""
@@ -149,6 +160,10 @@ class RunDir:
         self._status |= {"status": status, "heartbeat": time.time(), **more}
         self._write_json("status.json", self._status)
         self._written = time.time()
+
+    def _write_yaml(self, name: str, content: Any) -> None:
+        text = OmegaConf.to_yaml(OmegaConf.create(content))
+        write_whole(self.path / name, lambda file: file.write(text.encode()))
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         write_whole(self.path / name, lambda file: file.write(json.dumps(content, indent=1).encode()))

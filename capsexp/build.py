@@ -77,11 +77,12 @@ def components(config: dict[str, Any], *, plugins: Sequence[str]) -> Parts:
             except UserError as error:
                 problems += error.problems
     new_optimizer, learning_rate = _nothing, _nothing
-    try:
-        if "optimizer" in built:
+    if "optimizer" in built:
+        try:
             new_optimizer, learning_rate = _split_learning_rate(built["optimizer"])
-    except ValueError as error:
-        problems.append(f"optimizer.lr: {error}")
+        except ValueError as error:
+            problems.append(f"optimizer.lr: {error}")
+            del built["optimizer"]
     new_model: Callable[[], Any] = _nothing
     if "dataset" in built and not found["model"] and not found.get("routing"):
         new_model = functools.partial(_build_model, config, built["dataset"], tuple(plugins))
@@ -128,7 +129,7 @@ def build(node: Any, *, at: str, plugins: Sequence[str] = (), **run_time: Any) -
     return make(**arguments, **run_time)
 
 
-def resolve(target: str, *, plugins: Sequence[str] = ()) -> Any:
+def resolve(target: Any, *, plugins: Sequence[str] = ()) -> Any:
     """The class that a `_target_` names, if a config may name it.
 
     Raises:

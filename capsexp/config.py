@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -58,13 +59,13 @@ def compose(
     Raises:
         UserError: one line for every override that does not fit.
     """
-    with _searching(config_dir) as own:
+    with _searching(config_dir):
         parsed, problems = _parse(overrides)
         problems += [] if sweep else [line for one in parsed for line in _sweep_problems(one)]
         try:
-            composed = _compose(config_name, [*map(_first, parsed), *own])
+            composed = _compose(config_name, [_first(one) for one in parsed])
         except UserError as error:
-            raise UserError(*problems, *(_diagnosis(config_name, parsed, own) or error.problems)) from None
+            raise UserError(*problems, *(_diagnosis(config_name, parsed) or error.problems)) from None
         if problems:
             raise UserError(*problems)
         return composed
@@ -163,15 +164,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 @contextlib.contextmanager
-def _searching(config_dir: str | None) -> Iterator[list[str]]:
-    """Hydra looking into conf/ and the user's own folder; gives the override that names the latter."""
+def _searching(config_dir: str | None) -> Iterator[None]:
+    """Hydra looking into conf/, and into the user's own folder as its `-cd` does."""
     if config_dir is not None and not os.path.isdir(config_dir):
         raise UserError(f"-cd {config_dir}: there is no such folder")
     with hydra.initialize_config_dir(conf_dir(), **VERSION_BASE):
-        own = [] if config_dir is None else [f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"]
-        if own:  # from here on, the options of a group are those of both folders
-            hydra.compose("train", own)
-        yield own
+        if config_dir is not None:
+            loader = GlobalHydra.instance().config_loader()
+            assert isinstance(loader, ConfigLoaderImpl)
+            folder = f"file://{os.path.abspath(config_dir)}"
+            loader.config_search_path.append("command-line", folder, anchor="main")
+            loader.repository.initialize_sources(loader.config_search_path)
+        yield
 
 
 def _compose(config_name: str, overrides: list[str]) -> DictConfig:
@@ -181,13 +185,13 @@ def _compose(config_name: str, overrides: list[str]) -> DictConfig:
         raise UserError(_one_line(error)) from None
 
 
-def _diagnosis(config_name: str, overrides: list[Override], own: list[str]) -> list[str]:
+def _diagnosis(config_name: str, overrides: list[Override]) -> list[str]:
     """What is wrong with each override by itself."""
     groups = [one for one in overrides if _options(one.key_or_group)]
     problems = [line for one in groups for line in _choice_problems(one)]
     fitting = [_first(one) for one in groups if not list(_choice_problems(one))]
     try:
-        base = _compose(config_name, [*fitting, *own])
+        base = _compose(config_name, fitting)
     except UserError as error:
         return problems or list(error.problems)
     values = [one for one in overrides if one not in groups]

@@ -13,6 +13,7 @@ from typing import Any
 
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -173,7 +174,7 @@ def _searching(config_dir: str | None) -> Iterator[None]:
             loader = GlobalHydra.instance().config_loader()
             assert isinstance(loader, ConfigLoaderImpl)
             folder = f"file://{os.path.abspath(config_dir)}"
-            loader.config_search_path.append("command-line", folder, anchor="main")
+            loader.config_search_path.append("command-line", folder, anchor=SearchPathQuery(provider="main"))
             loader.repository.initialize_sources(loader.config_search_path)
         yield
 

@@ -28,9 +28,7 @@ class Constant:
     """The same value at every step."""
 
     def __init__(self, *, value: int | float) -> None:
-        self.value = float(value)
-        if not math.isfinite(self.value):
-            raise ValueError(f"value must be finite, got {value}")
+        self.value = _finite("value", float(value))
 
     def __call__(self, step: Step) -> int | float:
         """Value at a step."""
@@ -48,9 +46,9 @@ class Exponential:
     ) -> None:
         if not 0 < decay <= 1:
             raise ValueError(f"decay must be in (0, 1], got {decay}")
-        if every <= 0:
+        if not every > 0:
             raise ValueError(f"every must be > 0 steps, got {every}")
-        if start < minimum:
+        if not _finite("start", start) >= minimum:
             raise ValueError(f"start must be >= minimum ({minimum}), got {start}")
         self.start, self.decay, self.every, self.minimum = start, decay, every, minimum
 
@@ -70,7 +68,8 @@ class Linear:
     """
 
     def __init__(self, *, start: int | float, end: int | float, steps: int | float) -> None:
-        self.start, self.end, self.steps = start, end, _ramp_length(steps)
+        self.start, self.end = _finite("start", start), _finite("end", end)
+        self.steps = _ramp_length(steps)
 
     def __call__(self, step: Step) -> int | float:
         """Value at a step."""
@@ -81,7 +80,8 @@ class Cosine:
     """From `start` to `end` along half a cosine over `steps` steps (as in `Linear`), then constant."""
 
     def __init__(self, *, start: int | float, end: int | float, steps: int | float) -> None:
-        self.start, self.end, self.steps = start, end, _ramp_length(steps)
+        self.start, self.end = _finite("start", start), _finite("end", end)
+        self.steps = _ramp_length(steps)
 
     def __call__(self, step: Step) -> int | float:
         """Value at a step."""
@@ -105,8 +105,14 @@ def as_schedule(value: Schedule | int | float) -> Schedule:
     return value if callable(value) else Constant(value=value)
 
 
+def _finite(name: str, value: int | float) -> int | float:
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return value
+
+
 def _ramp_length(steps: int | float) -> int | float:
-    if isinstance(steps, bool) or steps <= 0 or (isinstance(steps, float) and steps > 1):
+    if isinstance(steps, bool) or not steps > 0 or (isinstance(steps, float) and steps > 1):
         raise ValueError(
             f"steps must be an integer >= 1 (steps) or a fraction in (0, 1] of the run, got {steps}"
         )

@@ -1,0 +1,146 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from capsexp.schedule import Constant, Cosine, Exponential, Linear, Step, Warmup, as_schedule
+
+RAMPS = (Linear, Cosine)
+AUTHORS = {"start": 0.001, "decay": 0.96, "every": 2000, "minimum": 1e-6}
+numbers = st.floats(-1e3, 1e3)
+steps = st.one_of(st.integers(1, 1000), st.floats(0.001, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("number", "total", "fraction"), [(0, 10, 0.0), (5, 10, 0.5), (10, 10, 1.0), (12, 10, 1.0)]
+)
+def test_a_step_knows_its_share_of_the_run(number, total, fraction):
+    assert Step(number, total).fraction == fraction
+
+
+def test_a_run_without_steps_is_done():
+    assert Step(0, 0).fraction == 1.0
+
+
+@given(value=numbers, number=st.integers(0, 10**6))
+def test_a_constant_never_moves(value, number):
+    assert Constant(value=value)(Step(number, 10)) == value
+
+
+@pytest.mark.parametrize(
+    ("number", "value"), [(0, 0.001), (2000, 0.001 * 0.96), (1000, 0.001 * 0.96**0.5), (10**6, 1e-6)]
+)
+def test_exponential_has_the_rates_of_the_authors_code(number, value):
+    assert Exponential(**AUTHORS)(Step(number, 10)) == pytest.approx(value, rel=1e-12)
+
+
+@given(number=st.integers(0, 10**6))
+def test_exponential_never_rises_and_never_falls_below_its_minimum(number):
+    rate = Exponential(**AUTHORS)
+    assert rate(Step(number, 10)) >= rate(Step(number + 1, 10)) >= 1e-6
+
+
+def test_exponential_without_decay_is_constant():
+    assert Exponential(start=0.5, decay=1, every=1, minimum=0)(Step(10**6, 1)) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("ramp", "quarter"), [(Linear, 1.75), (Cosine, 1 + 0.5 * (1 + math.cos(math.pi / 4)))]
+)
+@pytest.mark.parametrize(
+    ("length", "total"), [(100, 7), (0.5, 200), (1.0, 100)], ids=["steps", "half", "whole"]
+)
+def test_a_ramp_goes_from_its_start_to_its_end_and_stays(ramp, quarter, length, total):
+    value = ramp(start=2.0, end=1.0, steps=length)
+    expected = {0: 2.0, 25: quarter, 50: 1.5, 100: 1.0, 101: 1.0, 10**6: 1.0}
+    for number, there in expected.items():
+        assert value(Step(number, total)) == pytest.approx(there, abs=1e-12)
+
+
+@pytest.mark.parametrize("ramp", RAMPS)
+@given(start=numbers, end=numbers, length=steps, number=st.integers(0, 2000), total=st.integers(1, 1000))
+def test_a_ramp_stays_between_its_ends(ramp, start, end, length, number, total):
+    value = ramp(start=start, end=end, steps=length)(Step(number, total))
+    slack = 1e-9 * max(abs(start), abs(end))
+    assert min(start, end) - slack <= value <= max(start, end) + slack
+
+
+@pytest.mark.parametrize("ramp", RAMPS)
+@given(percent=st.integers(1, 100), number=st.integers(0, 300))
+def test_a_fraction_is_that_share_of_the_steps_of_the_run(ramp, percent, number):
+    share = ramp(start=0.0, end=1.0, steps=percent / 100)
+    counted = ramp(start=0.0, end=1.0, steps=2 * percent)
+    assert share(Step(number, 200)) == pytest.approx(counted(Step(number, 1)), abs=1e-9)
+
+
+@pytest.mark.parametrize("ramp", RAMPS)
+def test_one_is_a_single_step_and_one_point_zero_the_whole_run(ramp):
+    assert ramp(start=0.0, end=1.0, steps=1)(Step(1, 100)) == 1.0
+    assert ramp(start=0.0, end=1.0, steps=1.0)(Step(1, 100)) < 0.02
+
+
+def test_a_fraction_of_a_run_without_steps_is_over():
+    assert Linear(start=0.0, end=1.0, steps=0.5)(Step(0, 0)) == 1.0
+
+
+@pytest.mark.parametrize(("length", "total"), [(4, 1000), (0.25, 16)])
+def test_warmup_counts_the_step_that_is_about_to_be_taken(length, total):
+    rate = Warmup(steps=length, then=2.0)
+    assert [rate(Step(number, total)) for number in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+
+
+def test_warmup_multiplies_what_comes_then():
+    then = Linear(start=1.0, end=0.0, steps=10)
+    rate = Warmup(steps=2, then=then)
+    assert rate(Step(0, 10)) == 0.5 * then(Step(0, 10))
+    assert rate(Step(7, 10)) == then(Step(7, 10))
+
+
+def test_a_number_is_a_constant_schedule_and_a_schedule_itself():
+    assert as_schedule(0.25)(Step(3, 10)) == 0.25
+    schedule = Linear(start=0.0, end=1.0, steps=1)
+    assert as_schedule(schedule) is schedule
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_constant_is_finite(value):
+    with pytest.raises(ValueError, match=f"value must be finite, got {value}"):
+        Constant(value=value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"decay": 0}, r"decay must be in \(0, 1\], got 0"),
+        ({"decay": 1.5}, r"decay must be in \(0, 1\], got 1.5"),
+        ({"every": 0}, "every must be > 0 steps, got 0"),
+        ({"every": -1}, "every must be > 0 steps, got -1"),
+        ({"every": math.nan}, "every must be > 0 steps, got nan"),
+        ({"start": 1e-7}, "start must be >= minimum"),
+        ({"minimum": math.nan}, "start must be >= minimum"),
+        ({"start": math.inf}, "start must be finite, got inf"),
+    ],
+)
+def test_exponential_refuses_what_does_not_decay(change, message):
+    with pytest.raises(ValueError, match=message):
+        Exponential(**AUTHORS | change)
+
+
+@pytest.mark.parametrize("length", [0, -1, 0.0, -0.5, 1.5, 100.0, math.nan, True])
+@pytest.mark.parametrize("make", [*RAMPS, Warmup])
+def test_a_ramp_refuses_a_length_that_is_none(make, length):
+    arguments = {"then": 1.0} if make is Warmup else {"start": 0.0, "end": 1.0}
+    message = r"steps must be an integer >= 1 \(steps\) or a fraction in \(0, 1\] of the run, got " + str(
+        length
+    )
+    with pytest.raises(ValueError, match=message):
+        make(steps=length, **arguments)
+
+
+@pytest.mark.parametrize("make", RAMPS)
+@pytest.mark.parametrize("end", ["start", "end"])
+def test_a_ramp_refuses_an_end_that_is_not_finite(make, end):
+    arguments = {"start": 0.0, "end": 1.0, "steps": 1} | {end: math.nan}
+    with pytest.raises(ValueError, match=f"{end} must be finite, got nan"):
+        make(**arguments)

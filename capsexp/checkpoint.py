@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -38,9 +38,15 @@ def save(folder: Path, state: dict[str, Any], *, step: int) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
-    # The JSON of an earlier file of that name would vouch for a file that it does not describe.
-    path.with_suffix(".json").unlink(missing_ok=True)
-    write_whole(path, lambda file: torch.save({"schema": SCHEMA, **state}, file))
+
+    def write(file: IO[bytes]) -> None:
+        torch.save({"schema": SCHEMA, **state}, file)
+        file.flush()
+        # The JSON of an earlier file of that name would vouch for a file that it does not describe. It
+        # goes only when the new file is complete: if that fails, the earlier checkpoint stays good.
+        path.with_suffix(".json").unlink(missing_ok=True)
+
+    write_whole(path, write)
     seal = {"sha256": _sha256(path), "size": path.stat().st_size, "step": step, "schema": SCHEMA}
     write_whole(path.with_suffix(".json"), lambda file: file.write(json.dumps(seal).encode()))
     point(folder, "last", step)

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsexp.capsules import Capsules, Routed
+from capsexp.ops.squash import length, squash
 from capsexp.ops.votes import MIB, images_per_piece, in_pieces, make_votes
 
 
@@ -59,9 +60,35 @@ class ClassCaps(nn.Module):
         )
         return in_pieces(self._route, capsules.poses, capsules.activations, images=images)
 
+    def without_routing(self) -> "UnroutedClassCaps":
+        """The same matrices without the routing, for comparison."""
+        return UnroutedClassCaps(self.weight.detach().clone())
+
     def _route(self, poses: Float[Tensor, "B I K"], activations: Float[Tensor, "B I"]) -> Routed:
         # Votes in the weights' precision also under autocast: writing them is most of the work, and a routing
         # that wants float32 would write them a second time.
         with torch.autocast(poses.device.type, enabled=False):
             votes = make_votes(poses.to(self.weight.dtype), self.weight)
             return self.routing(votes, activations.to(self.weight.dtype))
+
+
+class UnroutedClassCaps(nn.Module):
+    """`ClassCaps` with the routing taken out: every capsule gives each parent the same share.
+
+    What `capsexp bench` compares with: the same matrices, summed over the input capsules by one matrix product
+    that never makes votes, so nothing that routes can be faster.
+
+    Args: weight: the transformation matrices W_ij.
+    """
+
+    def __init__(self, weight: Float[Tensor, "I K J D"]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, capsules: Capsules) -> Routed:
+        """Output capsules under uniform coupling."""
+        in_caps, _, out_caps, out_dim = self.weight.shape
+        total = capsules.poses.flatten(1) @ self.weight.flatten(2).flatten(0, 1) / out_caps
+        poses = squash(total.view(-1, out_caps, out_dim))
+        coupling = poses.new_full((), 1 / out_caps).expand(len(poses), in_caps, out_caps)
+        return Routed(poses, length(poses), coupling)

@@ -103,3 +103,11 @@ def test_autocast_makes_and_routes_votes_in_float32(votes_mib):
 def test_a_budget_without_room_is_refused(votes_mib):
     with pytest.raises(ValueError, match=f"votes_mib must be > 0 or null, got {votes_mib}"):
         ClassCaps(6, 4, 5, 8, routing=dynamic(), votes_mib=votes_mib)
+
+
+def test_without_routing_is_the_uniform_control():
+    torch.manual_seed(0)
+    layer = ClassCaps(5, 3, 4, 6, routing=functools.partial(UniformRouting, bias=False), votes_mib=None)
+    routed, unrouted = layer(capsules(2, 5, 3)), layer.without_routing()(capsules(2, 5, 3))
+    for one, other in zip(routed, unrouted, strict=True):
+        torch.testing.assert_close(other, one)

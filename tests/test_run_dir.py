@@ -1,0 +1,335 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from capsexp import run_dir
+from capsexp.errors import UserError
+from capsexp.run_dir import NOT_COMPARED, RunDir, new_run_dir
+
+CONFIG = {
+    "seed": 0,
+    "run": "here",
+    "resume": "auto",
+    "output_root": "outputs",
+    "data_root": "data",
+    "plugins": [],
+    "device": {"name": "cpu"},
+    "dataset": {"root": "data", "validation": 0.1},
+    "model": {"sizes": [1, 2], "decoder": {"hidden": [8]}},
+}
+COMMAND = ["capsexp", "train", "run=here", "a='b c'"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDir(tmp_path / "run")
+
+
+def begin(run, config=CONFIG, resume="auto"):
+    run.path.mkdir(exist_ok=True)
+    return run.begin(config, resume=resume, command=COMMAND)
+
+
+# Eight names at most are possible here, so eight directories mean that none was taken twice.
+EIGHT_NAMES = """
+import random, sys, time, secrets
+from pathlib import Path
+from capsexp.run_dir import new_run_dir
+time.strftime = lambda form: "20260101-000000"
+secrets.token_hex = lambda size: random.choice("abcdefgh")
+print(new_run_dir(Path(sys.argv[1]), label="x").name)
+"""
+
+
+def test_eight_processes_in_the_same_second_get_eight_directories(tmp_path):
+    command = [sys.executable, "-c", EIGHT_NAMES, str(tmp_path / "parent")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    names = {process.communicate()[0].strip() for process in processes}
+    assert names == {f"20260101-000000-x-{letter}" for letter in "abcdefgh"}
+    assert {path.name for path in (tmp_path / "parent").iterdir()} == names
+
+
+def test_eight_threads_in_the_same_second_get_eight_directories(tmp_path, monkeypatch):
+    letters = iter("aabbccddeeffgghh")
+    monkeypatch.setattr(run_dir.time, "strftime", lambda form: "20260101-000000")
+    monkeypatch.setattr(run_dir.secrets, "token_hex", lambda size: next(letters))
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda _: new_run_dir(tmp_path), range(8)))
+    assert len({path.name for path in paths}) == 8
+    assert all(path.is_dir() for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("label", "slug"),
+    [("", ""), ("seed=1", "-seed-1"), ("a/../b ${c}='é,'", "-a-..-b-c"), ("x" * 99, "-" + "x" * 60)],
+)
+def test_names_hold_only_what_every_file_system_and_shell_takes(label, slug, tmp_path):
+    name = new_run_dir(tmp_path, label=label).name
+    assert re.fullmatch(r"\d{8}-\d{6}" + re.escape(slug) + "-[0-9a-f]{4}", name)
+
+
+# Who owns it
+
+OWNER = """
+import sys
+from pathlib import Path
+from capsexp.run_dir import RunDir
+with RunDir(Path(sys.argv[1])).owned():
+    print("mine", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_told_the_owner_until_that_is_killed(run):
+    command = [sys.executable, "-c", OWNER, str(run.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout.readline() == b"mine\n"
+        refusal = f"^{run.path} is in use by process {owner.pid} on .+: choose another run=DIR$"
+        with pytest.raises(UserError, match=refusal), run.owned():
+            raise AssertionError("two owners")
+        owner.kill()
+    with run.owned():
+        assert f"process {os.getpid()} on " in (run.path / "run.lock").read_text()
+
+
+def test_the_lock_names_its_present_owner_not_that_of_an_earlier_start(run):
+    run.path.mkdir()
+    (run.path / "status.json").write_text('{"pid": 1, "host": "elsewhere"}')
+    refusal = pytest.raises(UserError, match=f"in use by process {os.getpid()} on ")
+    with run.owned(), refusal, RunDir(run.path).owned():
+        raise AssertionError("two owners")
+
+
+def test_an_owner_that_fails_lets_go(run):
+    with pytest.raises(KeyError, match="oops"), run.owned():
+        raise KeyError("oops")
+    with run.owned():
+        pass
+
+
+# What was run in it
+
+
+def test_the_first_begin_writes_config_and_command(run):
+    assert begin(run) is False
+    assert OmegaConf.to_container(OmegaConf.load(run.path / "resolved_config.yaml")) == CONFIG
+    assert (run.path / "command.txt").read_text() == "capsexp train run=here 'a='\"'\"'b c'\"'\"''\n"
+
+
+def test_the_same_config_goes_on_and_the_first_command_stays(run):
+    begin(run)
+    assert run.begin(CONFIG, resume="auto", command=["another"]) is False
+    assert (run.path / "command.txt").read_text().startswith("capsexp train")
+
+
+def changed():
+    return {
+        **CONFIG,
+        "seed": 1,
+        "model": {"sizes": [1, 3], "decoder": None},
+        "new": True,
+    }
+
+
+DIFFERENCES = [
+    "model.decoder.hidden: was [8], is None",
+    "model.sizes: was [1, 2], is [1, 3]",
+    "new: was None, is True",
+    "seed: was 0, is 1",
+]
+
+
+def test_every_key_that_differs_is_told(run):
+    begin(run)
+    with pytest.raises(UserError, match="resume=force takes the new one") as caught:
+        begin(run, changed())
+    assert list(caught.value.problems[:-1]) == DIFFERENCES
+    assert caught.value.problems[-1].startswith(f"{run.path} holds a run with another config")
+    assert OmegaConf.to_container(OmegaConf.load(run.path / "resolved_config.yaml")) == CONFIG
+
+
+def test_force_takes_the_new_config(run):
+    begin(run)
+    assert begin(run, changed(), resume="force") is True
+    assert OmegaConf.to_container(OmegaConf.load(run.path / "resolved_config.yaml")) == changed()
+    assert begin(run, changed()) is False
+
+
+@pytest.mark.parametrize("key", NOT_COMPARED)
+def test_what_changes_no_result_is_not_compared(key, run):
+    begin(run)
+    assert begin(run, CONFIG | {key: "another"}) is False
+
+
+def test_where_the_data_lie_is_not_compared_but_the_rest_of_the_data_set_is(run):
+    begin(run)
+    assert begin(run, CONFIG | {"dataset": {"root": "elsewhere", "validation": 0.1}}) is False
+    with pytest.raises(UserError, match=r"dataset.validation: was 0.1, is 0.2"):
+        begin(run, CONFIG | {"dataset": {"root": "data", "validation": 0.2}})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        1e-06,
+        1e16,
+        0.1,
+        3,
+        True,
+        None,
+        "",
+        "1e3",
+        "null",
+        "yes",
+        "1_000",
+        "0x1F",
+        "a: b",
+        "# a",
+        "12:30",
+        "é",
+        "\n",
+        "~",
+        [],
+        ["on", None, 1.0],
+        "2026-01-01",
+    ],
+)
+def test_a_value_is_the_same_after_it_was_written(value, run):
+    begin(run, CONFIG | {"model": {"value": value}})
+    assert begin(run, CONFIG | {"model": {"value": value}}) is False
+
+
+def test_composed_configs_keep_their_interpolations(run):
+    run.path.mkdir()
+    composed = OmegaConf.create({"a": 1, "b": "${a}"})
+    run.write_composed(config=composed, overrides=["a=1"])
+    assert (run.path / ".hydra" / "config.yaml").read_text() == "a: 1\nb: ${a}\n"
+    assert (run.path / ".hydra" / "overrides.yaml").read_text() == "- a=1\n"
+
+
+# How it stands
+
+
+def test_status_tells_who_is_at_work_and_where(run):
+    assert run.status() == {}
+    run.path.mkdir()
+    run.start(step=0)
+    status = run.status()
+    assert status["status"] == "running"
+    assert (status["step"], status["pid"], status["resumes"]) == (0, os.getpid(), [])
+    assert status["heartbeat"] >= status["started"]
+
+
+def test_every_resume_is_kept_and_the_first_start_stays(run):
+    run.path.mkdir()
+    run.start(step=0)
+    started = run.status()["started"]
+    for step in (7, 9):
+        again = RunDir(run.path)
+        again.start(step=step)
+    assert [one["step"] for one in again.status()["resumes"]] == [7, 9]
+    assert again.status()["started"] == started
+
+
+def test_the_end_keeps_what_belongs_to_it(run):
+    run.path.mkdir()
+    run.start(step=0)
+    run.say("failed", step=5, error="no", exit_code=1)
+    status = run.status()
+    assert (status["status"], status["step"], status["error"], status["exit_code"]) == ("failed", 5, "no", 1)
+
+
+def test_a_resumed_run_forgets_how_it_ended_before(run):
+    run.path.mkdir()
+    run.start(step=0)
+    run.say("failed", step=5, error="no", exit_code=1)
+    RunDir(run.path).start(step=5)
+    assert "error" not in run.status()
+    assert "exit_code" not in run.status()
+
+
+def test_a_heartbeat_is_written_at_most_once_in_five_seconds(run, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(run_dir.time, "time", lambda: now[0])
+    run.path.mkdir()
+    run.start(step=0)
+    now[0] += 4
+    run.heartbeat(1)
+    assert run.status()["step"] == 0
+    now[0] += 2
+    run.heartbeat(2)
+    assert (run.status()["step"], run.status()["heartbeat"]) == (2, 1006.0)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\x80"])
+def test_a_damaged_status_is_none(content, run):
+    run.path.mkdir()
+    (run.path / "status.json").write_bytes(content)
+    assert run.status() == {}
+    run.start(step=3)
+    assert run.status()["resumes"] == []
+
+
+# Where the code and the machine stood
+
+
+def environment(run):
+    run.path.mkdir(exist_ok=True)
+    run.write_environment("cpu (2 threads)")
+    return json.loads((run.path / "env.json").read_text())
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A stand-in for the folder of the code, under git."""
+    folder = tmp_path / "code"
+    (folder / "capsexp").mkdir(parents=True)
+    monkeypatch.setattr(run_dir, "__file__", str(folder / "capsexp" / "run_dir.py"))
+
+    def git(*words):
+        name = ["-c", "user.name=x", "-c", "user.email=x@example.invalid", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", "-C", folder, *name, *words], check=True, capture_output=True)
+
+    git("init")
+    (folder / "a.py").write_text("one\n")
+    git("add", "a.py")
+    git("commit", "-m", "a")
+    return folder
+
+
+def test_the_environment_has_versions_machine_and_owner(run):
+    env = environment(run)
+    assert set(env["versions"]) == set(run_dir.PACKAGES)
+    assert (env["pid"], env["device"], env["cores"]) == (os.getpid(), "cpu (2 threads)", os.cpu_count())
+
+
+def test_outside_a_checkout_there_is_no_commit_and_no_patch(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_dir, "__file__", str(tmp_path / "site-packages" / "capsexp" / "run_dir.py"))
+    assert (environment(run)["commit"], environment(run)["dirty"]) == (None, False)
+    assert not (run.path / "dirty.patch").exists()
+
+
+def test_without_git_there_is_no_commit_and_no_patch(run, checkout, monkeypatch):
+    monkeypatch.setenv("PATH", str(Path("nowhere")))
+    assert environment(run)["commit"] is None
+    assert not (run.path / "dirty.patch").exists()
+
+
+def test_a_clean_checkout_has_a_commit_and_no_patch(run, checkout):
+    env = environment(run)
+    assert re.fullmatch("[0-9a-f]{40}", env["commit"])
+    assert env["dirty"] is False
+    assert not (run.path / "dirty.patch").exists()
+
+
+def test_uncommitted_changes_are_kept_as_a_patch(run, checkout):
+    (checkout / "a.py").write_text("two\n")
+    assert environment(run)["dirty"] is True
+    assert "-one\n+two\n" in (run.path / "dirty.patch").read_text()

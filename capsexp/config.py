@@ -200,11 +200,11 @@ def _diagnosis(config_name: str, overrides: list[Override]) -> list[str]:
 
 
 def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
-    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-    parsed, problems = [], []
+    parser, parsed, problems = OverridesParser.create(), [], []
     for text in overrides:
         try:
             one = parser.parse_override(text)
+            one.config_loader = GlobalHydra.instance().config_loader()  # for glob(…)
             if not one.key_or_group:
                 raise HydraException("no key")
             parsed.append(one)

@@ -27,7 +27,7 @@ class Record:
 
     Args:
         path: the run directory.
-        start_step: the step that this process begins at; TensorBoard drops what stands after it.
+        start_step: the step that this process begins at; TensorBoard drops what stands at it and after it.
         length: bytes of metrics.jsonl that belong to the checkpoint begun from; the rest is cut off.
         settings: the config, for TensorBoard's HParams table, where the run shows from now on.
 
@@ -45,7 +45,15 @@ class Record:
         self._writer = SummaryWriter(str(path / "tb"), purge_step=start_step, flush_secs=10)
         hparams = hparams_summary.hparams_pb(_typed(settings), trial_id=path.name)
         self._summary(hparams)
+        self._repeat(metrics, start_step)
         self._writer.flush()
+
+    def _repeat(self, metrics: Path, start_step: int) -> None:
+        """TensorBoard dropped the figures of the step begun from, too, but the checkpoint has them behind it."""
+        for line in metrics.read_text().splitlines() if start_step else ():
+            values = json.loads(line)
+            if values.pop("step") == start_step:
+                self.speed(start_step, {tag: value for tag, value in values.items() if tag != "epoch"})
 
     def metrics(self, step: int, values: Mapping[str, float], **position: int) -> None:
         """Numbers that are the same in every repetition of the run: to both places."""

@@ -92,8 +92,8 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
     with _closing(run, record, state), stop, reporter, profiler(run.path, settings.profile) as profile:
         reporter.say(f"{run.path} on {device}")
         reporter.say(_introduction(model, training, validation, Step(state.step, total)))
-        if validation is not None and settings.images_every and state.step == 0:
-            _show_reconstructions(record, model, validation, 0)
+        if validation is not None:
+            _show_reconstructions(record, model, validation, state.step)
         while state.step < total or state.batch > 0:
             for batch in _training_batches(training, state.epoch, state.batch, settings.overfit):
                 if state.step == total:

@@ -1,0 +1,148 @@
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from capsexp.errors import UserError
+from capsexp.record import Record
+
+SETTINGS = {
+    "seed": 1,
+    "model": {"leaky": True, "rate": 0.5, "name": "caps", "sizes": [1, 2]},
+    "nothing": None,
+}
+
+
+def record(path, *, start_step=0, length=0):
+    path.mkdir(exist_ok=True)
+    return Record(path, start_step=start_step, length=length, settings=SETTINGS)
+
+
+def test_metrics_keep_every_digit(tmp_path):
+    written = record(tmp_path)
+    written.metrics(3, {"train/loss": 0.1234567890123456789, "train/accuracy": 1 / 3}, epoch=1)
+    written.close("completed")
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line == {"step": 3, "epoch": 1, "train/loss": 0.1234567890123456789, "train/accuracy": 1 / 3}
+
+
+def test_what_stands_after_the_checkpoint_is_cut_off(tmp_path):
+    first = record(tmp_path)
+    first.metrics(1, {"loss": 1.0})
+    length = first.length()
+    first.metrics(2, {"loss": 2.0})
+    first.close("completed")
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 3, "lo')  # killed in the middle of a line
+    second = record(tmp_path, start_step=1, length=length)
+    assert second.length() == length
+    second.metrics(2, {"loss": 2.5})
+    second.close("completed")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.5}]
+
+
+def test_a_shorter_file_than_the_checkpoint_knows_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"metrics\.jsonl is shorter than when its checkpoint was made"):
+        record(tmp_path, start_step=1, length=10)
+
+
+def test_speed_goes_to_tensorboard_alone(tmp_path):
+    written = record(tmp_path)
+    written.speed(1, {"images_per_second": 100.0})
+    written.close("completed")
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert [event.value for event in events.Scalars("images_per_second")] == [100.0]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_pictures_stand_in_rows(channels, tmp_path):
+    written = record(tmp_path)
+    pictures = torch.rand(4, channels, 5, 6)
+    written.pictures(0, "reconstruction", [pictures, pictures])
+    written.close("completed")
+    (image,) = (
+        EventAccumulator(str(tmp_path / "tb"), size_guidance={"images": 0}).Reload().Images("reconstruction")
+    )
+    assert (image.height, image.width) == (2 * 6 + 1, 4 * 7 + 1)
+
+
+@contextlib.contextmanager
+def tensorboard(logdir, *options):
+    """The server, and a function that gets JSON from it."""
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--port", "0", *options]
+    said = logdir.parent / f"{logdir.name}.log"
+    with open(said, "w") as log:
+        server = subprocess.Popen(command, stderr=log, stdout=log)
+    try:
+        text = until(said.read_text, lambda text: "http://" in text)
+        address = re.search(r"http://\S+/", text)[0]
+
+        def get(path, body=None):
+            data = None if body is None else json.dumps(body).encode()
+            request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.loads(answer.read())
+
+        yield get
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def until(get_value, accept):
+    """Poll: the server reads the files in its own time."""
+    for _ in range(200):
+        value = get_value()
+        if accept(value):
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"never came: {value}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loader", ["true", "false"])
+def test_a_server_shows_every_run_once_with_its_true_end_and_no_doubled_steps(loader, tmp_path):
+    for name, end in (("good", "completed"), ("bad", "failed"), ("cut off", "interrupted")):
+        written = record(tmp_path / name)
+        written.metrics(1, {"train/loss": 1.0})
+        length = written.length()  # a checkpoint, of the same length in each run
+        written.metrics(2, {"train/loss": 2.0})
+        written.close(end)
+    resumed = record(tmp_path / "good", start_step=1, length=length)
+    resumed.metrics(2, {"train/loss": 3.0})
+    resumed.close("completed")
+    query = {
+        "allowedStatuses": ["STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING", "STATUS_UNKNOWN"],
+        "colParams": [{"hparam": key} for key in ("seed", "model.leaky", "model.rate")],
+        "startIndex": 0,
+        "sliceSize": 100,
+    }
+    with tensorboard(tmp_path, f"--load_fast={loader}") as get:
+        groups = until(
+            lambda: get("data/plugin/hparams/session_groups", query).get("sessionGroups", []),
+            lambda found: len(found) == 3,
+        )
+        statuses = {group["name"]: group["sessions"][0]["status"] for group in groups}
+        assert statuses["good"] == "STATUS_SUCCESS"
+        assert statuses["bad"] == "STATUS_FAILURE"
+        assert statuses["cut off"] == "STATUS_UNKNOWN"
+        shown = groups[0]["hparams"]
+        assert shown["seed"] == 1
+        assert shown["model.leaky"] is True
+        assert shown["model.rate"] == 0.5
+        runs = get("data/runs")
+        assert sorted(runs) == ["bad/tb", "cut off/tb", "good/tb"]
+        # Step 1 is the checkpoint's own: dropped with what follows it, and repeated from metrics.jsonl.
+        until(
+            lambda: get("data/plugin/scalars/scalars?tag=train/loss&run=good/tb"),
+            lambda points: [(step, value) for _, step, value in points] == [(1, 1.0), (2, 3.0)],
+        )

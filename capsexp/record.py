@@ -49,7 +49,7 @@ class Record:
         self._writer.flush()
 
     def _repeat(self, metrics: Path, start_step: int) -> None:
-        """TensorBoard dropped the figures of the step begun from, too, but the checkpoint has them behind it."""
+        """Give TensorBoard again what it dropped and the checkpoint has: the figures of its step."""
         for line in metrics.read_text().splitlines() if start_step else ():
             values = json.loads(line)
             if values.pop("step") == start_step:

@@ -117,6 +117,7 @@ def test_a_server_shows_every_run_once_with_its_true_end_and_no_doubled_steps(lo
         length = written.length()  # a checkpoint, of the same length in each run
         written.metrics(2, {"train/loss": 2.0})
         written.close(end)
+    time.sleep(1.1)  # files of one second are read in the order of a counter: as text, 10 before 9
     resumed = record(tmp_path / "good", start_step=1, length=length)
     resumed.metrics(2, {"train/loss": 3.0})
     resumed.close("completed")

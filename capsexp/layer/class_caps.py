@@ -75,7 +75,7 @@ class ClassCaps(nn.Module):
 class UnroutedClassCaps(nn.Module):
     """`ClassCaps` with the routing taken out: every capsule gives each parent the same share.
 
-    What `capsexp bench` compares with: the same matrices, summed over the input capsules by one matrix product
+    What `capsexp bench` compares with: the same matrices, summed over the input capsules by one product
     that never makes votes, so nothing that routes can be faster.
 
     Args: weight: the transformation matrices W_ij.

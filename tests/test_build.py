@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import logging
+import logging.config
 import operator
 import os
 import pickle
@@ -120,7 +122,12 @@ def capsexp(monkeypatch, capsys, tmp_path):
             code = stop.code
         return code, *capsys.readouterr()
 
-    return call
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield call
+    for handler in set(root.handlers) - set(before):
+        root.removeHandler(handler)
+        handler.close()
 
 
 @pytest.fixture
@@ -270,8 +277,6 @@ def opening(marker):
 
 
 def test_such_a_logging_setting_would_create_the_marker(marker):
-    import logging.config
-
     logging.config.dictConfig(opening(marker) | {"incremental": False, "disable_existing_loggers": False})
     logging.getLogger().handlers.pop().close()
     assert marker.exists()

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
@@ -35,6 +36,14 @@ class Payload:
 
     def __reduce__(self):
         return os.system, (f"touch {self.marker}",)
+
+
+@pytest.fixture(autouse=True)
+def no_stored_options():
+    """What a test stores as a run's config is gone after it."""
+    yield
+    for group in config.GROUPS:
+        ConfigStore.instance().repo.get(group, {}).pop("stored.yaml", None)
 
 
 @pytest.fixture
@@ -247,10 +256,17 @@ def test_building_a_hostile_node_by_itself_is_refused(target, hostile, marker):
 @pytest.mark.parametrize("target", HOSTILE)
 def test_a_hostile_target_in_a_stored_config_is_refused(target, hostile, marker, stored_run, capsexp):
     run = stored_run(loss={"_target_": target, **hostile[target]})
-    for words in (["eval", f"run={run}"], ["predict", f"run={run}", "x.png"]):
-        code, _, error = capsexp(*words)
-        assert code == 2
-        assert f"loss._target_: '{target}' may not be built from a config" in error
+    code, _, error = capsexp("eval", f"run={run}")
+    assert code == 2
+    assert f"loss._target_: '{target}' may not be built from a config" in error
+    assert not marker.exists()
+
+
+def test_predict_refuses_it_too(hostile, marker, stored_run, capsexp):
+    run = stored_run(loss={"_target_": "torch.hub.load", **hostile["torch.hub.load"]})
+    code, _, error = capsexp("predict", f"run={run}", "x.png")
+    assert code == 2
+    assert "loss._target_: 'torch.hub.load' may not be built from a config" in error
     assert not marker.exists()
 
 

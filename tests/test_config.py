@@ -1,3 +1,5 @@
+import copy
+import functools
 import inspect
 import re
 from pathlib import Path
@@ -33,10 +35,23 @@ def composed(*overrides, **keywords):
     return plain(compose("train", list(overrides), config_dir=None, **keywords))
 
 
+@functools.cache
+def quickstart():
+    return composed()
+
+
 def problems(*overrides, **keywords):
     with pytest.raises(UserError) as caught:
         composed(*overrides, **keywords)
     return list(caught.value.problems)
+
+
+@pytest.fixture(autouse=True)
+def no_stored_options():
+    """What a test stores as a run's config is gone after it."""
+    yield
+    for group in config.GROUPS:
+        ConfigStore.instance().repo.get(group, {}).pop("stored.yaml", None)
 
 
 @pytest.fixture
@@ -347,8 +362,10 @@ def test_the_nearest_name_is_offered_or_all_when_they_are_few(name, known, text)
     + [("accumulate", 9999, r"accumulate must be <= batch_size \(\d+\), got 9999")],
 )
 def test_a_setting_of_the_trainer_out_of_range_is_told(key, value, message):
+    settings = copy.deepcopy(quickstart())
+    settings["trainer"][key] = value
     with pytest.raises(UserError, match=f"^trainer: {message}$"):
-        components(composed(f"trainer.{key}={value}"), plugins=[])
+        components(settings, plugins=[])
 
 
 # One-liners

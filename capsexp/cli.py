@@ -222,7 +222,8 @@ def _where(composed: DictConfig, overrides: Sequence[str], options: Namespace) -
         return []
     choices = composed.hydra.runtime.choices
     folder = choices.get("experiment") or f"{choices['model']}-{choices['dataset']}"
-    settings = [text for text in overrides if text.partition("=")[0] not in config.GROUPS]
+    named = ("model", "dataset", "experiment")  # in the folder's name already
+    settings = [text for text in overrides if text.partition("=")[0] not in named]
     return [f"run={quoted(new_run_dir(root / folder, label='-'.join(settings)))}"]
 
 

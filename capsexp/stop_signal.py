@@ -2,6 +2,7 @@
 
 import signal
 import types
+from pathlib import Path
 from typing import Any
 
 from capsexp.errors import RunStopped
@@ -18,13 +19,12 @@ class StopSignal:
         """Whether a signal came."""
         return self.number is not None
 
-    def reason(self, step: int) -> RunStopped:
-        """The error to end the run with: exit code 130 after Ctrl-C, 143 after SIGTERM."""
+    def reason(self, step: int, path: Path) -> RunStopped:
+        """The error to end a run with: exit code 130 after Ctrl-C, 143 after SIGTERM."""
         assert self.number is not None
         name = signal.Signals(self.number).name
-        return RunStopped(
-            f"{name}: stopped at step {step}; the same command goes on", exit_code=128 + self.number
-        )
+        line = f"{name}: stopped at step {step}; the same command with run={path} goes on"
+        return RunStopped(line, exit_code=128 + self.number)
 
     def __enter__(self) -> "StopSignal":
         for number in (signal.SIGINT, signal.SIGTERM):

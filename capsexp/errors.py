@@ -1,5 +1,7 @@
 """What a user can put right: told in one line, without a traceback."""
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """A mistake in what the user asked for. The command line prints it and exits with code 2.
@@ -13,6 +15,21 @@ class UserError(Exception):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+def require_at_least_1(**values: int | Sequence[int] | None) -> None:
+    """Check constructor arguments: a number must be >= 1, a list must hold such numbers; None is no value.
+
+    Raises:
+        ValueError: naming the argument and what it got.
+    """
+    for name, value in values.items():
+        if value is None:
+            continue
+        numbers = [value] if isinstance(value, int) else list(value)
+        if not numbers or min(numbers) < 1:
+            kind = "must be >= 1" if isinstance(value, int) else "must be a list of numbers >= 1"
+            raise ValueError(f"{name} {kind}, got {value}")
 
 
 class RunStopped(UserError):  # noqa: N818 - a signal or a stop, not always an error

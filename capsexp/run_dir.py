@@ -127,6 +127,8 @@ class RunDir:
         )
         if patch:
             write_whole(self.path / "dirty.patch", lambda file: file.write(patch.encode()))
+        else:  # of an earlier start
+            (self.path / "dirty.patch").unlink(missing_ok=True)
 
     def status(self) -> dict[str, Any]:
         """What status.json says; empty when there is none."""

@@ -4,6 +4,8 @@ from typing import Literal
 
 import torch
 
+from capsexp.errors import require_at_least_1
+
 
 class Trainer:
     """How long and how carefully to train; conf/trainer/default.yaml says what each setting means.
@@ -21,7 +23,7 @@ class Trainer:
         accumulate: int,
         grad_clip: int | float | None,
         precision: Literal["float32", "bfloat16"],
-        ema_decay: float | None,
+        ema_decay: int | float | None,
         compile: bool,
         limit_train_batches: int | None,
         limit_eval_batches: int | None,
@@ -34,13 +36,19 @@ class Trainer:
         test: Literal["best", "last", "none"],
         profile: bool,
     ) -> None:
-        at_least_1 = {"max_epochs": max_epochs, "max_steps": max_steps, "batch_size": batch_size}
-        at_least_1 |= {"accumulate": accumulate, "validate_every": validate_every, "log_every": log_every}
-        at_least_1 |= {"images_every": images_every, "save_every": save_every, "keep_every": keep_every}
-        at_least_1 |= {"limit_train_batches": limit_train_batches, "limit_eval_batches": limit_eval_batches}
-        for name, value in at_least_1.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
+        require_at_least_1(
+            max_epochs=max_epochs,
+            max_steps=max_steps,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            limit_train_batches=limit_train_batches,
+            limit_eval_batches=limit_eval_batches,
+            validate_every=validate_every,
+            log_every=log_every,
+            images_every=images_every,
+            save_every=save_every,
+            keep_every=keep_every,
+        )
         if grad_clip is not None and grad_clip <= 0:
             raise ValueError(f"grad_clip must be > 0, got {grad_clip}")
         if ema_decay is not None and not 0 < ema_decay < 1:

@@ -30,9 +30,10 @@ def test_the_two_networks_take_turns(quick, tiny_parts):
 
 def test_the_compared_network_has_the_same_parameters_and_no_votes(tiny_parts):
     model = tiny_parts().new_model()
-    without = bench._without_routing(model)
-    assert sum(p.numel() for p in without.parameters()) == sum(p.numel() for p in model.parameters())
+    count = sum(parameter.numel() for parameter in model.parameters())
     assert bench._routed(model)
+    without = bench._without_routing(model)
+    assert sum(parameter.numel() for parameter in without.parameters()) == count
     assert not bench._routed(without)
 
 

@@ -413,3 +413,15 @@ def test_kill_9_at_any_moment_changes_nothing(tmp_path, tiny_overrides):
     assert inside_a_save >= 3
     assert len(json.loads(status.read_text())["resumes"]) == kills
     assert_same_run(killed, quiet)
+
+
+@pytest.mark.compile
+def test_a_compiled_run_learns_like_a_plain_one_and_its_checkpoints_are_the_same_kind(
+    tmp_path, train_tiny, metrics_of
+):
+    train_tiny(tmp_path / "plain", "trainer.max_steps=3")
+    train_tiny(tmp_path / "compiled", "trainer.max_steps=3", "trainer.compile=true")
+    plain, compiled = (metrics_of(tmp_path / name) for name in ("plain", "compiled"))
+    assert compiled[2]["train/loss"] == pytest.approx(plain[2]["train/loss"], rel=1e-4)
+    names = [set(final_state(tmp_path / name)["model"]) for name in ("plain", "compiled")]
+    assert names[0] == names[1]

@@ -62,7 +62,7 @@ class ClassCaps(nn.Module):
 
     def without_routing(self) -> "UnroutedClassCaps":
         """The same matrices without the routing, for comparison."""
-        return UnroutedClassCaps(self.weight.detach().clone())
+        return UnroutedClassCaps(self.weight.detach())
 
     def _route(self, poses: Float[Tensor, "B I K"], activations: Float[Tensor, "B I"]) -> Routed:
         # Votes in the weights' precision also under autocast: writing them is most of the work, and a routing

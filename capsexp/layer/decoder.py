@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from capsexp.errors import require_at_least_1
+
 
 class Decoder(nn.Module):
     """Reconstruct a picture from one class capsule: fully connected layers, the last one a sigmoid.
@@ -18,12 +20,14 @@ class Decoder(nn.Module):
         classes, pose_dim: number and pose size of the class capsules.
         image_shape: channels, height and width of the picture.
         hidden: widths of the ReLU layers.
+    Raises: ValueError: a width below 1.
     """
 
     def __init__(
         self, classes: int, pose_dim: int, image_shape: Sequence[int], *, hidden: Sequence[int]
     ) -> None:
         super().__init__()
+        require_at_least_1(hidden=hidden)
         channels, height, width = image_shape
         self.image_shape = (channels, height, width)
         sizes = [classes * pose_dim, *hidden, channels * height * width]

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capsexp.capsules import Output
+from capsexp.errors import require_at_least_1
 
 
 class CNN(nn.Module):
@@ -22,7 +23,7 @@ class CNN(nn.Module):
         conv_channels, kernel: of the convolutions, stride 1, ReLU; an odd kernel keeps the size.
         hidden: widths of the fully connected ReLU layers.
         dropout: rate, in [0, 1).
-    Raises: ValueError: dropout outside [0, 1).
+    Raises: ValueError: a size below 1; dropout outside [0, 1).
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class CNN(nn.Module):
         dropout: int | float,
     ) -> None:
         super().__init__()
+        require_at_least_1(conv_channels=conv_channels, kernel=kernel, hidden=hidden)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         channels, height, width = image_shape

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capsexp.capsules import Capsules, Output
+from capsexp.errors import require_at_least_1
 from capsexp.layer.class_caps import ClassCaps
 from capsexp.layer.primary import PrimaryCaps
 
@@ -34,7 +35,7 @@ class CapsNet(nn.Module):
         votes_mib: see `ClassCaps`.
         routing: see `ClassCaps`.
         decoder: builds the decoder from (classes, pose_dim, image_shape); None for a network without.
-    Raises: ValueError: too small a picture (naming the smallest); an option that does not exist.
+    Raises: ValueError: too small a picture (naming the smallest), a size below 1, an option that does not exist.
     """
 
     def __init__(
@@ -58,6 +59,15 @@ class CapsNet(nn.Module):
         decoder: Callable[..., nn.Module] | None,
     ) -> None:
         super().__init__()
+        require_at_least_1(
+            conv_channels=conv_channels,
+            conv_kernel=conv_kernel,
+            primary_types=primary_types,
+            primary_dim=primary_dim,
+            primary_kernel=primary_kernel,
+            primary_stride=primary_stride,
+            class_dim=class_dim,
+        )
         _check_mask(mask, classes)
         if initialisation not in INITIALISATIONS:
             raise ValueError(

@@ -1,0 +1,36 @@
+import pytest
+
+from capsexp.errors import UserError, require_at_least_1
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("model.class_dim=0", "model: class_dim must be >= 1, got 0"),
+        ("model.primary_types=0", "model: primary_types must be >= 1, got 0"),
+        ("model.primary_stride=0", "model: primary_stride must be >= 1, got 0"),
+        ("model.conv_channels=-1", "model: conv_channels must be >= 1, got -1"),
+        ("model.conv_kernel=0", "model: conv_kernel must be >= 1, got 0"),
+        ("model.primary_dim=0", "model: primary_dim must be >= 1, got 0"),
+        ("model.primary_kernel=-2", "model: primary_kernel must be >= 1, got -2"),
+        ("model.decoder.hidden=[8,0]", r"hidden must be a list of numbers >= 1, got \[8, 0\]"),
+        ("trainer.keep_every=0", "trainer: keep_every must be >= 1, got 0"),
+    ],
+)
+def test_a_size_below_1_is_one_line(override, line, tiny_parts):
+    with pytest.raises(UserError, match=line) as caught:
+        tiny_parts(override)
+    assert len(caught.value.problems) == 1
+
+
+def test_lists_must_hold_something():
+    with pytest.raises(ValueError, match=r"hidden must be a list of numbers >= 1, got \[\]"):
+        require_at_least_1(hidden=[])
+    require_at_least_1(hidden=[1, 2], steps=None, count=1)
+
+
+def test_all_problems_stand_in_the_message():
+    error = UserError("first", "second")
+    assert error.problems == ("first", "second")
+    assert str(error) == "first\nsecond"
+    assert error.exit_code == 2

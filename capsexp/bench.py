@@ -144,7 +144,7 @@ def _in_turns(actions: dict[str, Callable[[], object]], parts: Parts) -> dict[st
 
 def _peak_memory(parts: Parts, *, routed: bool) -> int:
     """Bytes that training takes at its peak, over those of the process before it."""
-    import torch._dynamo  # noqa: F401 - the first optimiser brings it: 150 MiB that are not the network's
+    import torch._dynamo  # the first optimiser brings it: 150 MiB that are not the network's
 
     batches = _random_batches(parts)
     cuda = parts.device.torch_device.type == "cuda"

@@ -35,7 +35,7 @@ class CapsNet(nn.Module):
         votes_mib: see `ClassCaps`.
         routing: see `ClassCaps`.
         decoder: builds the decoder from (classes, pose_dim, image_shape); None for a network without.
-    Raises: ValueError: too small a picture (naming the smallest), a size below 1, an option that does not exist.
+    Raises: ValueError: too small a picture (naming the smallest), a size below 1, an option that is none.
     """
 
     def __init__(

@@ -28,7 +28,9 @@ from capsexp.errors import UserError
 
 GROUPS = ("device", "trainer", "dataset", "routing", "loss", "optimizer", "model", "experiment")
 STORED = "stored"  # name, in every group, of what a run directory's config holds
-VERSION_BASE: dict[str, str] = {} if hydra.__version__ >= "1.4" else {"version_base": "1.3"}
+HYDRA_1_3 = hydra.__version__ < "1.4"
+VERSION_BASE: dict[str, str] = {"version_base": "1.3"} if HYDRA_1_3 else {}
+REPLACE: dict[str, Any] = {} if HYDRA_1_3 else {"replace": True}  # 1.3 replaces without a word
 FAILURES = (HydraException, OmegaConfBaseException)
 
 
@@ -121,7 +123,7 @@ def store_as_primary(stored: dict[str, Any], *, extra: dict[str, Any], name: str
     # the `defaults` of a group too: they can place another group's keys at `hydra`.
     for group in groups:
         node = {key: value for key, value in stored[group].items() if key != "defaults"}
-        store.store(group=group, name=STORED, node=node)
+        store.store(group=group, name=STORED, node=node, **REPLACE)
     root = {
         key: value for key, value in stored.items() if key not in (*groups, "hydra", "defaults", "plugins")
     }
@@ -129,7 +131,7 @@ def store_as_primary(stored: dict[str, Any], *, extra: dict[str, Any], name: str
     defaults = [*({group: STORED} for group in groups), "_self_", *logging]
     quiet = {"run": {"dir": "."}, "output_subdir": None, "job": {"name": name, "chdir": False}}
     node = {"defaults": defaults, **root, **extra, "plugins": [], "hydra": quiet}
-    store.store(name=name, node=node)
+    store.store(name=name, node=node, **REPLACE)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

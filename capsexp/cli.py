@@ -80,12 +80,12 @@ def _train(arguments: list[str]) -> int:
     composed = config.compose(name, overrides, config_dir=folder, sweep=options.multirun)
     if options.cfg or options.info:
         return _hand_over([*flags, *overrides], "train", _nothing)
-    _check(composed, overrides)
     if options.multirun:
         if composed.run is not None:
             raise UserError("run: a sweep makes a directory for each of its runs; choose hydra.sweep.dir=DIR")
         for variant in config.swept_variants(overrides, config_dir=folder):
             _check(config.compose(name, variant, config_dir=folder), overrides)
+    _check(composed, overrides).dataset.require_files()
     where = [*_where(composed, overrides, options), "hydra.output_subdir=null"]
     return _hand_over([*flags, *overrides, *where], "train", _training_job)
 

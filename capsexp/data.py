@@ -95,6 +95,9 @@ class Dataset(ABC):
         """Names of the files that are not there; none for a set that needs no files."""
         return []
 
+    def require_files(self) -> None:  # noqa: B027 - most sets need nothing
+        """Refuse to start without the files; nothing to do for a set that needs no files."""
+
     def prepare(self, progress: Progress) -> None:  # noqa: B027 - most sets need nothing
         """Get what is missing; nothing to do for a set that needs no files."""
 

@@ -20,5 +20,8 @@ def profiler(path: Path, wanted: bool) -> Iterator[torch.profiler.profile | None
         profile.export_chrome_trace(str(path / "trace.json"))
 
     schedule = torch.profiler.schedule(wait=1, warmup=1, active=5, repeat=1)
-    with torch.profiler.profile(schedule=schedule, on_trace_ready=write, profile_memory=True) as profile:
+    # acc_events: without it torch 2.11 warns of events lost between cycles; there is only one.
+    with torch.profiler.profile(
+        schedule=schedule, on_trace_ready=write, profile_memory=True, acc_events=True
+    ) as profile:
         yield profile

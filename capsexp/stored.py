@@ -34,6 +34,15 @@ class StoredDataset(Dataset):
         """Names, below the data root, of the files that are not there."""
         return [stored.name for stored in missing(self.root, self.files)]
 
+    def require_files(self) -> None:
+        """Refuse to start without the files, unless they may be downloaded.
+
+        Raises:
+            DataError: files are missing; names them, their address and the settings that help.
+        """
+        if not self.download and self.missing():
+            obtain(self.root, self.files, dataset=self.name, online=False, progress=None)
+
     def prepare(self, progress: Progress) -> None:
         """Download and unpack what is missing; one process at a time.
 

@@ -551,3 +551,16 @@ def test_a_folder_with_any_name_can_hold_runs(capsexp, tmp_path, monkeypatch):
     code, _, error = capsexp("train", *small, CAPSEXP_OUTPUTS=str(folder / "outputs"))
     assert (code, error) == (0, "")
     assert len(list((folder / "outputs").rglob("status.json"))) == 1
+
+
+def test_missing_data_are_told_before_a_run_directory_is_made(tmp_path, capsexp):
+    code, _, error = capsexp(
+        "train",
+        "dataset=mnist",
+        "model=dynamic_routing",
+        f"data_root={tmp_path}",
+        f"output_root={tmp_path / 'out'}",
+    )
+    assert code == 2
+    assert "data set mnist is not complete under" in error
+    assert not (tmp_path / "out").exists()

@@ -3,9 +3,13 @@
 from abc import abstractmethod
 from pathlib import Path
 
-from capsexp.data import Dataset, Part
+from torchvision.datasets.mnist import read_image_file, read_label_file
+
+from capsexp.data import Dataset, Part, Split
 from capsexp.download import DataError, Progress, RemoteFile, StoredFile, missing, obtain, verify
 from capsexp.preprocess import Preprocess
+
+IDX_PREFIX: dict[Part, str] = {"train": "train-", "test": "t10k-"}
 
 
 class StoredDataset(Dataset):
@@ -81,3 +85,20 @@ class StoredDataset(Dataset):
     @abstractmethod
     def _needs(self, stored: StoredFile, part: Part) -> bool:
         """Whether reading this part opens this file."""
+
+
+class IdxDataset(StoredDataset):
+    """A set in MNIST's own file format: 28x28 grey pictures and their labels, for training and for testing.
+
+    Its files must have the names of MNIST's, such as `train-images-idx3-ubyte`.
+    """
+
+    stored_shape = (1, 28, 28)
+
+    def _needs(self, stored: StoredFile, part: Part) -> bool:
+        return Path(stored.name).name.startswith(IDX_PREFIX[part])
+
+    def _load(self, part: Part) -> Split:
+        paths, prefix = self._verified(part), IDX_PREFIX[part]
+        images = read_image_file(str(paths[f"{prefix}images-idx3-ubyte"]))
+        return Split(images[:, None], read_label_file(str(paths[f"{prefix}labels-idx1-ubyte"])))

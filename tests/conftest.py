@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.config_store import ConfigStore
 
 # Tests are many small operations: with more threads they wait for each other, most of all on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -35,6 +36,14 @@ TINY = (
 def composed(*overrides: str) -> dict[str, Any]:
     """The plain config of `capsexp train`, tiny unless overridden."""
     return config.plain(config.compose("train", [*TINY, *overrides], config_dir=None))
+
+
+@pytest.fixture(autouse=True)
+def no_stored_options():
+    """What a test stores as a run's config is gone after it."""
+    yield
+    for group in config.GROUPS:
+        ConfigStore.instance().repo.get(group, {}).pop("stored.yaml", None)
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
@@ -36,14 +35,6 @@ class Payload:
 
     def __reduce__(self):
         return os.system, (f"touch {self.marker}",)
-
-
-@pytest.fixture(autouse=True)
-def no_stored_options():
-    """What a test stores as a run's config is gone after it."""
-    yield
-    for group in config.GROUPS:
-        ConfigStore.instance().repo.get(group, {}).pop("stored.yaml", None)
 
 
 @pytest.fixture

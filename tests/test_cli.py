@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.core.config_store import ConfigStore
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from capsexp import cli, config
+from capsexp import cli
 from capsexp.arguments import parse
 
 SCRIPT = str(Path(sys.executable).with_name("capsexp"))
@@ -39,14 +38,6 @@ def shell(*words, cwd, start=MODULE, **more):
         text=True,
         check=False,
     )
-
-
-@pytest.fixture(autouse=True)
-def no_stored_options():
-    """What a test stores as a run's config is gone after it."""
-    yield
-    for group in config.GROUPS:
-        ConfigStore.instance().repo.get(group, {}).pop("stored.yaml", None)
 
 
 @pytest.fixture

@@ -46,14 +46,6 @@ def problems(*overrides, **keywords):
     return list(caught.value.problems)
 
 
-@pytest.fixture(autouse=True)
-def no_stored_options():
-    """What a test stores as a run's config is gone after it."""
-    yield
-    for group in config.GROUPS:
-        ConfigStore.instance().repo.get(group, {}).pop("stored.yaml", None)
-
-
 @pytest.fixture
 def own(tmp_path):
     """Write a YAML into a folder of a user's own configs; returns the folder."""

@@ -1,10 +1,7 @@
 """Fashion-MNIST: articles of clothing, 28x28, grey."""
 
-from torchvision.datasets.mnist import read_image_file, read_label_file
-
-from capsexp.data import Part, Split
 from capsexp.download import RemoteFile, StoredFile
-from capsexp.stored import StoredDataset
+from capsexp.stored import IdxDataset
 
 URL = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
 FOLDER = "FashionMNIST/raw/"
@@ -16,7 +13,7 @@ def _file(name: str, packed: str, unpacked: str) -> RemoteFile:
     return RemoteFile(f"{FOLDER}{name}.gz", f"{URL}{name}.gz", packed, (stored,))
 
 
-class FashionMNIST(StoredDataset):
+class FashionMNIST(IdxDataset):
     """60,000 training and 10,000 test pictures in 10 classes."""
 
     name = "fashion_mnist"
@@ -32,7 +29,6 @@ class FashionMNIST(StoredDataset):
         "Bag",
         "Ankle boot",
     )
-    stored_shape = (1, 28, 28)
     files = (
         _file(
             "train-images-idx3-ubyte",
@@ -55,12 +51,3 @@ class FashionMNIST(StoredDataset):
             "15d484375f8d13e6eb1aabb0c3f46965",
         ),
     )
-
-    def _needs(self, stored: StoredFile, part: Part) -> bool:
-        return stored.name.startswith(FOLDER + ("train" if part == "train" else "t10k"))
-
-    def _load(self, part: Part) -> Split:
-        paths = self._verified(part)
-        prefix = "train" if part == "train" else "t10k"
-        images = read_image_file(str(paths[f"{prefix}-images-idx3-ubyte"]))
-        return Split(images[:, None], read_label_file(str(paths[f"{prefix}-labels-idx1-ubyte"])))

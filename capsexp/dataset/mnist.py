@@ -1,10 +1,7 @@
 """MNIST: handwritten digits, 28x28, grey."""
 
-from torchvision.datasets.mnist import read_image_file, read_label_file
-
-from capsexp.data import Part, Split
 from capsexp.download import RemoteFile, StoredFile
-from capsexp.stored import StoredDataset
+from capsexp.stored import IdxDataset
 
 URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 FOLDER = "MNIST/raw/"
@@ -15,12 +12,11 @@ def _file(name: str, packed: str, unpacked: str) -> RemoteFile:
     return RemoteFile(f"{FOLDER}{name}.gz", f"{URL}{name}.gz", packed, (stored,))
 
 
-class MNIST(StoredDataset):
+class MNIST(IdxDataset):
     """60,000 training and 10,000 test pictures in 10 classes."""
 
     name = "mnist"
     classes = tuple("0123456789")
-    stored_shape = (1, 28, 28)
     files = (
         _file(
             "train-images-idx3-ubyte",
@@ -43,12 +39,3 @@ class MNIST(StoredDataset):
             "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
         ),
     )
-
-    def _needs(self, stored: StoredFile, part: Part) -> bool:
-        return stored.name.startswith(FOLDER + ("train" if part == "train" else "t10k"))
-
-    def _load(self, part: Part) -> Split:
-        paths = self._verified(part)
-        prefix = "train" if part == "train" else "t10k"
-        images = read_image_file(str(paths[f"{prefix}-images-idx3-ubyte"]))
-        return Split(images[:, None], read_label_file(str(paths[f"{prefix}-labels-idx1-ubyte"])))

@@ -158,6 +158,11 @@ class Batches:
         """Pictures in the split."""
         return len(self.labels)
 
+    @property
+    def visited(self) -> int:
+        """Pictures that one epoch visits: all, unless a limit cuts it short."""
+        return min(self.count, len(self) * self.batch_size)
+
     def training(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
         """One epoch, shuffled and augmented, from batch number `start` on.
 

@@ -125,7 +125,7 @@ def evaluate_run(parts: Parts, config: Mapping[str, Any]) -> dict[str, float]:
         raise UserError("part=validation: this run had no validation pictures (dataset.validation=0)")
     batches = parts.batches(split, limit=parts.trainer.limit_eval_batches)
     values = evaluate(model, batches, parts.loss, step, precision=parts.trainer.precision)
-    table = Table(f"{part}, {batches.count} pictures", f"{config['weights']} weights, step {step.number}")
+    table = Table(f"{part}, {batches.visited} pictures", f"{config['weights']} weights, step {step.number}")
     for name, value in values.items():
         table.add_row(name, f"{value:.6g}")
     Console().print(table)

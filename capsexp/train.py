@@ -146,7 +146,7 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
                 state.restore_weights(checkpoint.load(run.checkpoints / "best.pt"))
             test = parts.batches(parts.dataset.read("test"), limit=settings.limit_eval_batches)
             results |= mean_figures(test, "test")
-            reporter.say(f"test set, {test.count} pictures: {_sentence(results)}")
+            reporter.say(f"test set, {test.visited} pictures: {_sentence(results)}")
         record.metrics(state.step, results, epoch=state.epoch)
         run.say("completed", step=state.step, results=results, exit_code=0)
     return results

@@ -131,6 +131,8 @@ def test_limit_stops_an_epoch_early_and_changes_nothing_before():
     pairs = zip(limited.training(0), list(whole.training(0))[:2], strict=True)
     assert all(equal(a, b) for a, b in pairs)
     assert len(list(limited.in_order())) == 2
+    assert limited.visited == sum(len(batch.labels) for batch in limited.in_order())
+    assert whole.visited == whole.count
 
 
 def test_channels_last_changes_the_memory_and_not_the_numbers():

@@ -96,7 +96,7 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
             _show_reconstructions(record, model, validation, state.step)
         while state.step < total or state.batch > 0:
             for batch in _training_batches(training, state.epoch, state.batch, settings.overfit):
-                if state.step == total:
+                if state.step >= total:
                     break
                 step = Step(state.step, total)
                 learning_rate = parts.learning_rate(step)
@@ -127,7 +127,7 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
 
             # End of an epoch
             ended = state.epoch + 1
-            last = state.step == total
+            last = state.step >= total
             if validation is not None and (ended % settings.validate_every == 0 or last):
                 values = mean_figures(validation, "validation")
                 record.metrics(state.step, values, epoch=ended)

@@ -200,6 +200,15 @@ def test_an_unfinished_config_change_is_refused_and_force_takes_it(tmp_path, tra
     assert max(line["step"] for line in metrics_of(tmp_path)) == 20
 
 
+def test_a_resumed_run_that_is_already_too_long_trains_no_further(
+    tmp_path, monkeypatch, train_tiny, metrics_of
+):
+    killed_at(9, monkeypatch, train_tiny, tmp_path)  # the checkpoint is of step 8, inside an epoch
+    train_tiny(tmp_path, "trainer.max_steps=6", "resume=force")
+    assert final_state(tmp_path)["step"] == 8
+    assert "test/accuracy" in metrics_of(tmp_path)[-1]
+
+
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(tiny_parts):
     parts = tiny_parts()
     parts.trainer.batch_size = 101

@@ -37,7 +37,7 @@ def save(folder: Path, state: dict[str, Any], *, step: int) -> Path:
         step: optimiser steps done.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:08d}.pt"
+    path = folder / name_of(step)
 
     def write(file: IO[bytes]) -> None:
         torch.save({"schema": SCHEMA, **state}, file)
@@ -110,6 +110,11 @@ def saved(folder: Path) -> list[Path]:
     return paths
 
 
+def name_of(step: int) -> str:
+    """The file name of a step's checkpoint."""
+    return f"step-{step:08d}.pt"
+
+
 def step_of(path: Path) -> int:
     """The step that a checkpoint's file name tells."""
     match = _NAME.fullmatch(path.resolve().name)
@@ -122,7 +127,7 @@ def point(folder: Path, name: str, step: int) -> None:
     """Let `NAME.pt` be the checkpoint of a step."""
     link, new = folder / f"{name}.pt", folder / f".{name}.{os.getpid()}.tmp"
     new.unlink(missing_ok=True)
-    new.symlink_to(f"step-{step:08d}.pt")
+    new.symlink_to(name_of(step))
     os.replace(new, link)
 
 

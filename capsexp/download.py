@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from capsexp.errors import UserError
+from capsexp.files import put_in_place
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, bytes done, bytes in all; 0 if unknown)."""
@@ -229,12 +230,7 @@ def _discard_leftovers(root: Path) -> None:
 def _put_in_place(source: Path, target: Path) -> None:
     with source.open("rb") as file:
         os.fsync(file.fileno())
-    source.replace(target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    put_in_place(source, target)
 
 
 def _digest(path: Path, algorithm: str) -> str:

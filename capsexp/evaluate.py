@@ -78,7 +78,8 @@ def figures(output: Output, batch: Batch, terms: dict[str, Tensor]) -> dict[str,
     correct = (output.scores.argmax(1) == batch.labels).float().mean()
     values = {"accuracy": correct, "loss": torch.stack(list(terms.values())).sum(), **terms}
     values |= {f"coupling_entropy/{layer}": coupling_entropy(c) for layer, c in output.couplings.items()}
-    return {name: value.item() for name, value in values.items()}
+    # One transfer: on an accelerator each would wait for all the work that was queued.
+    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
@@ -100,9 +101,8 @@ def load_model(parts: Parts, path: Path, *, weights: str) -> tuple[nn.Module, St
     """
     parts.device.prepare()
     folder = path / "checkpoints"
-    saved = checkpoint.load(
-        folder / (f"step-{int(weights):08d}.pt" if weights.isdigit() else f"{weights}.pt")
-    )
+    name = checkpoint.name_of(int(weights)) if weights.isdigit() else f"{weights}.pt"
+    saved = checkpoint.load(folder / name)
     model = parts.new_model()
     try:
         model.load_state_dict(trained_weights(saved))

@@ -14,11 +14,16 @@ def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(new, path)
+        put_in_place(new, path)
     except BaseException:
         new.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+
+
+def put_in_place(source: Path, target: Path) -> None:
+    """Give a file that is complete and on disk its name, so that the name survives a power cut too."""
+    os.replace(source, target)
+    folder = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:

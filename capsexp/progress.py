@@ -23,7 +23,7 @@ class Reporter:
     def __init__(self, *, total: int, done: int, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._bar = _bar(self._console) if self._console.is_terminal else None
-        self._total, self._done = total, done
+        self._total = total
         self._task = self._bar.add_task("", total=total, completed=done, figures="") if self._bar else None
         self._last_line = 0.0
         self._speed = Speedometer()

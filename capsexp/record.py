@@ -70,7 +70,8 @@ class Record:
     def pictures(self, step: int, tag: str, rows: list[Float[Tensor, "N C H W"]]) -> None:
         """Rows of pictures in [0, 1], one above the other."""
         columns = rows[0].shape[0]
-        grid = make_grid(_visible(interleave(rows)), nrow=columns, padding=1, pad_value=0.5)
+        pictures = cat([row.detach().float().cpu().clamp(0, 1) for row in rows])
+        grid = make_grid(_visible(pictures), nrow=columns, padding=1, pad_value=0.5)
         self._writer.add_image(tag, grid, step)
 
     def length(self) -> int:
@@ -90,11 +91,6 @@ class Record:
         file = self._writer.file_writer
         assert file is not None
         file.add_summary(summary)
-
-
-def interleave(rows: list[Float[Tensor, "N C H W"]]) -> Float[Tensor, "M C H W"]:
-    """Rows of pictures one after the other, on the CPU."""
-    return cat([row.detach().float().cpu().clamp(0, 1) for row in rows])
 
 
 def _visible(pictures: Float[Tensor, "N C H W"]) -> Float[Tensor, "N D H W"]:

@@ -31,13 +31,30 @@ class Capsules(NamedTuple):
     """Probability in [0, 1] that the entity is present; for dynamic routing, the length of the pose."""
 
 
+class ReceptiveFields(NamedTuple):
+    """The children that each position of a convolutional layer sees (made in ops/receptive_fields.py)."""
+
+    children: Int[Tensor, "P K"]
+    """Index of the child at each place of each position's window."""
+    in_caps: int
+    """Number of children, seen or not."""
+    connected: int
+    """Number of children that some parent sees; a stride may leave the others at the border without any."""
+
+
 class Routed(NamedTuple):
     """What a routing algorithm returns for a layer's output capsules."""
 
     poses: Float[Tensor, "B J D"]
     activations: Float[Tensor, "B J"]
-    coupling: Float[Tensor, "B I J"]
-    """Share of input capsule i that went to output capsule j, in the last iteration (c_ij; R_ij)."""
+    coupling: Float[Tensor, "B *I J"]
+    """Share of input capsule i that went to output capsule j, in the last iteration (c_ij; R_ij).
+
+    Where every parent sees every child: [B, I, J]. In a convolutional layer: [B, P, K, types], the share of the
+    child at each place of each parent position's window; `fields` says which child that is.
+    """
+    fields: ReceptiveFields | None = None
+    """None where every parent sees every child."""
 
 
 class Output(NamedTuple):
@@ -47,9 +64,9 @@ class Output(NamedTuple):
     """What the loss takes: lengths or activations of the class capsules, or logits of a CNN."""
     probabilities: Float[Tensor, "B J"]
     """Per class, in [0, 1]. For capsules each class stands alone: they need not add up to 1."""
-    capsules: Capsules | None = None
-    """The class capsules; None for a network without capsules."""
-    couplings: dict[str, Tensor] = {}  # noqa: RUF012 - never written to
-    """Coupling coefficients [B, I, J] per routed layer, by the layer's name."""
+    layers: dict[str, Capsules | Routed] = {}  # noqa: RUF012 - never written to
+    """The capsules of every layer, by its name, from the primary to the class capsules."""
     reconstruction: Float[Tensor, "B C H W"] | None = None
     """Decoded picture in [0, 1]; None without a decoder."""
+    weights: tuple[Tensor, ...] = ()
+    """Kernels and matrices, which a loss with weight decay acts on; no biases."""

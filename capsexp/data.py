@@ -105,6 +105,10 @@ class Dataset(ABC):
         """Every missing or damaged file, one line each. Reads all of them."""
         return []
 
+    def remarks(self) -> list[str]:
+        """Lines that must stand beside any figure measured on these data; to be asked once they were read."""
+        return []
+
     @abstractmethod
     def _load(self, part: Part) -> Split:
         """The pictures of one part as they lie on disk, after a check of the files."""
@@ -176,10 +180,18 @@ class Batches:
 
     def in_order(self) -> Iterator[Batch]:
         """All pictures as they lie, with nothing left to chance."""
-        order = torch.arange(self.count, device=self.device)
-        for number in range(len(self)):
-            indices = self._slice(order, number)
+        for indices in self._as_they_lie():
             yield self._batch(indices, self.preprocess.test(self.images[indices]))
+
+    def views(self) -> Iterator[list[Batch]]:
+        """What `in_order` gives, each batch followed by the other crops of the same pictures, if any."""
+        for indices in self._as_they_lie():
+            views = self.preprocess.test_views(self.images[indices])
+            yield [self._batch(indices, view) for view in views]
+
+    def _as_they_lie(self) -> Iterator[Int64[Tensor, " B"]]:
+        order = torch.arange(self.count, device=self.device)
+        yield from (self._slice(order, number) for number in range(len(self)))
 
     def _slice(self, order: Int64[Tensor, " N"], number: int) -> Int64[Tensor, " B"]:
         return order[number * self.batch_size : (number + 1) * self.batch_size]

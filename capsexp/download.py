@@ -69,12 +69,25 @@ def verify(path: Path, checksum: str) -> None:
         DataError: it differs, or cannot be read.
     """
     algorithm, expected = checksum.split(":")
-    found = _digest(path, algorithm)
+    found = digest(path, algorithm)
     if found != expected:
         raise DataError(
             f"{path} is damaged or incomplete: expected {algorithm} {expected}, found {found} "
             f"({path.stat().st_size} bytes); delete it and prepare the data set again"
         )
+
+
+def digest(path: Path, algorithm: str) -> str:
+    """Of a file, in hexadecimal digits; `algorithm` as `hashlib` calls it.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, algorithm).hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
 def obtain(
@@ -128,9 +141,11 @@ def _require_local(root: Path, files: Sequence[RemoteFile], dataset: str) -> Non
     if absent:
         names = ", ".join(stored.name for stored in missing(root, absent))
         urls = ", ".join(remote.url for remote in absent)
+        folders = ", ".join(dict.fromkeys(str((root / remote.name).parent) for remote in absent))
         raise DataError(
             f"data set {dataset} is not complete under {root}: missing {names}; get it with "
-            f"`capsexp data prepare {dataset}` or dataset.download=true (from {urls}), "
+            f"`capsexp data prepare {dataset}` or dataset.download=true (from {urls}), or put these files "
+            f"into {folders} by hand, as they are or unpacked, "
             "or say where it lies with data_root=FOLDER or the environment variable CAPSEXP_DATA"
         )
 
@@ -231,14 +246,6 @@ def _put_in_place(source: Path, target: Path) -> None:
     with source.open("rb") as file:
         os.fsync(file.fileno())
     put_in_place(source, target)
-
-
-def _digest(path: Path, algorithm: str) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, algorithm).hexdigest()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _silent(what: str, done: int, total: int) -> None:

@@ -2,19 +2,21 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from capsexp import checkpoint
 from capsexp.build import Parts
-from capsexp.capsules import Batch, Output
+from capsexp.capsules import Batch, Output, Routed
 from capsexp.data import Batches
 from capsexp.errors import UserError
 from capsexp.ops.entropy import coupling_entropy
@@ -45,7 +47,7 @@ def evaluate(
     precision: torch.dtype = torch.float32,
     at_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Means over all pictures of a split.
+    """Means over all pictures of a split, and over the crops of each where the data set has several.
 
     Args:
         model: the network.
@@ -56,30 +58,61 @@ def evaluate(
         at_batch: called before each batch; may raise to break off.
 
     Returns:
-        `accuracy` in [0, 1], `loss` and its terms, and `coupling_entropy/LAYER` for each routed layer.
+        What `figures` tells. With several crops a picture's class is the one that they agree on best.
     """
     sums: dict[str, float] = defaultdict(float)
     count = 0
     with inference(model):
-        for batch in batches.in_order():
+        for views in batches.views():
             at_batch()
-            with autocast(batch.images.device, precision):
-                output = model(batch.images, batch.labels)
-                terms = loss(output, batch, step)
-            size = len(batch.labels)
-            for name, value in figures(output, batch, terms).items():
+            size = len(views[0].labels)
+            for name, value in _figures_over(views, model, loss, step, precision).items():
                 sums[name] += value * size
             count += size
     return {name: total / count for name, total in sums.items()}
 
 
+def _figures_over(
+    views: Sequence[Batch], model: nn.Module, loss: Loss, step: Step, precision: torch.dtype
+) -> dict[str, float]:
+    """What is told about one batch, as the mean over its crops; the classes are what the crops agree on."""
+    told: dict[str, float] = defaultdict(float)
+    probabilities = []
+    for batch in views:
+        with autocast(batch.images.device, precision):
+            output = model(batch.images, batch.labels)
+            terms = loss(output, batch, step)
+        probabilities.append(output.probabilities.float())
+        for name, value in figures(output, batch, terms).items():
+            told[name] += value / len(views)
+    if len(views) > 1:
+        told["accuracy"] = (agreed(probabilities) == views[0].labels).float().mean().item()
+    return told
+
+
+def agreed(probabilities: Sequence[Float[Tensor, "B J"]]) -> Int64[Tensor, " B"]:
+    """The class of each picture by all its crops: each crop's probabilities count scaled to a sum of 1."""
+    return torch.stack([F.normalize(one, p=1, dim=1) for one in probabilities]).sum(0).argmax(1)
+
+
 def figures(output: Output, batch: Batch, terms: dict[str, Tensor]) -> dict[str, float]:
-    """What is told about one batch: accuracy, loss, its terms, and how decided the routing is."""
+    """What is told about one batch.
+
+    Returns:
+        `accuracy` in [0, 1], `loss` and its terms; for each layer of capsules `activation/LAYER`, their mean,
+        and `active/LAYER`, the share above 1/2; for each routed one `coupling_entropy/LAYER`.
+    """
     correct = (output.scores.argmax(1) == batch.labels).float().mean()
     values = {"accuracy": correct, "loss": torch.stack(list(terms.values())).sum(), **terms}
-    values |= {f"coupling_entropy/{layer}": coupling_entropy(c) for layer, c in output.couplings.items()}
+    with torch.no_grad():
+        for name, capsules in output.layers.items():
+            values[f"activation/{name}"] = capsules.activations.mean()
+            values[f"active/{name}"] = (capsules.activations > 0.5).float().mean()
+            if isinstance(capsules, Routed):
+                values[f"coupling_entropy/{name}"] = coupling_entropy(capsules.coupling, capsules.fields)
     # One transfer: on an accelerator each would wait for all the work that was queued.
-    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+    told = torch.stack([value.float() for value in values.values()]).tolist()
+    return dict(zip(values, told, strict=True))
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
@@ -122,12 +155,14 @@ def evaluate_run(parts: Parts, config: Mapping[str, Any]) -> dict[str, float]:
         parts.dataset.read("test") if part == "test" else parts.dataset.read_training()[part == "validation"]
     )
     if split.size == 0:
-        raise UserError("part=validation: this run had no validation pictures (dataset.validation=0)")
+        raise UserError("part=validation: this run had no validation pictures")
     batches = parts.batches(split, limit=parts.trainer.limit_eval_batches)
     values = evaluate(model, batches, parts.loss, step, precision=parts.trainer.precision)
     table = Table(f"{part}, {batches.visited} pictures", f"{config['weights']} weights, step {step.number}")
     for name, value in values.items():
         table.add_row(name, f"{value:.6g}")
+    for remark in parts.dataset.remarks():
+        print(remark)
     Console().print(table)
     with open(path / "evaluations.jsonl", "a") as file:
         file.write(json.dumps({"part": part, "step": step.number, "config": config, **values}) + "\n")

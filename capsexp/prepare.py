@@ -45,7 +45,7 @@ def print_list(datasets: Mapping[str, Dataset]) -> None:
 
 
 def work_through(action: str, datasets: Mapping[str, Dataset]) -> int:
-    """`prepare` or `verify` data sets one after the other. Returns 0 if all can be used, otherwise 1."""
+    """`prepare` or `verify` data sets one after the other. Returns 0 if all are as published, otherwise 1."""
     console = Console(soft_wrap=True, highlight=False)
     with Bars(console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
@@ -65,23 +65,23 @@ def work_through(action: str, datasets: Mapping[str, Dataset]) -> int:
 
 
 def prepare(dataset: Dataset, *, say: Say, progress: Progress) -> int:
-    """Download what is missing, then verify everything.
+    """Download what is missing, reduce what is kept reduced, then verify everything.
 
     Args:
         dataset: the data set.
         say: prints one line.
-        progress: called while something is downloaded or unpacked.
+        progress: called while something is downloaded, unpacked or reduced.
 
     Returns:
-        Exit code: 0 if the set can be used, 1 if not (the reason was said).
+        Exit code: 0 if the set is as it was published, 1 if not (what is wrong was said).
     """
     if absent := dataset.missing():
         say(f"{dataset.name}: getting {', '.join(absent)} in {dataset.folder}")
-        try:
-            dataset.prepare(progress)
-        except DataError as error:
-            say(f"{dataset.name}: {error}")
-            return 1
+    try:
+        dataset.prepare(progress)
+    except DataError as error:
+        say(f"{dataset.name}: {error}")
+        return 1
     return verify(dataset, say=say)
 
 

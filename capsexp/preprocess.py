@@ -5,7 +5,7 @@ Geometry first (shift, crop, flip), on bytes; then brightness, contrast and stan
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -17,6 +17,14 @@ Shape = tuple[int, int, int]
 
 RESIZE_CHUNK = 1024
 """Pictures resized at a time, so that a whole set is never in memory as floats."""
+
+FARTHEST = 3
+"""Pixels by which the outermost of 13 test crops is moved, along each axis."""
+
+LARGEST_BRIGHTNESS = 10
+"""In standard deviations: 63, meant for 0 … 255, is refused with `standardise: first`."""
+
+Choice = TypeVar("Choice")
 
 
 class Preprocessed(NamedTuple):
@@ -40,11 +48,20 @@ class Preprocess:
             and fills with zeros. Training only (Sabour et al. 2017: 2).
         crop: side of a square window; at a random place in training, in the centre otherwise.
         flip: mirrors left and right with probability 1/2. Training only.
-        brightness: adds one number per picture, uniform in ±brightness, in units of 1/255. Training only.
+        brightness: adds one number per picture, uniform in ±brightness, in units of 1/255 or, with
+            `standardise: first`, of the picture's standard deviation. Training only.
         contrast: [lowest, highest] factor by which each channel's distance from its mean is multiplied.
             Training only.
+        light: what that mean is taken over: the `window` that the network gets, as if contrast came after
+            the crop, or the whole `picture`, as if it came before. It is all that their order changes, so
+            either way only the window is computed. The whole picture is the one in memory: a shift's zeros
+            are no part of it.
         standardise: each picture to mean 0 and standard deviation 1, over all its channels; the deviation
-            is taken as at least 1 / sqrt(numbers in the picture), on the scale 0 … 255.
+            is taken as at least 1 / sqrt(numbers in the picture), on the scale 0 … 255. `last` does it to
+            the window, as the last step: that undoes brightness, and contrast too for one channel, nearly
+            for several. `first` takes mean and deviation of the whole picture, before everything else.
+        test_crops: windows of a test picture that `test_views` gives: 1, the centre; or 13, with those moved
+            by 1, 2 and 3 pixels along both diagonals (Hinton et al. 2018's code).
 
     Raises:
         ValueError: a setting is out of its range.
@@ -59,15 +76,19 @@ class Preprocess:
         flip: bool,
         brightness: int | float,
         contrast: Sequence[int | float] | None,
-        standardise: bool,
+        light: Literal["window", "picture"],
+        standardise: Literal["first", "last"] | None,
+        test_crops: int,
     ) -> None:
         self.resize = _as_size(resize)
         self.shift = _at_least("shift", shift, 0)
         self.crop = None if crop is None else _at_least("crop", crop, 1)
         self.flip = _as_bool("flip", flip)
-        self.brightness = _as_brightness(brightness)
+        self.standardise = _one_of("standardise", standardise, (None, "first", "last"))
+        self.brightness = _as_brightness(brightness, deviations=standardise == "first")
         self.contrast = _as_contrast(contrast)
-        self.standardise = _as_bool("standardise", standardise)
+        self.light = _one_of("light", light, ("window", "picture"))
+        self.test_crops = _one_of("test_crops", test_crops, (1, 13))
 
     def resized_shape(self, shape: Shape) -> Shape:
         """Shape of the pictures in memory, given their shape on disk."""
@@ -77,11 +98,17 @@ class Preprocess:
         """Shape that the network gets, given the shape on disk.
 
         Raises:
-            ValueError: the crop is larger than the picture, or the shift moves it out of sight.
+            ValueError: the crop is larger than the picture or leaves no room for 13 of them, or the shift
+                moves the picture out of sight.
         """
         channels, height, width = self.resized_shape(shape)
         if self.crop is not None and self.crop > min(height, width):
             raise ValueError(f"crop must be <= the picture's {height}x{width}, got {self.crop}")
+        if self.test_crops > 1 and (self.crop is None or self.crop + 2 * FARTHEST > min(height, width)):
+            raise ValueError(
+                f"test_crops {self.test_crops} needs a crop with {FARTHEST} pixels of the picture's "
+                f"{height}x{width} on each side, got crop {self.crop}"
+            )
         if self.shift >= min(height, width):
             raise ValueError(f"shift must be < the picture's {height}x{width}, got {self.shift}")
         return (channels, self.crop or height, self.crop or width)
@@ -95,15 +122,23 @@ class Preprocess:
     def train(self, images: UInt8[Tensor, "B C H W"], generator: torch.Generator) -> Preprocessed:
         """A training batch, each picture with its own draws from `generator` (a CPU generator)."""
         pixels = _to_unit(self._random_geometry(images, generator))
-        light = self._random_light(pixels, generator)
-        return Preprocessed(self._standardised(light), pixels)
+        return Preprocessed(self._network_input(pixels, images, generator), pixels)
 
     def test(self, images: UInt8[Tensor, "B C H W"]) -> Preprocessed:
         """The same pictures without chance: the centre of a crop, no shift, flip or change of light."""
+        return self._view(images, 0, 0)
+
+    def test_views(self, images: UInt8[Tensor, "B C H W"]) -> list[Preprocessed]:
+        """What `test` gives, and after it the other windows of `test_crops`, in a fixed order."""
+        distances = range(1, FARTHEST + 1) if self.test_crops > 1 else ()
+        moves = [(down * far, right * far) for far in distances for down in (-1, 1) for right in (-1, 1)]
+        return [self._view(images, *move) for move in [(0, 0), *moves]]
+
+    def _view(self, images: UInt8[Tensor, "B C H W"], down: int, right: int) -> Preprocessed:
         _, height, width = self.output_shape((images.shape[1], images.shape[2], images.shape[3]))
-        top, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2
+        top, left = (images.shape[2] - height) // 2 + down, (images.shape[3] - width) // 2 + right
         pixels = _to_unit(images[:, :, top : top + height, left : left + width])
-        return Preprocessed(self._standardised(pixels), pixels)
+        return Preprocessed(self._network_input(pixels, images, None), pixels)
 
     def _random_geometry(
         self, images: UInt8[Tensor, "B C H W"], generator: torch.Generator
@@ -121,26 +156,31 @@ class Preprocess:
             images = _mirror(images, torch.rand(count, generator=generator) < 0.5)
         return images
 
+    def _network_input(
+        self,
+        pixels: Float[Tensor, "B C h w"],
+        images: UInt8[Tensor, "B C H W"],
+        generator: torch.Generator | None,
+    ) -> Float[Tensor, "B C h w"]:
+        """Windows of `images` standardised, and with a generator in another light."""
+        needs_whole = self.light == "picture" or self.standardise == "first"
+        whole = _to_unit(images) if needs_whole else pixels
+        if self.standardise == "first":
+            pixels, whole = _standardised(pixels, whole), _standardised(whole, whole)
+        if generator is not None:
+            pixels = self._random_light(pixels, whole, generator)
+        return _standardised(pixels, pixels) if self.standardise == "last" else pixels
+
     def _random_light(
-        self, pixels: Float[Tensor, "B C H W"], generator: torch.Generator
-    ) -> Float[Tensor, "B C H W"]:
+        self, pixels: Float[Tensor, "B C h w"], whole: Float[Tensor, "B C H W"], generator: torch.Generator
+    ) -> Float[Tensor, "B C h w"]:
         if self.brightness:
-            amount = self.brightness / 255
-            pixels = pixels + _uniform(-amount, amount, pixels, generator)
+            added = _uniform(-self.brightness, self.brightness, pixels, generator)
+            pixels, whole = pixels + added, whole + added
         if self.contrast is not None:
-            mean = pixels.mean(dim=(2, 3), keepdim=True)
+            mean = (pixels if self.light == "window" else whole).mean(dim=(2, 3), keepdim=True)
             pixels = (pixels - mean) * _uniform(*self.contrast, pixels, generator) + mean
         return pixels
-
-    def _standardised(self, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        if not self.standardise:
-            return pixels
-        centred = pixels - pixels.mean(dim=(1, 2, 3), keepdim=True)
-        # torch.std_mean is ten times slower here.
-        deviation = centred.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
-        # The floor keeps an empty picture finite; it is that of the pixel range 0 … 255.
-        floor = 1 / (255 * pixels[0].numel() ** 0.5)
-        return centred / deviation.clamp_min(floor)
 
 
 def _windows(
@@ -163,6 +203,18 @@ def _uniform(
     return draws.to(like.device)[:, None, None, None]
 
 
+def _standardised(
+    pixels: Float[Tensor, "B C h w"], whole: Float[Tensor, "B C H W"]
+) -> Float[Tensor, "B C h w"]:
+    """Windows less the mean of their whole pictures, in units of those pictures' standard deviation."""
+    mean = whole.mean(dim=(1, 2, 3), keepdim=True)
+    # torch.std_mean is ten times slower here.
+    deviation = (whole - mean).square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    # The floor keeps an empty picture finite; it is that of the pixel range 0 … 255.
+    floor = 1 / (255 * whole[0].numel() ** 0.5)
+    return (pixels - mean) / deviation.clamp_min(floor)
+
+
 def _to_unit(images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
     return images.to(torch.float32).div_(255)
 
@@ -178,6 +230,13 @@ def resized(images: UInt8[Tensor, "N C H W"], size: tuple[int, int]) -> UInt8[Te
 def _at_least(name: str, value: int, lowest: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
         raise ValueError(f"{name} must be an integer >= {lowest}, got {value!r}")
+    return value
+
+
+def _one_of(name: str, value: Choice, allowed: Sequence[Choice]) -> Choice:
+    if isinstance(value, bool) or value not in allowed:
+        named = [str(choice or "null") for choice in allowed]
+        raise ValueError(f"{name} must be {', '.join(named[:-1])} or {named[-1]}, got {value!r}")
     return value
 
 
@@ -198,10 +257,13 @@ def _as_size(resize: int | Sequence[int] | None) -> tuple[int, int] | None:
     return (sides[0], sides[1])
 
 
-def _as_brightness(brightness: int | float) -> float:
-    if isinstance(brightness, bool) or not 0 <= brightness <= 255:
-        raise ValueError(f"brightness must be in [0, 255], got {brightness!r}")
-    return float(brightness)
+def _as_brightness(brightness: int | float, *, deviations: bool) -> float:
+    """On the scale that brightness is added on: [0, 1], or standard deviations."""
+    largest, scale = (LARGEST_BRIGHTNESS, 1) if deviations else (255, 255)
+    if isinstance(brightness, bool) or not 0 <= brightness <= largest:
+        unit = " standard deviations with standardise: first" if deviations else ""
+        raise ValueError(f"brightness must be in [0, {largest}]{unit}, got {brightness!r}")
+    return brightness / scale
 
 
 def _as_contrast(contrast: Sequence[int | float] | None) -> tuple[float, float] | None:

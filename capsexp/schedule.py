@@ -88,6 +88,35 @@ class Cosine:
         return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * _ramp(step, self.steps)))
 
 
+class Sigmoid:
+    """From `start` to `end` along a logistic curve over `steps` steps (as in `Linear`), then constant.
+
+    The curve runs over [-4, 10], so the first value is 1.8 % of the way above `start`. In the authors' code for
+    Hinton et al. 2018 the margin is 0.2 + 0.79 * sigmoid(min(10, step / 50,000 - 4)): 700,000 steps.
+    """
+
+    def __init__(self, *, start: int | float, end: int | float, steps: int | float) -> None:
+        self.start, self.end = _finite("start", start), _finite("end", end)
+        self.steps = _ramp_length(steps)
+
+    def __call__(self, step: Step) -> int | float:
+        """Value at a step."""
+        return self.start + (self.end - self.start) / (1 + math.exp(4 - 14 * _ramp(step, self.steps)))
+
+
+class Saturating:
+    """`limit * (1 - decay ** (step + 1))`: rises from (1 - decay) * limit, ever more slowly, towards `limit`."""
+
+    def __init__(self, *, limit: int | float, decay: int | float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be in [0, 1), got {decay}")
+        self.limit, self.decay = _finite("limit", limit), decay
+
+    def __call__(self, step: Step) -> int | float:
+        """Value at a step."""
+        return self.limit * (1 - self.decay ** (step.number + 1))
+
+
 class Warmup:
     """Another schedule, times a straight line from 0 to 1 over the first `steps` steps (as in `Linear`)."""
 

@@ -55,6 +55,7 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
     # Network, optimiser
     model = parts.new_model().to(device.torch_device, memory_format=device.memory_format)
     optimizer = parts.new_optimizer(model.parameters(), lr=parts.learning_rate(Step(0, total)))
+    _calibrate(model, training)
     average = _moving_average(model, settings.ema_decay)
     state = State(model, optimizer, average)
     forward: nn.Module = torch.compile(model) if settings.compile else model  # type: ignore[assignment]
@@ -86,12 +87,17 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
 
     def mean_figures(batches: Batches, part: str) -> dict[str, float]:
         subject = forward if average is None else average.module
+        advance(
+            subject, Step(state.step, total)
+        )  # where the averages of a schedule's values would lag behind
         options: dict[str, Any] = {"precision": settings.precision, "at_batch": stop_if_asked}
         return _prefixed(part, evaluate(subject, batches, parts.loss, Step(state.step, total), **options))
 
     with _closing(run, record, state), stop, reporter, profiler(run.path, settings.profile) as profile:
         reporter.say(f"{run.path} on {device}")
         reporter.say(_introduction(model, training, validation, Step(state.step, total)))
+        for remark in parts.dataset.remarks():
+            reporter.say(remark)
         if validation is not None:
             _show_reconstructions(record, model, validation, state.step)
         while state.step < total or state.batch > 0:
@@ -99,6 +105,7 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
                 if state.step >= total:
                     break
                 step = Step(state.step, total)
+                moved = advance(model, step)
                 learning_rate = parts.learning_rate(step)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
@@ -114,7 +121,7 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
                 place = {"epoch": state.epoch + 1, "epochs": settings.max_epochs}
                 reporter.step(state.step, **place, figures=shown, pictures=len(batch.labels))
                 if state.step % settings.log_every == 0 or state.step == total:
-                    scheduled = {"learning_rate": learning_rate, **parts.loss.scheduled(step)}
+                    scheduled = {"learning_rate": learning_rate, **parts.loss.scheduled(step), **moved}
                     values = {**_prefixed("train", told), **_prefixed("schedule", scheduled)}
                     record.metrics(state.step, values, epoch=state.epoch + 1)
                     record.speed(state.step, {"images_per_second": reporter.images_per_second})
@@ -171,6 +178,22 @@ def _read_splits(parts: Parts) -> tuple[Batches, Batches | None]:
     if validation.size == 0:
         return batches, None
     return batches, parts.batches(validation, limit=settings.limit_eval_batches)
+
+
+def advance(model: nn.Module, step: Step) -> dict[str, float]:
+    """Bring whatever follows a schedule inside the network to this step; returns the values, by layer."""
+    values: dict[str, float] = {}
+    for name, module in model.named_modules():
+        if (follow := getattr(module, "advance", None)) is not None:
+            layer = name.removesuffix(".routing")
+            values |= {f"{key}/{layer}": value for key, value in follow(step).items()}
+    return values
+
+
+def _calibrate(model: nn.Module, batches: Batches) -> None:
+    """Let a network that can, start from its first batch of training pictures."""
+    if (calibrate := getattr(model, "calibrate", None)) is not None:
+        calibrate(next(batches.training(0)).images)
 
 
 def _moving_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
@@ -263,4 +286,4 @@ def _prefixed(part: str, values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _sentence(values: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in values.items() if "entropy" not in name)
+    return "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.count("/") < 2)

@@ -311,7 +311,7 @@ def test_a_stored_config_cannot_set_anything_of_hydra(
         run = stored_run(experiment=hidden, defaults=moved)
     else:
         loss = {"defaults": moved, "_target_": "capsexp.loss.cross_entropy.CrossEntropy"}
-        run = stored_run(experiment=hidden, loss=loss | {"reconstruction_weight": 0.1})
+        run = stored_run(experiment=hidden, loss=loss | {"weight_decay": 0.0, "reconstruction_weight": 0.1})
     code, _, error = capsexp("eval", f"run={run}", *flags)
     assert not marker.exists()
     if flags:

@@ -22,9 +22,11 @@ OFF = {
     "flip": False,
     "brightness": 0,
     "contrast": None,
-    "standardise": False,
+    "light": "window",
+    "standardise": None,
+    "test_crops": 1,
 }
-AUGMENTED = {**OFF, "shift": 2, "flip": True, "brightness": 20, "contrast": [0.5, 1.5], "standardise": True}
+AUGMENTED = {**OFF, "shift": 2, "flip": True, "brightness": 20, "contrast": [0.5, 1.5], "standardise": "last"}
 
 
 def numbered(count, channels=1, side=6):
@@ -33,7 +35,7 @@ def numbered(count, channels=1, side=6):
     return Split(images.to(torch.uint8), torch.arange(count))
 
 
-def batches(count=23, *, preprocess=AUGMENTED, **changes):
+def batches(count=23, *, side=6, preprocess=AUGMENTED, **changes):
     keywords = {
         "batch_size": 5,
         "seed": 0,
@@ -41,7 +43,7 @@ def batches(count=23, *, preprocess=AUGMENTED, **changes):
         "memory_format": torch.contiguous_format,
         "limit": None,
     }
-    return Batches(numbered(count), Preprocess(**preprocess), **{**keywords, **changes})
+    return Batches(numbered(count, side=side), Preprocess(**preprocess), **{**keywords, **changes})
 
 
 def equal(first, second):
@@ -122,6 +124,18 @@ def test_in_order_is_in_order_and_free_of_chance():
     assert torch.cat([batch.indices for batch in first]).tolist() == list(range(23))
     pixels = torch.cat([batch.pixels for batch in first])
     assert torch.equal(pixels, numbered(23).images.float() / 255)
+
+
+def test_views_begin_with_the_pictures_in_order_and_go_on_with_their_other_crops():
+    several = {**OFF, "crop": 2, "test_crops": 13}
+    drawn = batches(preprocess=several, side=9)
+    for plain, views in zip(drawn.in_order(), drawn.views(), strict=True):
+        assert len(views) == 13
+        assert equal(plain, views[0])
+        assert len({view.pixels.sum().item() for view in views}) == 13
+        assert all(torch.equal(view.indices, plain.indices) for view in views)
+        assert all(torch.equal(view.labels, plain.labels) for view in views)
+    assert [len(views) for views in batches(limit=2).views()] == [1, 1]
 
 
 def test_limit_stops_an_epoch_early_and_changes_nothing_before():
@@ -215,6 +229,10 @@ def test_a_dataset_reads_at_the_size_that_it_announces():
     assert (training.size, validation.size) == (6, 3)
     assert tuple(training.images.shape[1:]) == dataset.raw_shape == (1, 10, 10)
     assert dataset.image_shape == (1, 8, 8)
+
+
+def test_a_dataset_has_nothing_to_remark_by_itself():
+    assert toy().remarks() == []
 
 
 def test_a_crop_larger_than_the_pictures_is_refused_before_they_are_read():

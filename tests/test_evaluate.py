@@ -1,9 +1,13 @@
 import pytest
 import torch
+from torch import nn
 
-from capsexp.data import Split
+from capsexp.capsules import Output
+from capsexp.data import Batches, Split
+from capsexp.dataset.digits import Digits
 from capsexp.errors import UserError
-from capsexp.evaluate import autocast, evaluate, evaluate_run, inference, load_model
+from capsexp.evaluate import agreed, autocast, evaluate, evaluate_run, inference, load_model
+from capsexp.preprocess import Preprocess
 from capsexp.schedule import Step
 
 
@@ -16,6 +20,62 @@ def test_figures_are_means_over_pictures_whatever_the_batches(tiny_parts):
     parts.trainer.batch_size = 17
     at_once = evaluate(model, parts.batches(split, limit=None), parts.loss, Step(0, 1))
     assert values == pytest.approx(at_once, rel=1e-5)
+
+
+class ByBrightness(nn.Module):
+    """Loud for class 0 where a crop of one pixel is bright, quietly for class 1 where it is dark."""
+
+    def forward(self, images, labels=None):
+        bright, dark = torch.tensor([0.9, 0.6]), torch.tensor([0.1, 0.2])
+        probabilities = torch.lerp(dark, bright, images[:, :, 0, 0])
+        return Output(probabilities, probabilities)
+
+
+def brightness(output, batch, step):
+    return {"brightness": batch.pixels.mean()}
+
+
+def crops(count):
+    """Three pictures of which 0, 4 and 13 of the 13 crops, the centre first, are bright."""
+    preprocess = Preprocess(
+        resize=None,
+        shift=0,
+        crop=1,
+        flip=False,
+        brightness=0,
+        contrast=None,
+        light="window",
+        standardise=None,
+        test_crops=count,
+    )
+    images = torch.zeros(3, 1, 7, 7, dtype=torch.uint8)
+    images[1, 0, range(4), range(4)] = 255
+    images[2] = 255
+    return Batches(
+        Split(images, torch.tensor([1, 1, 0])),
+        preprocess,
+        batch_size=2,
+        seed=0,
+        device="cpu",
+        memory_format=torch.contiguous_format,
+        limit=None,
+    )
+
+
+def test_crops_decide_together_each_with_one_vote():
+    # Without the scaling the second picture's four loud crops would outvote its nine quiet ones.
+    together = evaluate(ByBrightness(), crops(13), brightness, Step(0, 1))
+    assert together["accuracy"] == pytest.approx(1)
+    assert together["brightness"] == together["loss"] == pytest.approx((0 + 4 / 13 + 1) / 3)
+    centre = evaluate(ByBrightness(), crops(1), brightness, Step(0, 1))
+    assert centre["accuracy"] == pytest.approx(2 / 3)
+    assert centre["brightness"] == pytest.approx(2 / 3)
+
+
+def test_a_crop_that_says_nothing_has_no_vote():
+    silent, certain = torch.zeros(2, 3), torch.tensor([[0.0, 0.0, 1e-4], [0.2, 0.1, 0.0]])
+    assert agreed([silent, certain]).tolist() == [2, 0]
+    assert agreed([silent, silent]).tolist() == [0, 0]
 
 
 def test_evaluation_leaves_the_mode_as_it_was_and_no_gradients(tiny_parts):
@@ -64,3 +124,15 @@ def test_eval_repeats_the_runs_own_test_figures(tmp_path, train_tiny, tiny_parts
     values = evaluate_run(tiny_parts(), told)
     assert values["accuracy"] == results["test/accuracy"]
     assert values["margin"] == results["test/margin"]
+
+
+def test_remarks_stand_above_the_figures(tmp_path, train_tiny, tiny_parts, monkeypatch, capsys):
+    monkeypatch.setattr(Digits, "remarks", lambda self: ["digits: drawn by the testers themselves"])
+    train_tiny(tmp_path, "trainer.max_steps=2", "trainer.test=none")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("digits: drawn by the testers themselves") == 1
+    assert "parameters" in lines[lines.index("digits: drawn by the testers themselves") - 1]
+    evaluate_run(tiny_parts(), {"run": str(tmp_path), "weights": "last", "part": "test"})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "digits: drawn by the testers themselves"
+    assert any("accuracy" in line for line in lines[1:])

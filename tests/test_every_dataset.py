@@ -95,7 +95,7 @@ def test_each_module_has_its_config():
 def test_shape_and_classes_are_known_without_any_data(name):
     built = build(name)
     assert len(built.image_shape) == len(built.raw_shape) == 3
-    assert built.image_shape[0] in (1, 3)
+    assert built.image_shape[0] in (1, 2, 3)
     assert len(set(built.classes)) == len(built.classes) >= 2
 
 
@@ -108,8 +108,10 @@ def test_the_data_are_as_announced(dataset):
         assert split.images.dtype == torch.uint8
         assert tuple(split.images.shape[1:]) == dataset.raw_shape
         assert split.images.is_contiguous()
-        assert split.images.min() == 0
-        assert split.images.max() >= 250
+        # Nearly the whole range of bytes: making pictures smaller takes a little of it.
+        assert split.images.min() < 16
+        assert split.images.max() >= 240
+    assert all("\n" not in remark for remark in dataset.remarks())
     for split in (training, test):
         assert split.labels.unique().tolist() == list(range(len(dataset.classes)))
 

@@ -1,11 +1,12 @@
 """What every routing algorithm promises. A new conf/routing/*.yaml is under test by existing."""
 
-import importlib
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+
+from capsexp.build import build as build_node
 
 ROUTINGS = sorted((Path(__file__).parents[1] / "conf" / "routing").glob("*.yaml"))
 SHAPES = [(3, 7, 4, 16), (2, 1, 3, 16), (2, 5, 1, 16), (1, 1, 1, 16)]
@@ -15,11 +16,9 @@ pytestmark = pytest.mark.parametrize("path", ROUTINGS, ids=lambda path: path.ste
 
 def build(path, in_caps, out_caps, pose_dim, dtype=torch.float64):
     node = yaml.safe_load(path.read_text())
-    module, name = node.pop("_target_").rsplit(".", 1)
-    assert node.pop("_partial_") is True
+    assert node["_partial_"] is True
     torch.manual_seed(0)
-    make = getattr(importlib.import_module(module), name)
-    return make(in_caps, out_caps, pose_dim, **node).to(dtype)
+    return build_node(node, at="routing")(in_caps, out_caps, pose_dim).to(dtype)
 
 
 def random(*shape, seed=0):
@@ -64,7 +63,7 @@ def test_a_picture_alone_is_routed_as_in_a_batch(path):
     batch = routing(votes, activations)
     for picture in range(5):
         alone = routing(votes[picture : picture + 1], activations[picture : picture + 1])
-        for one, other in zip(alone, batch, strict=True):
+        for one, other in zip(alone[:3], batch[:3], strict=True):
             torch.testing.assert_close(one[0], other[picture])
 
 
@@ -75,9 +74,9 @@ def test_votes_without_contrast_give_finite_values_and_gradients(path, shape, fi
     activations = torch.full(shape[:2], fill, dtype=torch.float64, requires_grad=True)
     routing = build(path, *shape[1:])
     routed = routing(votes, activations)
-    sum(field.sum() for field in routed).backward()
+    sum(field.sum() for field in routed[:3]).backward()
     gradients = [votes.grad, activations.grad, *(one.grad for one in routing.parameters())]
-    for tensor in (*routed, *(one for one in gradients if one is not None)):
+    for tensor in (*routed[:3], *(one for one in gradients if one is not None)):
         assert tensor.isfinite().all()
 
 
@@ -85,7 +84,7 @@ def test_votes_without_contrast_give_finite_values_and_gradients(path, shape, fi
 def test_results_keep_the_dtype_of_the_votes(path, dtype):
     votes, activations = random(3, 7, 4, 16)
     routed = build(path, 7, 4, 16, dtype)(votes.to(dtype), activations.to(dtype))
-    assert {field.dtype for field in routed} == {dtype}
+    assert {field.dtype for field in routed[:3]} == {dtype}
 
 
 def test_gradients_reach_the_votes_and_every_parameter(path):

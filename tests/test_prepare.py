@@ -14,7 +14,15 @@ from capsexp.stored import StoredDataset
 
 CONTENTS = {"train": bytes(range(16)), "test": bytes(range(8))}
 PREPROCESS = Preprocess(
-    resize=None, shift=0, crop=None, flip=False, brightness=0, contrast=None, standardise=False
+    resize=None,
+    shift=0,
+    crop=None,
+    flip=False,
+    brightness=0,
+    contrast=None,
+    light="window",
+    standardise=None,
+    test_crops=1,
 )
 
 

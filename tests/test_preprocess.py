@@ -11,7 +11,9 @@ OFF = {
     "flip": False,
     "brightness": 0,
     "contrast": None,
-    "standardise": False,
+    "light": "window",
+    "standardise": None,
+    "test_crops": 1,
 }
 EVERYTHING = {
     "resize": None,
@@ -20,7 +22,9 @@ EVERYTHING = {
     "flip": True,
     "brightness": 63,
     "contrast": [0.2, 1.8],
-    "standardise": True,
+    "light": "window",
+    "standardise": "last",
+    "test_crops": 1,
 }
 
 
@@ -126,7 +130,7 @@ def test_contrast_scales_the_distance_from_the_mean_of_each_channel():
 def test_standardised_pictures_have_mean_0_and_deviation_1_and_an_empty_one_stays_finite():
     images = pictures()
     images[0] = 7
-    result = settings(standardise=True).test(images)
+    result = settings(standardise="last").test(images)
     assert result.images[0].abs().max() < 1e-3
     flat = result.images[1:].flatten(1)
     torch.testing.assert_close(flat.mean(1), torch.zeros(len(flat)), rtol=0, atol=1e-5)
@@ -135,10 +139,78 @@ def test_standardised_pictures_have_mean_0_and_deviation_1_and_an_empty_one_stay
 
 def test_standardisation_comes_after_brightness_and_contrast():
     # Of a grey picture it takes away again whatever the two did, so only the geometry is left to see.
-    preprocess = settings(brightness=63, contrast=[0.2, 1.8], standardise=True)
+    preprocess = settings(brightness=63, contrast=[0.2, 1.8], standardise="last")
     result = preprocess.train(pictures(channels=1), generator())
-    again = settings(standardise=True).test(pictures(channels=1))
+    again = settings(standardise="last").test(pictures(channels=1))
     torch.testing.assert_close(result.images, again.images, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("light", ["window", "picture"])
+def test_with_standardisation_last_brightness_never_reaches_the_network(light):
+    images, last = pictures(height=13, width=14), settings(crop=7, light=light, standardise="last")
+    brighter = settings(crop=7, light=light, standardise="last", brightness=63)
+    # The crop is drawn first, so both have the same windows.
+    torch.testing.assert_close(
+        brighter.train(images, generator()).images,
+        last.train(images, generator()).images,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_with_standardisation_first_brightness_is_in_units_of_the_pictures_deviation():
+    images = pictures(count=300, height=13, width=14)
+    first = settings(crop=7, standardise="first").train(images, generator())
+    brighter = settings(crop=7, standardise="first", brightness=2.0).train(images, generator())
+    added = (brighter.images - first.images).flatten(1)
+    torch.testing.assert_close(added, added[:, :1].expand_as(added), rtol=1e-4, atol=1e-5)
+    assert -2 <= added.min() < -1.8
+    assert 1.8 < added.max() <= 2.0001
+    assert torch.equal(brighter.pixels, first.pixels)
+
+
+def test_standardisation_first_is_that_of_the_whole_picture_not_of_the_window():
+    images = pictures(height=13, width=14)
+    images[0] = 7
+    whole = (images[1:].double() - images[1:].double().mean((1, 2, 3), keepdim=True)).float()
+    whole = whole / whole.flatten(1).std(1, correction=0)[:, None, None, None]
+    result = settings(crop=7, standardise="first").test(images)
+    torch.testing.assert_close(result.images[1:], whole[:, :, 3:10, 3:10], rtol=1e-4, atol=1e-5)
+    assert result.images[0].abs().max() < 1e-3
+    everything = settings(standardise="first").test(images[1:]).images.flatten(1)
+    torch.testing.assert_close(everything.mean(1), torch.zeros(len(everything)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(everything.std(1, correction=0), torch.ones(len(everything)))
+
+
+def test_zeros_that_a_shift_brings_in_do_not_count_for_standardisation_first():
+    images = pictures(count=60, height=6, width=6)
+    result = settings(shift=2, standardise="first").train(images, generator())
+    mean = images.float().mean((1, 2, 3), keepdim=True)
+    deviation = (images.float() - mean).square().mean((1, 2, 3), keepdim=True).sqrt()
+    expected = (255 * result.pixels - mean) / deviation
+    torch.testing.assert_close(result.images, expected, rtol=1e-4, atol=1e-5)
+    assert (result.pixels == 0).any()
+
+
+@pytest.mark.parametrize("standardise", [None, "first"])
+def test_light_of_the_picture_is_light_before_the_crop(standardise):
+    images = pictures(count=60, height=9, width=10)
+    keywords = {"brightness": 2, "contrast": [0.2, 1.8], "light": "picture", "standardise": standardise}
+    # One window for all, so that the draws that follow the crop's are the same with and without it.
+    before = settings(**keywords)._network_input(images.float() / 255, images, generator())
+    after = settings(**keywords)._network_input(images[..., 2:8, 3:9].float() / 255, images, generator())
+    torch.testing.assert_close(after, before[..., 2:8, 3:9], rtol=1e-5, atol=1e-5)
+    of_the_window = settings(**{**keywords, "light": "window"})
+    other = of_the_window._network_input(images[..., 2:8, 3:9].float() / 255, images, generator())
+    assert not torch.allclose(other, after, atol=1e-2)
+
+
+def test_without_a_crop_the_window_is_the_picture():
+    keywords = {"flip": True, "brightness": 63, "contrast": [0.2, 1.8], "standardise": "last"}
+    window, picture = (
+        settings(**keywords, light=light).train(pictures(), generator()) for light in ("window", "picture")
+    )
+    torch.testing.assert_close(window.images, picture.images, rtol=1e-4, atol=1e-5)
 
 
 def test_the_draws_of_pictures_in_a_batch_differ():
@@ -148,6 +220,18 @@ def test_the_draws_of_pictures_in_a_batch_differ():
         assert len(result.images.unique(dim=0)) > 1, name
     result = Preprocess(**EVERYTHING).train(images, generator())
     assert len(result.images.unique(dim=0)) == 64
+
+
+@pytest.mark.parametrize("light", ["window", "picture"])
+@pytest.mark.parametrize("standardise", ["first", "last"])
+def test_a_picture_is_augmented_without_regard_to_its_neighbours(standardise, light):
+    changes = {"brightness": 2, "standardise": standardise, "light": light}
+    preprocess, images = Preprocess(**{**EVERYTHING, **changes}), pictures()
+    changed = images.clone()
+    changed[:4] = 255 - changed[:4]
+    first, second = (preprocess.train(one, generator()) for one in (images, changed))
+    torch.testing.assert_close(first.images[4:], second.images[4:])
+    assert not torch.allclose(first.images[:4], second.images[:4])
 
 
 def test_training_depends_on_the_generator_alone():
@@ -173,9 +257,45 @@ def test_test_pictures_are_the_centre_and_never_change():
     assert cropped.images is cropped.pixels
 
 
-def test_a_test_picture_alone_equals_itself_in_a_batch():
-    images, preprocess = pictures(), Preprocess(**EVERYTHING)
-    torch.testing.assert_close(preprocess.test(images).images[4:5], preprocess.test(images[4:5]).images)
+@pytest.mark.parametrize("standardise", [None, "first", "last"])
+def test_a_test_picture_alone_equals_itself_in_a_batch(standardise):
+    images = pictures(height=14, width=15)
+    preprocess = settings(crop=7, standardise=standardise, test_crops=13)
+    views = zip(preprocess.test_views(images), preprocess.test_views(images[4:5]), strict=True)
+    for batch, alone in views:
+        torch.testing.assert_close(batch.images[4:5], alone.images)
+
+
+@pytest.mark.parametrize(("height", "width"), [(13, 13), (14, 17)])
+def test_13_views_are_the_centre_and_the_windows_along_both_diagonals(height, width):
+    images = pictures(height=height, width=width)
+    preprocess = settings(crop=7, test_crops=13)
+    views = preprocess.test_views(images)
+    top, left = (height - 7) // 2, (width - 7) // 2
+    moves = [(0, 0)] + [(d * f, r * f) for f in (1, 2, 3) for d in (-1, 1) for r in (-1, 1)]
+    for (down, right), view in zip(moves, views, strict=True):
+        window = images[:, :, top + down :, left + right :][:, :, :7, :7]
+        assert torch.equal(view.pixels, window.float() / 255)
+        assert view.images is view.pixels
+    assert torch.equal(views[0].pixels, preprocess.test(images).pixels)
+
+
+def test_views_are_standardised_as_the_centre_is():
+    images, whole = (
+        pictures(height=13, width=13),
+        settings(standardise="first").test(pictures(height=13, width=13)),
+    )
+    first = settings(crop=7, standardise="first", test_crops=13).test_views(images)[-1]
+    torch.testing.assert_close(first.images, whole.images[:, :, 6:, 6:])
+    last = settings(crop=7, standardise="last", test_crops=13).test_views(images)[-1]
+    expected = settings(standardise="last").test(images[:, :, 6:, 6:])
+    torch.testing.assert_close(last.images, expected.images)
+
+
+def test_one_view_is_the_centre():
+    views = Preprocess(**EVERYTHING).test_views(pictures())
+    assert len(views) == 1
+    assert torch.equal(views[0].images, Preprocess(**EVERYTHING).test(pictures()).images)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +338,12 @@ def test_resize_of_many_pictures_equals_that_of_each():
         ({"resize": [1, 2, 3]}, r"resize must be null, an integer or \[height, width\], got"),
         ({"brightness": -1}, r"brightness must be in \[0, 255\], got -1"),
         ({"brightness": 256}, r"brightness must be in \[0, 255\], got 256"),
+        (
+            {"brightness": 63, "standardise": "first"},
+            r"brightness must be in \[0, 10\] standard deviations with standardise: first, got 63",
+        ),
+        ({"test_crops": 5}, "test_crops must be 1 or 13, got 5"),
+        ({"test_crops": True}, "test_crops must be 1 or 13, got True"),
         ({"contrast": [1.8, 0.2]}, r"contrast must be null or \[lowest, highest\] .* got \[1.8, 0.2\]"),
         ({"contrast": [1.0]}, r"contrast must be null or \[lowest, highest\]"),
     ],
@@ -232,6 +358,13 @@ def test_a_crop_or_shift_beyond_the_picture_is_refused():
         settings(crop=10).output_shape((1, 8, 9))
     with pytest.raises(ValueError, match="shift must be < the picture's 8x9, got 8"):
         settings(shift=8).output_shape((1, 8, 9))
+
+
+@pytest.mark.parametrize("crop", [None, 8])
+def test_13_crops_without_room_for_them_are_refused(crop):
+    message = f"test_crops 13 needs a crop with 3 pixels of the picture's 13x14 on each side, got crop {crop}"
+    with pytest.raises(ValueError, match=message):
+        settings(crop=crop, test_crops=13).output_shape((1, 13, 14))
 
 
 @pytest.mark.gpu

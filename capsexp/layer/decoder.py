@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capsexp.errors import require_at_least_1
+
+MASKS = ("label", "prediction")
 
 
 class Decoder(nn.Module):
@@ -40,3 +43,29 @@ class Decoder(nn.Module):
         for layer in self.layers[:-1]:
             features = layer(features).relu()
         return self.layers[-1](features).sigmoid().unflatten(1, self.image_shape)
+
+
+def check_mask(mask: str | int, classes: int) -> None:
+    """Refuse a mask that `decoded_class` does not know."""
+    if mask not in MASKS and not (isinstance(mask, int) and 0 <= mask < classes):
+        raise ValueError(
+            f"mask must be one of {', '.join(MASKS)}, or a class 0 ... {classes - 1}, got {mask}"
+        )
+
+
+def decoded_class(
+    mask: str | int, scores: Float[Tensor, "B J"], labels: Int[Tensor, " B"] | None
+) -> Int[Tensor, " B"]:
+    """The class to decode, per picture.
+
+    Args:
+        mask: "label": the label where there is one, else the highest score; "prediction": always the highest
+            score; or the index of a class.
+        scores: of the class capsules.
+        labels: None where they are not known.
+    """
+    if isinstance(mask, int):
+        return torch.full((len(scores),), mask, device=scores.device)
+    if mask == "label" and labels is not None:
+        return labels
+    return scores.argmax(1)

@@ -5,9 +5,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsexp.capsules import Capsules
+from capsexp.ops.receptive_fields import PADDINGS, Grid, padded
 from capsexp.ops.squash import length, squash
-
-PADDINGS = ("valid", "same")
 
 
 class PrimaryCaps(nn.Module):
@@ -44,17 +43,14 @@ class PrimaryCaps(nn.Module):
         self.types, self.dim, self.padding, self.scale = types, dim, padding, scale
         self.conv = nn.Conv2d(in_channels, types * dim, kernel, stride)
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of capsules for features of this size; 0 or less where they are too small."""
+    def grid(self, height: int, width: int) -> Grid:
+        """Places of capsules for features of this size; 0 rows or less where they are too small."""
         kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
-        if self.padding == "same":
-            return -(-height // stride), -(-width // stride)
-        return (height - kernel) // stride + 1, (width - kernel) // stride + 1
+        return Grid(height, width).seen_through((kernel, kernel), stride, self.padding)
 
     def forward(self, features: Float[Tensor, "B C H W"]) -> Capsules:
         """Capsules in the order (row, column, type)."""
-        if self.padding == "same":
-            features = F.pad(features, self._same_padding(*features.shape[2:]))
+        features = padded(features, self.conv.kernel_size[0], self.conv.stride[0], self.padding)
         # In channels_last memory this order is a view; (type, row, column) would copy.
         places = self._convolve(features).permute(0, 2, 3, 1)  # [B, H, W, types * dim]
         poses = squash(places.reshape(len(features), -1, self.dim))
@@ -65,11 +61,3 @@ class PrimaryCaps(nn.Module):
             return self.conv(features)
         # On the weight, which is smaller than the result.
         return F.conv2d(features, self.conv.weight * self.scale, self.conv.bias, self.conv.stride)
-
-    def _same_padding(self, height: int, width: int) -> list[int]:
-        """Left, right, top, bottom."""
-        margins = []
-        for size, places in zip((width, height), self.grid(height, width)[::-1], strict=True):
-            missing = max(0, (places - 1) * self.conv.stride[0] + self.conv.kernel_size[0] - size)
-            margins += [missing // 2, missing - missing // 2]
-        return margins

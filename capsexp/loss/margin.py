@@ -5,7 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from capsexp.capsules import Batch, Output
-from capsexp.schedule import Schedule, Step, as_schedule
+from capsexp.penalty import checked_decay, reconstruction_term, weight_decay_term, weight_schedule
+from capsexp.schedule import Schedule, Step
 
 
 class Margin:
@@ -18,6 +19,7 @@ class Margin:
         present: m+, the length from which a present class costs nothing.
         absent: m-, the length up to which an absent class costs nothing.
         down_weight: lambda, of absent classes.
+        weight_decay: factor on half the sum of all squared weights; 0 for none.
         reconstruction_weight: factor on the sum of squared errors over the pixels; a number or a schedule.
     Raises: ValueError: not 0 <= absent < present <= 1; a negative weight.
     """
@@ -28,6 +30,7 @@ class Margin:
         present: int | float,
         absent: int | float,
         down_weight: int | float,
+        weight_decay: int | float,
         reconstruction_weight: Schedule | int | float,
     ) -> None:
         if not 0 <= absent < present <= 1:
@@ -37,12 +40,16 @@ class Margin:
         if down_weight < 0:
             raise ValueError(f"down_weight must be >= 0, got {down_weight}")
         self.present, self.absent, self.down_weight = present, absent, down_weight
+        self.weight_decay = checked_decay(weight_decay)
         self.reconstruction_weight = weight_schedule(reconstruction_weight)
 
     def __call__(self, output: Output, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Terms that add up to the loss: "margin", and "reconstruction" where the network has a decoder."""
-        margin = self._margin(output.scores, batch.labels)
-        return {"margin": margin, **reconstruction_term(output, batch, self.reconstruction_weight(step))}
+        """Terms that add up to the loss: "margin", and "weight_decay" and "reconstruction" where they count."""
+        return {
+            "margin": self._margin(output.scores, batch.labels),
+            **weight_decay_term(output, self.weight_decay),
+            **reconstruction_term(output, batch, self.reconstruction_weight(step)),
+        }
 
     def scheduled(self, step: Step) -> dict[str, float]:
         """Present value of what may change during training."""
@@ -53,20 +60,3 @@ class Margin:
         too_short = (self.present - lengths).relu().square()
         too_long = (lengths - self.absent).relu().square()
         return (is_present * too_short + self.down_weight * (1 - is_present) * too_long).sum(1).mean()
-
-
-def reconstruction_term(output: Output, batch: Batch, weight: float) -> dict[str, Tensor]:
-    """The weighted sum of squared errors over a picture, mean over the batch; nothing without a decoder."""
-    if output.reconstruction is None:
-        return {}
-    error = output.reconstruction.float() - batch.pixels
-    return {"reconstruction": weight * error.square().flatten(1).sum(1).mean()}
-
-
-def weight_schedule(weight: Schedule | int | float) -> Schedule:
-    """`as_schedule` for a value named reconstruction_weight, which a plain number must not make negative."""
-    if callable(weight):
-        return weight
-    if weight < 0:
-        raise ValueError(f"reconstruction_weight must be >= 0, got {weight}")
-    return as_schedule(float(weight))

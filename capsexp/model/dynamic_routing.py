@@ -2,17 +2,17 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capsexp.capsules import Capsules, Output
 from capsexp.errors import require_at_least_1
 from capsexp.layer.class_caps import ClassCaps
+from capsexp.layer.decoder import check_mask, decoded_class
 from capsexp.layer.primary import PrimaryCaps
+from capsexp.ops.weights import kernels_and_matrices
 
 INITIALISATIONS = ("default", "official")
-MASKS = ("label", "prediction")
 
 
 class CapsNet(nn.Module):
@@ -68,7 +68,7 @@ class CapsNet(nn.Module):
             primary_stride=primary_stride,
             class_dim=class_dim,
         )
-        _check_mask(mask, classes)
+        check_mask(mask, classes)
         if initialisation not in INITIALISATIONS:
             raise ValueError(
                 f"initialisation must be one of {', '.join(INITIALISATIONS)}, got {initialisation}"
@@ -98,37 +98,30 @@ class CapsNet(nn.Module):
 
     def forward(self, images: Float[Tensor, "B C H W"], labels: Int[Tensor, " B"] | None = None) -> Output:
         """Lengths of the class capsules, and the picture that the chosen one decodes to."""
-        routed = self.class_caps(self.primary_caps(self.conv(images).relu()))
+        primary = self.primary_caps(self.conv(images).relu())
+        routed = self.class_caps(primary)
         lengths = routed.activations
         reconstruction = None
         if self.decoder is not None:
-            reconstruction = self.decoder(routed.poses, self._decoded(lengths, labels))
+            reconstruction = self.decoder(routed.poses, decoded_class(self.mask, lengths, labels))
         return Output(
             scores=lengths,
             probabilities=lengths,
-            capsules=Capsules(routed.poses, lengths),
-            couplings={"class_caps": routed.coupling},
+            layers={"primary_caps": primary, "class_caps": routed},
             reconstruction=reconstruction,
+            weights=kernels_and_matrices(self),
         )
-
-    def _decoded(self, lengths: Tensor, labels: Tensor | None) -> Tensor:
-        """Class whose capsule is decoded, per picture."""
-        if isinstance(self.mask, int):
-            return torch.full((len(lengths),), self.mask, device=lengths.device)
-        if self.mask == "label" and labels is not None:
-            return labels
-        return lengths.argmax(1)
 
     def _primary_count(self, height: int, width: int) -> int:
         lost = self.conv.kernel_size[0] - 1 if self.conv.padding == "valid" else 0
-        rows, columns = self.primary_caps.grid(height - lost, width - lost)
-        if rows < 1 or columns < 1:
+        grid = self.primary_caps.grid(height - lost, width - lost)
+        if grid.rows < 1 or grid.columns < 1:
             smallest = lost + self.primary_caps.conv.kernel_size[0]
             raise ValueError(
                 f"image_shape must be at least {smallest}x{smallest} for conv_kernel {lost + 1} and "
                 f"primary_kernel {smallest - lost} with padding valid, got {height}x{width}"
             )
-        return rows * columns * self.primary_caps.types
+        return grid.positions * self.primary_caps.types
 
     def _initialise_officially(self) -> None:
         for name, parameter in self.named_parameters():
@@ -137,10 +130,3 @@ class CapsNet(nn.Module):
             elif name.endswith("weight"):  # whatever else a routing learns starts where the routing puts it
                 std = 0.05 if name == "conv.weight" else 0.1
                 nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
-
-
-def _check_mask(mask: str | int, classes: int) -> None:
-    if mask not in MASKS and not (isinstance(mask, int) and 0 <= mask < classes):
-        raise ValueError(
-            f"mask must be one of {', '.join(MASKS)}, or a class 0 ... {classes - 1}, got {mask}"
-        )

@@ -30,6 +30,30 @@ def make_votes(poses: Float[Tensor, "B I K"], weight: Float[Tensor, "I K J D"]) 
     return by_parent.transpose(1, 2)
 
 
+def window_votes(
+    poses: Float[Tensor, "B P K D"], weight: Float[Tensor, "K J n m"]
+) -> Float[Tensor, "B P K J D"]:
+    """Multiply every pose with the matrices of its place in the window; one batched product over K.
+
+    V_ij = M_i W_ij of Hinton, Sabour, Frosst, "Matrix capsules with EM routing" (ICLR 2018), the same
+    matrices at all positions. Differs from it in: nothing.
+
+    Args:
+        poses: M_i of the child at each place of each window, flat; D is a multiple of n.
+        weight: W_ij. With n * n = D a pose is an n x n matrix; with n = D it is a vector.
+    Returns: votes as a view of memory ordered [B P J K D]: routing sums over K for each parent.
+    """
+    batch, positions, places, dim = poses.shape
+    types, rows = weight.shape[1], dim // weight.shape[2]
+    # M W is the flat M times a block-diagonal matrix with `rows` copies of W. It makes D numbers lie together,
+    # where a product of 4x4 matrices would leave rows of 4 to be gathered one by one.
+    blocks = torch.einsum("ab,kjnm->kanjbm", torch.eye(rows, dtype=poses.dtype, device=poses.device), weight)
+    by_place = poses.permute(2, 0, 1, 3).reshape(places, batch * positions, dim)
+    product = torch.bmm(by_place, blocks.reshape(places, dim, types * dim))  # [K, B * P, J * D]
+    by_parent = product.view(places, batch, positions, types, dim).permute(1, 2, 3, 0, 4).contiguous()
+    return by_parent.permute(0, 1, 3, 2, 4)
+
+
 def images_per_piece(bytes_per_image: int, *, budget: int | None, device: torch.device) -> int:
     """How many pictures' votes fit the budget; at least one.
 
@@ -63,4 +87,7 @@ def in_pieces(route: Callable[..., Routed], *inputs: Float[Tensor, "B ..."], ima
         checkpoint(route, *piece, use_reentrant=False, preserve_rng_state=False)
         for piece in zip(*(torch.split(tensor, images) for tensor in inputs), strict=True)
     ]
-    return Routed(*(torch.cat(field) for field in zip(*pieces, strict=True)))
+    poses, activations, coupling = (
+        torch.cat(field) for field in zip(*(one[:3] for one in pieces), strict=True)
+    )
+    return Routed(poses, activations, coupling, pieces[0].fields)

@@ -11,7 +11,15 @@ from capsexp.preprocess import Preprocess
 
 def cifar10(root):
     preprocess = Preprocess(
-        resize=None, shift=0, crop=24, flip=True, brightness=63, contrast=[0.2, 1.8], standardise=True
+        resize=None,
+        shift=0,
+        crop=24,
+        flip=True,
+        brightness=63,
+        contrast=[0.2, 1.8],
+        light="window",
+        standardise="last",
+        test_crops=1,
     )
     return CIFAR10(root=str(root), download=False, validation=5000, split_seed=0, preprocess=preprocess)
 

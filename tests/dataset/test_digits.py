@@ -7,7 +7,15 @@ from capsexp.preprocess import Preprocess
 
 def digits():
     preprocess = Preprocess(
-        resize=None, shift=0, crop=None, flip=False, brightness=0, contrast=None, standardise=False
+        resize=None,
+        shift=0,
+        crop=None,
+        flip=False,
+        brightness=0,
+        contrast=None,
+        light="window",
+        standardise=None,
+        test_crops=1,
     )
     return Digits(validation=0.1, split_seed=0, preprocess=preprocess)
 

@@ -8,7 +8,15 @@ from capsexp.preprocess import Preprocess
 
 def fashion_mnist(root):
     preprocess = Preprocess(
-        resize=None, shift=2, crop=None, flip=False, brightness=0, contrast=None, standardise=False
+        resize=None,
+        shift=2,
+        crop=None,
+        flip=False,
+        brightness=0,
+        contrast=None,
+        light="window",
+        standardise=None,
+        test_crops=1,
     )
     return FashionMNIST(root=str(root), download=False, validation=5000, split_seed=0, preprocess=preprocess)
 

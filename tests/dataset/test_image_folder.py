@@ -35,7 +35,15 @@ def divided(root, **keywords):
 
 def folder(path, *, resize=None, crop=None, test_share=0.2, test_seed=0, validation=0):
     preprocess = Preprocess(
-        resize=resize, shift=0, crop=crop, flip=False, brightness=0, contrast=None, standardise=False
+        resize=resize,
+        shift=0,
+        crop=crop,
+        flip=False,
+        brightness=0,
+        contrast=None,
+        light="window",
+        standardise=None,
+        test_crops=1,
     )
     return ImageFolder(
         path=str(path),

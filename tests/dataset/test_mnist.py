@@ -12,7 +12,15 @@ from capsexp.preprocess import Preprocess
 
 def mnist(root, *, download=False):
     preprocess = Preprocess(
-        resize=None, shift=2, crop=None, flip=False, brightness=0, contrast=None, standardise=False
+        resize=None,
+        shift=2,
+        crop=None,
+        flip=False,
+        brightness=0,
+        contrast=None,
+        light="window",
+        standardise=None,
+        test_crops=1,
     )
     return MNIST(root=str(root), download=download, validation=5000, split_seed=0, preprocess=preprocess)
 

@@ -12,7 +12,15 @@ from capsexp.preprocess import Preprocess
 
 def svhn(root):
     preprocess = Preprocess(
-        resize=None, shift=0, crop=None, flip=False, brightness=0, contrast=None, standardise=False
+        resize=None,
+        shift=0,
+        crop=None,
+        flip=False,
+        brightness=0,
+        contrast=None,
+        light="window",
+        standardise=None,
+        test_crops=1,
     )
     return SVHN(root=str(root), download=False, validation=0, split_seed=0, preprocess=preprocess)
 

@@ -3,8 +3,6 @@ import functools
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from capsexp.capsules import Capsules
 from capsexp.layer.class_caps import ClassCaps
@@ -25,28 +23,14 @@ def capsules(*shape, dtype=torch.float32):
     return Capsules(poses, poses.norm(dim=2))
 
 
-class LargestTensor(TorchDispatchMode):
-    """Size of the largest tensor that any operation returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        sizes = [one.untyped_storage().nbytes() for one in tree_leaves(result) if torch.is_tensor(one)]
-        self.size = max([self.size, *sizes])
-        return result
-
-
 @pytest.mark.parametrize("implementation", ["fused", "reference"])
-def test_a_hundred_classes_never_hold_the_votes_of_the_whole_batch(implementation):
+def test_a_hundred_classes_never_hold_the_votes_of_the_whole_batch(implementation, largest_tensor):
     torch.manual_seed(0)
     routing = dynamic(implementation=implementation)
     layer = ClassCaps(32, 1, 100, 16, routing=routing, votes_mib=0.5)  # 0.2 MiB of votes per picture
     votes_of_the_batch = 32 * 32 * 100 * 16 * 4
     stored = []
-    with LargestTensor() as largest, saved_tensors_hooks(lambda t: stored.append(t.nbytes) or t, lambda t: t):
+    with largest_tensor as largest, saved_tensors_hooks(lambda t: stored.append(t.nbytes) or t, lambda t: t):
         layer(capsules(32, 32, 1)).activations.sum().backward()
     assert largest.size <= MIB / 2 < votes_of_the_batch / 10
     assert sum(stored) < votes_of_the_batch / 10
@@ -63,8 +47,8 @@ def test_pieces_give_the_same_result_and_gradients(routing):
         inputs = capsules(3, 30, 4, dtype=torch.float64)
         inputs.poses.requires_grad_()
         routed = layer(inputs)
-        loss = sum(field.square().sum() for field in routed)
-        results.append((*routed, *torch.autograd.grad(loss, [inputs.poses, *layer.parameters()])))
+        loss = sum(field.square().sum() for field in routed[:3])
+        results.append((*routed[:3], *torch.autograd.grad(loss, [inputs.poses, *layer.parameters()])))
     for whole, pieces in zip(*results, strict=True):
         torch.testing.assert_close(pieces, whole, rtol=1e-10, atol=1e-12)
 

@@ -11,9 +11,8 @@ def test_scores_are_logits_and_probabilities_their_softmax():
     output = CNN((3, 12, 10), 6, **THIN)(torch.rand(2, 3, 12, 10))
     assert output.scores.shape == (2, 6)
     torch.testing.assert_close(output.probabilities, output.scores.softmax(1))
-    assert output.capsules is None
     assert output.reconstruction is None
-    assert not output.couplings
+    assert not output.layers
 
 
 def test_labels_change_nothing():

@@ -41,7 +41,7 @@ def test_changing_the_bias_of_one_primary_channel_changes_36_capsules_of_one_typ
 
 
 def test_routing_normalises_over_the_ten_parents():
-    coupling = network(*THIN)(pictures(2, *MNIST)).couplings["class_caps"]
+    coupling = network(*THIN)(pictures(2, *MNIST)).layers["class_caps"].coupling
     assert coupling.shape == (2, 1152, 10)
     torch.testing.assert_close(coupling.sum(2), torch.ones(2, 1152))
 
@@ -53,7 +53,7 @@ def test_network_is_the_papers_wiring():
     votes = torch.einsum("bik,ikjd->bijd", squash(u), net.class_caps.weight)
     expected = net.class_caps.routing(votes, u.norm(dim=2))
     output = net(images)
-    torch.testing.assert_close(output.capsules.poses, expected.poses)
+    torch.testing.assert_close(output.layers["class_caps"].poses, expected.poses)
     torch.testing.assert_close(output.scores, expected.poses.norm(dim=2))
     assert output.probabilities is output.scores
 
@@ -93,7 +93,7 @@ def test_mask_chooses_the_capsule_to_decode(mask, labels, decoded):
     net = network(*THIN, f"model.mask={mask}")
     output = net(pictures(2, *MNIST), None if labels is None else torch.tensor(labels))
     classes = output.scores.argmax(1) if decoded == "longest" else torch.tensor(decoded)
-    expected = net.decoder(output.capsules.poses, classes)
+    expected = net.decoder(output.layers["class_caps"].poses, classes)
     torch.testing.assert_close(output.reconstruction, expected)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from capsexp.ops.entropy import coupling_entropy
+from capsexp.ops.receptive_fields import Grid, of_children, of_places, receptive_fields
 
 
 def test_undecided_is_1_and_decided_is_0():
@@ -20,3 +21,25 @@ def test_it_is_the_mean_over_children_in_units_of_log_parents():
 
 def test_a_single_parent_leaves_nothing_to_decide():
     assert coupling_entropy(torch.ones(2, 3, 1)).item() == 0.0
+
+
+def test_windows_count_each_child_over_all_its_positions():
+    fields = receptive_fields(Grid(5, 5), 2, (3, 3), 2)
+    torch.manual_seed(0)
+    shares = torch.rand(2, *fields.children.shape, 3, dtype=torch.float64)
+    mass = of_places(of_children(shares.sum(-1), fields), fields)
+    coupling = shares / mass[..., None]
+    expected = []
+    for picture in range(2):
+        for child in range(fields.in_caps):
+            own = coupling[picture, fields.children == child].flatten()
+            expected.append((-(own * own.log()).sum() / math.log(len(own))).item())
+    assert coupling_entropy(coupling, fields).item() == pytest.approx(sum(expected) / len(expected))
+    # A child whose coefficients add up to the number of types is as decided as one whose add up to 1.
+    torch.testing.assert_close(coupling_entropy(3 * coupling, fields), coupling_entropy(coupling, fields))
+
+
+def test_windows_without_any_choice_leave_nothing_to_decide():
+    fields = receptive_fields(Grid(4, 4), 1, (2, 2), 2)
+    assert coupling_entropy(torch.ones(1, *fields.children.shape, 1), fields).item() == 0.0
+    assert coupling_entropy(torch.zeros(1, *fields.children.shape, 2), fields).isfinite()

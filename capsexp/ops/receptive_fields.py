@@ -1,0 +1,109 @@
+"""Which children each parent of a convolutional layer sees, and where in the picture they look.
+
+Capsules of a grid come in the order (row, column, type). A parent position sees a window of the grid; the
+places of a window come in the same order.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from capsexp.capsules import ReceptiveFields
+
+PADDINGS = ("valid", "same")
+
+
+def margins(size: int, kernel: int, stride: int, padding: str) -> tuple[int, int]:
+    """Zeros before and after an axis: none for "valid"; for "same" as TensorFlow, the odd one at the end."""
+    if padding == "valid":
+        return 0, 0
+    missing = max(0, (-(-size // stride) - 1) * stride + kernel - size)
+    return missing // 2, missing - missing // 2
+
+
+def padded(features: Float[Tensor, "B C H W"], kernel: int, stride: int, padding: str) -> Tensor:
+    """Features with the zeros of `margins` around them."""
+    height, width = features.shape[2:]
+    sides = [*margins(width, kernel, stride, padding), *margins(height, kernel, stride, padding)]
+    return F.pad(features, sides) if any(sides) else features
+
+
+class Grid(NamedTuple):
+    """Positions of a layer, and the pixels at the centres of their receptive fields."""
+
+    rows: int
+    columns: int
+    first: tuple[float, float] = (0.0, 0.0)
+    """Row and column, in pixels of the picture, at the centre of the first position's receptive field."""
+    step: int = 1
+    """Pixels between the centres of neighbours."""
+
+    @property
+    def positions(self) -> int:
+        """Rows times columns."""
+        return self.rows * self.columns
+
+    def seen_through(self, kernel: tuple[int, int], stride: int, padding: str = "valid") -> "Grid":
+        """The grid of a layer whose positions see windows of this one; 0 or less rows where they do not fit."""
+        sizes, first = [], []
+        for axis, size in enumerate((self.rows, self.columns)):
+            before, after = margins(size, kernel[axis], stride, padding)
+            sizes.append((size + before + after - kernel[axis]) // stride + 1)
+            first.append(self.first[axis] + self.step * ((kernel[axis] - 1) / 2 - before))
+        return Grid(sizes[0], sizes[1], (first[0], first[1]), self.step * stride)
+
+    def centres(self) -> Float[Tensor, "P 2"]:
+        """Row and column, in pixels, at the centre of each position's receptive field."""
+        rows = self.first[0] + self.step * torch.arange(self.rows)
+        columns = self.first[1] + self.step * torch.arange(self.columns)
+        return torch.cartesian_prod(rows, columns).view(-1, 2).to(torch.get_default_dtype())
+
+
+def receptive_fields(grid: Grid, types: int, kernel: tuple[int, int], stride: int) -> ReceptiveFields:
+    """Windows over a grid of capsules, without padding.
+
+    Args:
+        grid, types: of the children.
+        kernel: rows and columns of a window.
+        stride: from one window to the next.
+    """
+    indices = torch.arange(grid.positions * types).view(grid.rows, grid.columns, types)
+    windows = indices.unfold(0, kernel[0], stride).unfold(1, kernel[1], stride)
+    children = windows.permute(0, 1, 3, 4, 2).flatten(0, 1).flatten(1)  # (row, column, type) of a place
+    return ReceptiveFields(children, indices.numel(), _connected(grid, kernel, stride) * types)
+
+
+def of_places(values: Float[Tensor, "B I *rest"], fields: ReceptiveFields) -> Float[Tensor, "B P K *rest"]:
+    """What each place of each window holds, given what each child holds."""
+    # The gradient of index_select is index_add, many times as fast as that of values[:, children].
+    flat = values.index_select(1, fields.children.flatten())
+    return flat.unflatten(1, tuple(fields.children.shape))
+
+
+def of_children(values: Float[Tensor, "B P K *rest"], fields: ReceptiveFields) -> Float[Tensor, "B I *rest"]:
+    """Sum over all places at which a child is seen; 0 for a child without parents."""
+    total = values.new_zeros(len(values), fields.in_caps, *values.shape[3:])
+    return total.index_add(1, fields.children.flatten(), values.flatten(1, 2))
+
+
+def largest_of_children(
+    values: Float[Tensor, "B P K *rest"], fields: ReceptiveFields
+) -> Float[Tensor, "B I *rest"]:
+    """Maximum over all places at which a child is seen; -inf for a child without parents. No gradient."""
+    flat = values.detach().flatten(1, 2)
+    places = fields.children.flatten().view(1, -1, *(1 for _ in flat.shape[2:])).expand_as(flat)
+    lowest = flat.new_full((len(flat), fields.in_caps, *flat.shape[2:]), -math.inf)
+    return lowest.scatter_reduce(1, places, flat, "amax")
+
+
+def _connected(grid: Grid, kernel: tuple[int, int], stride: int) -> int:
+    """Positions of the grid that lie in some window."""
+    places = grid.seen_through(kernel, stride)
+    count = 1
+    for windows, size in zip((places.rows, places.columns), kernel, strict=True):
+        count *= (windows - 1) * min(stride, size) + size
+    return count

@@ -1,0 +1,421 @@
+import gzip
+import hashlib
+import itertools
+import os
+import re
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from capsexp.data import Batches
+from capsexp.dataset.smallnorb import FACTORS, FOLDER, STEM, Setup, SmallNORB
+from capsexp.download import DataError, RemoteFile, StoredFile
+from capsexp.prepare import prepare, verify
+from capsexp.preprocess import Preprocess, resized
+
+SETUP = Setup(
+    instances={"train": (4, 9), "test": (0, 5)},
+    elevations=(0, 2, 3),
+    azimuths=(0, 4, 6, 30),
+    lightings=(0, 1),
+    side=12,
+)
+COUNT = 5 * 2 * 3 * 4 * 2
+OF_THE_PAPER = {
+    "resize": 48,
+    "shift": 0,
+    "crop": 32,
+    "flip": False,
+    "brightness": 63,
+    "contrast": [0.2, 1.8],
+    "light": "picture",
+    "standardise": "last",
+    "test_crops": 1,
+}
+SMALL = {**OF_THE_PAPER, "resize": 6, "crop": 4}
+
+
+def rows_of(part):
+    """Class and factors of each picture, in an order of no meaning."""
+    rows = np.array(list(itertools.product(range(5), *SETUP.values(part))), "<i4")
+    return np.random.default_rng(len(part)).permutation(rows)
+
+
+def pictures_of(rows):
+    """Pairs of plain grey that tell their row: the left one class and instance, the right one the view."""
+    left = 20 * rows[:, 0] + rows[:, 1]
+    right = 50 * rows[:, 2] + rows[:, 3] + 40 * rows[:, 4]
+    greys = np.stack([left, right], axis=1).astype(np.uint8)
+    return np.broadcast_to(greys[..., None, None], (len(rows), 2, SETUP.side, SETUP.side)).copy()
+
+
+def norb(array):
+    magic = {"uint8": 0x1E3D4C55, "int32": 0x1E3D4C54}[array.dtype.name]
+    header = [magic, array.ndim, *array.shape, *[1] * (3 - array.ndim)]
+    return struct.pack(f"<{len(header)}I", *header) + array.tobytes()
+
+
+def contents_of(rows):
+    """The three files of a part."""
+    return {
+        "dat": norb(pictures_of(rows)),
+        "cat": norb(np.ascontiguousarray(rows[:, 0])),
+        "info": norb(np.ascontiguousarray(rows[:, 1:])),
+    }
+
+
+def publish(root, *, packed=False, **parts):
+    """A small world in the published format, and the class that knows its checksums."""
+    (root / FOLDER).mkdir()
+    files = []
+    for part, stem in STEM.items():
+        for kind, content in contents_of(parts.get(part, rows_of(part))).items():
+            zipped, name = gzip.compress(content, mtime=0), f"{FOLDER}{stem}{kind}.mat"
+            stored = StoredFile(name, f"md5:{hashlib.md5(content).hexdigest()}")
+            sha256 = hashlib.sha256(zipped).hexdigest()
+            files.append(RemoteFile(f"{name}.gz", f"https://example.invalid/{name}.gz", sha256, (stored,)))
+            (root / (f"{name}.gz" if packed else name)).write_bytes(zipped if packed else content)
+    return type("World", (SmallNORB,), {"setup": SETUP, "files": tuple(files)})
+
+
+def build(kind, root, *, preprocess=SMALL, **changes):
+    keywords = {
+        "cameras": "stereo",
+        "validation_instance": 9,
+        "viewpoint": None,
+        "test_views": "all",
+    }
+    return kind(
+        root=str(root), download=False, preprocess=Preprocess(**preprocess), **{**keywords, **changes}
+    )
+
+
+@pytest.fixture
+def world(tmp_path):
+    kind = publish(tmp_path)
+    return lambda **changes: build(kind, tmp_path, **changes)
+
+
+@pytest.fixture
+def real():
+    root = os.environ.get("CAPSEXP_DATA")
+    if root is None or build(SmallNORB, root, preprocess=OF_THE_PAPER).missing():
+        pytest.skip("smallNORB is not under CAPSEXP_DATA")
+    return lambda **changes: build(SmallNORB, root, preprocess=OF_THE_PAPER, **changes)
+
+
+def path_of(dataset, part="train", kind="dat"):
+    return dataset.root / FOLDER / f"{STEM[part]}{kind}.mat"
+
+
+def silent(what, done, total):
+    pass
+
+
+def not_reduced(*arguments):
+    raise AssertionError("the pictures were reduced again")
+
+
+def greys(split):
+    """Both cameras' grey of each picture."""
+    assert (split.images == split.images[:, :, :1, :1]).all()
+    return split.images[:, :, 0, 0].long()
+
+
+def greys_of(labels, factors):
+    instance, elevation, azimuth, lighting = factors.T
+    return torch.stack([20 * labels + instance, 50 * elevation + azimuth + 40 * lighting], dim=1)
+
+
+@pytest.mark.parametrize("resize", [6, None, 12, [4, 6]])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_pictures_classes_and_factors_belong_together(world, part, resize):
+    dataset = world(preprocess={**SMALL, "resize": resize})
+    split, factors = dataset.read(part), dataset.factors(part)
+    rows = torch.from_numpy(rows_of(part).astype(np.int64))
+    assert torch.equal(split.labels, rows[:, 0])
+    assert torch.equal(factors, rows[:, 1:])
+    assert torch.equal(greys(split), greys_of(split.labels, factors))
+    assert tuple(split.images.shape) == (COUNT, *dataset.raw_shape)
+
+
+def test_reduced_pictures_are_those_of_resized(tmp_path, monkeypatch):
+    monkeypatch.setattr("capsexp.dataset.smallnorb.RESIZE_CHUNK", 50)
+    kind = publish(tmp_path)
+    path = path_of(build(kind, tmp_path))
+    noise = np.random.default_rng(0).integers(0, 256, (COUNT, 2, 12, 12), dtype=np.uint8)
+    path.write_bytes(norb(noise))
+    assert torch.equal(build(kind, tmp_path).read("train").images, resized(torch.from_numpy(noise), (6, 6)))
+
+
+@pytest.mark.parametrize(("cameras", "channels"), [("stereo", [0, 1]), ("left", [0]), ("right", [1])])
+def test_cameras_are_channels(world, cameras, channels):
+    split = world(cameras=cameras).read("test")
+    assert world(cameras=cameras).image_shape == (len(channels), 4, 4)
+    assert split.images.is_contiguous()
+    assert torch.equal(split.images, world().read("test").images[:, channels])
+
+
+def test_one_instance_of_every_class_is_set_aside_and_no_other_picture(world):
+    dataset = world(validation_instance=4)
+    splits, factors = dataset.read_training(), dataset.training_factors()
+    assert [split.size for split in splits] == [COUNT // 2] * 2
+    assert [rows[:, 0].unique().tolist() for rows in factors] == [[9], [4]]
+    for split, rows in zip(splits, factors, strict=True):
+        assert split.labels.bincount().tolist() == [COUNT // 10] * 5
+        assert torch.equal(greys(split), greys_of(split.labels, rows))
+
+
+def test_without_a_validation_instance_all_is_for_training(world):
+    training, validation = world(validation_instance=None).read_training()
+    assert (training.size, validation.size) == (COUNT, 0)
+    assert [len(rows) for rows in world(validation_instance=None).training_factors()] == [COUNT, 0]
+
+
+@pytest.mark.parametrize(
+    ("viewpoint", "familiar", "novel"),
+    [("azimuth", {0, 4, 30}, {6}), ("elevation", {0, 2}, {3})],
+)
+def test_training_sees_the_familiar_views_and_the_test_what_it_asks_for(world, viewpoint, familiar, novel):
+    column = FACTORS.index(viewpoint)
+    asked = {"familiar": familiar, "novel": novel, "all": familiar | novel}
+    for views, expected in asked.items():
+        dataset = world(viewpoint=viewpoint, test_views=views)
+        for rows in dataset.training_factors():
+            assert set(rows[:, column].tolist()) == familiar
+        test, factors = dataset.read("test"), dataset.factors("test")
+        assert set(factors[:, column].tolist()) == expected
+        assert torch.equal(greys(test), greys_of(test.labels, factors))
+        assert test.size == COUNT * len(expected) // len(familiar | novel)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"validation_instance": 5}, "validation_instance must be null or one of 4, 9, got 5"),
+        ({"test_views": "novel"}, "test_views must be 'all' where viewpoint is null, got 'novel'"),
+        ({"preprocess": {**SMALL, "crop": 7}}, "crop must be <= the picture's 6x6, got 7"),
+    ],
+)
+def test_impossible_settings_are_refused_before_anything_is_read(world, changes, message):
+    with pytest.raises(ValueError, match=message):
+        world(**changes)
+
+
+def test_the_second_time_the_reduced_pictures_are_read(world, monkeypatch):
+    first = world().read("train")
+    monkeypatch.setattr(SmallNORB, "_reduced", not_reduced)
+    assert torch.equal(world().read("train").images, first.images)
+    assert torch.equal(world(cameras="right").read("train").images, first.images[:, 1:])
+
+
+def test_another_size_has_a_cache_of_its_own(world, monkeypatch):
+    small, large = world(), world(preprocess={**SMALL, "resize": 9})
+    assert small.read("test").images.shape[-1] == 6
+    assert large.read("test").images.shape[-1] == 9
+    monkeypatch.setattr(SmallNORB, "_reduced", not_reduced)
+    assert small.read("test").images.shape[-1] == 6
+
+
+def test_a_damaged_cache_is_made_again(world):
+    expected = world().read("test").images
+    path = world().folder / "cache-test-6x6.bytes"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert torch.equal(world().read("test").images, expected)
+    assert path.read_bytes() == whole
+
+
+def test_a_cache_of_other_pictures_is_made_again(world):
+    dataset = world()
+    before = dataset.read("test").images
+    path = path_of(dataset, "test")
+    stat = path.stat()
+    path.write_bytes(norb(255 - pictures_of(rows_of("test"))))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert torch.equal(dataset.read("test").images, 255 - before)
+
+
+def test_pictures_at_full_size_leave_no_cache(world):
+    dataset = world(preprocess={**SMALL, "resize": None})
+    dataset.read("train")
+    assert not list(dataset.folder.glob("cache-*"))
+
+
+def test_a_folder_that_cannot_be_written_to_is_read_all_the_same(world, monkeypatch):
+    def refuse(path, write):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("capsexp.cache.write_whole", refuse)
+    for dataset in (world(), world()):
+        assert dataset.read("train").size == COUNT
+        assert dataset.remarks() == []
+    assert not list(world().folder.glob("cache-*"))
+
+
+def test_published_pictures_need_no_remark_and_others_do(world):
+    dataset = world()
+    assert dataset.remarks() == []
+    path_of(dataset, "test").write_bytes(norb(255 - pictures_of(rows_of("test"))))
+    remark = (
+        r"smallnorb: the test pictures are not the published ones \(checksum differs: a converted copy\?\)"
+    )
+    assert [bool(re.match(remark, line)) for line in dataset.remarks()] == [True]
+    path_of(dataset, "train").write_bytes(norb(255 - pictures_of(rows_of("train"))))
+    assert "the training and test pictures are not" in world().remarks()[0]
+    assert dataset.read("train").size == COUNT
+
+
+def test_what_the_pictures_are_is_found_once(world, monkeypatch):
+    path_of(world(), "test").write_bytes(norb(255 - pictures_of(rows_of("test"))))
+    first = world().remarks()
+
+    def hashed_again(*arguments):
+        raise AssertionError("the pictures were hashed again")
+
+    monkeypatch.setattr("capsexp.dataset.smallnorb.digest", hashed_again)
+    assert world().remarks() == first != []
+
+
+def test_prepare_makes_the_caches_and_says_that_all_is_as_published(world, monkeypatch):
+    lines = []
+    assert prepare(world(), say=lines.append, progress=silent) == 0
+    assert lines == [f"smallnorb: verified in {world().folder}"]
+    monkeypatch.setattr(SmallNORB, "_reduced", not_reduced)
+    assert world().read("train").size == world().read("test").size == COUNT
+
+
+def test_a_converted_copy_is_a_problem_that_can_be_lived_with(world):
+    path = path_of(world(), "train")
+    path.write_bytes(norb(255 - pictures_of(rows_of("train"))))
+    lines = []
+    assert verify(world(), say=lines.append) == 1
+    assert len(lines) == 1
+    assert lines[0].startswith(f"smallnorb: {path} does not hold the published pictures (checksum differs")
+    assert "it can be used, but say so beside any figure" in lines[0]
+    assert prepare(world(), say=lines.append, progress=silent) == 1
+    assert lines[1] == lines[0]
+
+
+def test_a_picture_file_of_another_kind_is_a_problem_that_cannot(world):
+    path = path_of(world(), "train")
+    path.write_bytes(path.read_bytes()[:-1])
+    size = 24 + COUNT * 2 * 12 * 12
+    message = f"{path}: must have {size} bytes, got {size - 1}"
+    assert world().problems() == [message]
+    for attempt in (lambda: world().read("train"), lambda: world().prepare(silent)):
+        with pytest.raises(DataError, match=message):
+            attempt()
+    assert world().read("test").size == COUNT
+
+
+@pytest.mark.parametrize("kind", ["cat", "info"])
+def test_classes_and_factors_must_be_the_published_ones(world, kind):
+    path = path_of(world(), "train", kind)
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"train.*-{kind}.mat is damaged or incomplete: expected md5"):
+        world().read("train")
+    assert [f"-{kind}.mat is damaged" in problem for problem in world().problems()] == [True]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        (0, 5, r"-cat\.mat: the values of class must be \[0, 1, 2, 3, 4\], got \[0, 1, 2, 3, 4, 5\]"),
+        (0, -1, r"-cat\.mat: the values of class must be .* got \[-1, 0, 1, 2, 3, 4\]"),
+        (1, 5, r"-info\.mat: the values of instance must be \[4, 9\], got \[4, 5, 9\]"),
+        (2, 1, r"-info\.mat: the values of elevation must be \[0, 2, 3\], got \[0, 1, 2, 3\]"),
+        (3, 5, r"-info\.mat: the values of azimuth must be \[0, 4, 6, 30\], got \[0, 4, 5, 6, 30\]"),
+        (4, 2, r"-info\.mat: the values of lighting must be \[0, 1\], got \[0, 1, 2\]"),
+    ],
+)
+def test_a_value_out_of_its_range_is_named(tmp_path, column, value, message):
+    rows = rows_of("train")
+    rows[7, column] = value
+    kind = publish(tmp_path, train=rows)
+    with pytest.raises(DataError, match=message):
+        build(kind, tmp_path).read("train")
+
+
+def test_a_combination_that_is_there_twice_is_told(tmp_path):
+    rows = rows_of("train")
+    rows[7] = rows[8]
+    kind = publish(tmp_path, train=rows)
+    message = (
+        rf"-info\.mat: must have each combination of class, instance, .* once, {COUNT} .* got {COUNT - 1}"
+    )
+    with pytest.raises(DataError, match=message):
+        build(kind, tmp_path).read("train")
+
+
+def test_gz_files_alone_are_enough(tmp_path):
+    dataset = build(publish(tmp_path, packed=True), tmp_path)
+    assert len(dataset.missing()) == 6
+    assert dataset.read("train").size == COUNT
+    assert dataset.missing() == dataset.problems() == []
+
+
+@pytest.mark.parametrize("kind", ["dat", "cat", "info"])
+def test_a_missing_file_is_named_with_its_address_and_its_place(world, kind):
+    path = path_of(world(), "test", kind)
+    path.unlink()
+    asked = rf"missing smallnorb/.*-testing-{kind}\.mat; .*https://example\.invalid/.*-{kind}\.mat\.gz\)"
+    message = rf"{asked}, or put these files into {path.parent} by hand, as they are or unpacked"
+    with pytest.raises(DataError, match=message):
+        world().read("test")
+    assert world().problems() == [f"{path} is missing"]
+
+
+def test_the_published_files_come_over_https_from_their_authors():
+    assert len(SmallNORB.files) == 6
+    for remote in SmallNORB.files:
+        assert remote.url.startswith("https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/smallnorb-5x")
+        assert remote.url.endswith(".mat.gz")
+        assert remote.name == f"{remote.holds[0].name}.gz"
+
+
+def test_the_published_set_is_read(real):
+    training, validation = real().read_training()
+    test = real().read("test")
+    assert (training.size, validation.size, test.size) == (19_440, 4_860, 24_300)
+    assert training.labels.bincount().tolist() == [3_888] * 5
+    assert validation.labels.bincount().tolist() == [972] * 5
+    assert test.labels[:7].tolist() == [0, 1, 2, 3, 4, 0, 1]
+    mine, aside = real().training_factors()
+    assert (mine[:, 0].unique().tolist(), aside[:, 0].unique().tolist()) == ([4, 6, 7, 8], [9])
+    assert real().factors("test")[:, 0].unique().tolist() == [0, 1, 2, 3, 5]
+    assert all("smallnorb: the " in remark for remark in real().remarks())
+
+
+@pytest.mark.parametrize("viewpoint", ["azimuth", "elevation"])
+def test_the_published_set_has_a_third_of_familiar_views(real, viewpoint):
+    for views, count in (("familiar", 8_100), ("novel", 16_200), ("all", 24_300)):
+        dataset = real(viewpoint=viewpoint, test_views=views)
+        assert len(dataset.factors("test")) == count
+        assert [len(rows) for rows in dataset.training_factors()] == [6_480, 1_620]
+    column = FACTORS.index(viewpoint)
+    familiar = real(viewpoint=viewpoint, test_views="familiar").factors("test")[:, column].unique()
+    assert familiar.tolist() == ([0, 2, 4, 30, 32, 34] if viewpoint == "azimuth" else [0, 1, 2])
+
+
+def test_published_pictures_reach_the_network_standardised(real):
+    options = {"batch_size": 64, "seed": 0, "device": "cpu", "memory_format": torch.contiguous_format}
+    batches = Batches(real().read("test"), real().preprocess, limit=2, **options)
+    for batch in (*batches.training(0), *batches.in_order()):
+        assert tuple(batch.images.shape) == (64, 2, 32, 32)
+        flat = batch.images.flatten(1)
+        torch.testing.assert_close(flat.mean(1), torch.zeros(64), rtol=0, atol=1e-4)
+        torch.testing.assert_close(flat.std(1, correction=0), torch.ones(64), rtol=1e-4, atol=0)
+
+
+def test_published_pictures_of_the_two_cameras_are_nearly_alike(real):
+    # A wrong order of the dimensions would show here.
+    images = real().read("test").images[::100].double().flatten(2)
+    centred = images - images.mean(2, keepdim=True)
+    left, right = centred[:, 0], centred[:, 1]
+    correlation = (left * right).sum(1) / (left.norm(dim=1) * right.norm(dim=1))
+    assert correlation.median() > 0.8

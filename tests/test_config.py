@@ -252,8 +252,12 @@ def test_a_shipped_option_cannot_be_shadowed(own):
         ("model=cnn_sabor", "model=cnn_sabor: no such option: did you mean 'cnn_sabour'?"),
         ("loss=xyzzy", "loss=xyzzy: no such option; there is cross_entropy, margin"),
         ("experiment=quikstart", "experiment=quikstart: no such option: did you mean 'quickstart'?"),
-        ("routing=null", "routing=null: no such option; there is dynamic, uniform"),
-        ("model=3", "model=3: no such option; there is cnn_sabour, dynamic_routing, dynamic_routing_small"),
+        ("routing=null", "routing=null: no such option; there is dynamic, em, uniform"),
+        (
+            "model=3",
+            "model=3: no such option; there is cnn_hinton, cnn_sabour, dynamic_routing, "
+            "dynamic_routing_small, em_routing, em_routing_310k",
+        ),
         ("seed", "cannot read 'seed': missing EQUAL at '<EOF>'; an override reads KEY=VALUE"),
         ("=3", "cannot read '=3': no key; an override reads KEY=VALUE"),
         (

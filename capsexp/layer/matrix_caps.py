@@ -1,0 +1,236 @@
+"""Matrix capsules: convolutional, and class capsules that share their matrices over all positions."""
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from capsexp.capsules import Capsules, ReceptiveFields, Routed
+from capsexp.ops.receptive_fields import Grid, of_places, receptive_fields
+from capsexp.ops.votes import MIB, images_per_piece, in_pieces, window_votes
+
+POSES = ("matrix", "vector")
+COORDINATES = ("paper", "official")
+BALANCE_ROUNDS = (
+    3  # the costs depend on beta_a through the E-steps; more rounds change the shares by under 1 %
+)
+
+
+class MatrixCaps(nn.Module, ABC):
+    """What matrix capsules have in common: matrices, votes made and routed in pieces, a balanced start.
+
+    Args:
+        pose_dim: numbers of a pose; a square for matrices.
+        pose: "matrix": a pose is n x n, and so are the W_ij; "vector": W_ij is pose_dim x pose_dim (the
+            paper's comparison, Table 1).
+        places: children of a parent that have matrices of their own.
+        types: parent types.
+        identity, noise: W_ij starts as identity * I + noise * N(0, 1).
+        routing: what routes the votes.
+        votes_mib: see `ClassCaps`.
+        votes_per_image: numbers in the votes of one picture.
+    Raises: ValueError: a pose that does not exist or does not fit; votes_mib <= 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        pose_dim: int,
+        pose: str,
+        places: int,
+        types: int,
+        identity: int | float,
+        noise: int | float,
+        routing: nn.Module,
+        votes_mib: int | float | None,
+        votes_per_image: int,
+    ) -> None:
+        super().__init__()
+        if votes_mib is not None and votes_mib <= 0:
+            raise ValueError(f"votes_mib must be > 0 or null, got {votes_mib}")
+        self.votes_bytes = None if votes_mib is None else int(votes_mib * MIB)
+        self.votes_per_image = votes_per_image
+        side = matrix_side(pose_dim, pose)
+        start = identity * torch.eye(side) + noise * torch.randn(places, types, side, side)
+        self.weight = nn.Parameter(start)  # W_ij
+        self.routing = routing
+
+    def forward(self, capsules: Capsules) -> Routed:
+        """Output capsules in the order (row, column, type), and the coupling that made them."""
+        return in_pieces(self._route, capsules.poses, capsules.activations, images=self._images_per_piece())
+
+    @torch.no_grad()
+    def calibrate(self, capsules: Capsules) -> None:
+        """Let the routing start balanced on these capsules, if it knows how (`EMRouting.balance`)."""
+        cost, balance = getattr(self.routing, "cost", None), getattr(self.routing, "balance", None)
+        if cost is None or balance is None:
+            return
+        poses, activations = (tensor.split(self._images_per_piece()) for tensor in capsules)
+        for _ in range(BALANCE_ROUNDS):
+            costs = [cost(self.votes(one), active) for one, active in zip(poses, activations, strict=True)]
+            balance(torch.cat(costs))
+
+    @abstractmethod
+    def votes(self, poses: Float[Tensor, "B I D"]) -> Float[Tensor, "B *I J D"]:
+        """Votes as the routing takes them."""
+
+    def _images_per_piece(self) -> int:
+        size = self.votes_per_image * self.weight.element_size()
+        return images_per_piece(size, budget=self.votes_bytes, device=self.weight.device)
+
+    def _route(self, poses: Float[Tensor, "B I D"], activations: Float[Tensor, "B I"]) -> Routed:
+        with torch.autocast(poses.device.type, enabled=False):  # see `ClassCaps`
+            return self.routing(self.votes(poses.to(self.weight.dtype)), activations.to(self.weight.dtype))
+
+
+class ConvCaps(MatrixCaps):
+    """Capsules that see windows of the grid below, with the same matrices at every position.
+
+    Hinton, Sabour, Frosst, "Matrix capsules with EM routing" (ICLR 2018), section 4.
+    Differs from it in: a window larger than the grid shrinks to the grid, so that small pictures pass.
+
+    Args:
+        grid, in_types: positions and types of the children.
+        types: parent types.
+        kernel, stride: K and the stride of the windows, without padding.
+        routing: builds the routing from (in_caps, out_caps, pose_dim, fields), out_caps being the types.
+        pose_dim, pose, identity, noise, votes_mib: see `MatrixCaps`.
+    Raises: ValueError: a routing that does not route windows; see `MatrixCaps`.
+    """
+
+    windows: Tensor
+
+    def __init__(
+        self,
+        grid: Grid,
+        in_types: int,
+        *,
+        types: int,
+        kernel: int,
+        stride: int,
+        routing: Callable[..., nn.Module],
+        pose_dim: int,
+        pose: str,
+        identity: int | float,
+        noise: int | float,
+        votes_mib: int | float | None,
+    ) -> None:
+        if "fields" not in inspect.signature(routing).parameters:
+            raise ValueError("routing must route windows, as `em` does; this one has no argument `fields`")
+        window = (min(kernel, grid.rows), min(kernel, grid.columns))
+        fields = receptive_fields(grid, in_types, window, stride)
+        places = fields.children.shape[1]
+        super().__init__(
+            pose_dim=pose_dim,
+            pose=pose,
+            places=places,
+            types=types,
+            identity=identity,
+            noise=noise,
+            routing=routing(fields.in_caps, types, pose_dim, fields),
+            votes_mib=votes_mib,
+            votes_per_image=fields.children.numel() * types * pose_dim,
+        )
+        self.grid, self.types = grid.seen_through(window, stride), types
+        self.register_buffer("windows", fields.children, persistent=False)
+        self.counts = (fields.in_caps, fields.connected)
+
+    def votes(self, poses: Float[Tensor, "B I D"]) -> Float[Tensor, "B P K J D"]:
+        """V_ij of the child at each place of each window."""
+        fields = ReceptiveFields(self.windows, *self.counts)
+        return window_votes(of_places(poses, fields), self.weight)
+
+
+class SharedClassCaps(MatrixCaps):
+    """Class capsules that every capsule below votes for, with one matrix per type of child and class.
+
+    Because the position of a child is lost in shared matrices, it is added to its votes (coordinate addition).
+    Hinton, Sabour, Frosst, "Matrix capsules with EM routing" (ICLR 2018), section 4.
+    Differs from it in: nothing. The paper says "scaled" coordinates; centre and scale are the authors' code's.
+
+    Args:
+        grid, in_types: positions and types of the children.
+        classes: number of classes.
+        image_size: rows and columns of the picture, in whose middle the coordinates are 0.
+        coordinates: None; "paper": row and column go to the first two elements of the pose's right-hand
+            column (3 and 7 of 16); "official": to elements 0 and 1, as in the authors' code.
+        coordinate_scale: per pixel.
+        routing: builds the routing from (in_caps, out_caps, pose_dim).
+        pose_dim, pose, identity, noise, votes_mib: see `MatrixCaps`.
+    Raises: ValueError: coordinates that do not exist; see `MatrixCaps`.
+    """
+
+    coordinates: Tensor | None
+
+    def __init__(
+        self,
+        grid: Grid,
+        in_types: int,
+        classes: int,
+        *,
+        image_size: tuple[int, int],
+        coordinates: str | None,
+        coordinate_scale: int | float,
+        routing: Callable[..., nn.Module],
+        pose_dim: int,
+        pose: str,
+        identity: int | float,
+        noise: int | float,
+        votes_mib: int | float | None,
+    ) -> None:
+        if coordinates not in (None, *COORDINATES):
+            raise ValueError(
+                f"coordinates must be null or one of {', '.join(COORDINATES)}, got {coordinates}"
+            )
+        if coordinates is not None and pose_dim < 4:
+            raise ValueError(f"pose_dim must be >= 4 for coordinates, got {pose_dim}")
+        in_caps = grid.positions * in_types
+        super().__init__(
+            pose_dim=pose_dim,
+            pose=pose,
+            places=in_types,
+            types=classes,
+            identity=identity,
+            noise=noise,
+            routing=routing(in_caps, classes, pose_dim),
+            votes_mib=votes_mib,
+            votes_per_image=in_caps * classes * pose_dim,
+        )
+        offsets = None
+        if coordinates is not None:
+            centres = coordinate_scale * (grid.centres() - torch.tensor(image_size) / 2)
+            offsets = centres @ _coordinate_axes(pose_dim, coordinates)  # [P, D]
+        self.register_buffer("coordinates", offsets, persistent=False)
+
+    def votes(self, poses: Float[Tensor, "B I D"]) -> Float[Tensor, "B I J D"]:
+        """V_ij of every child."""
+        by_position = poses.unflatten(1, (-1, self.weight.shape[0]))  # [B, P, types, D]
+        votes = window_votes(by_position, self.weight)  # a view of [B, P, J, types, D]
+        if self.coordinates is not None:
+            votes = votes + self.coordinates[:, None, None]
+        by_parent = votes.permute(0, 3, 1, 2, 4).flatten(2, 3)  # [B, J, I, D]
+        return by_parent.transpose(1, 2)
+
+
+def matrix_side(pose_dim: int, pose: str) -> int:
+    """Rows of a W_ij for poses of this size.
+
+    Raises: ValueError: a pose that does not exist, or a matrix that is not square.
+    """
+    if pose not in POSES:
+        raise ValueError(f"pose must be one of {', '.join(POSES)}, got {pose}")
+    side = pose_dim if pose == "vector" else math.isqrt(pose_dim)
+    if pose == "matrix" and side * side != pose_dim:
+        raise ValueError(f"pose_dim must be a square for matrix poses, got {pose_dim}")
+    return side
+
+
+def _coordinate_axes(pose_dim: int, placement: str) -> Float[Tensor, "2 D"]:
+    """Which element of a pose the row goes to, and which the column."""
+    columns = math.isqrt(pose_dim)
+    places = [columns - 1, 2 * columns - 1] if placement == "paper" else [0, 1]
+    return torch.eye(pose_dim)[places]

@@ -1,0 +1,46 @@
+"""The first matrix capsules: two 1x1 convolutions, one for the poses, one for the activations."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from capsexp.capsules import Capsules
+
+
+class MatrixPrimaryCaps(nn.Module):
+    """Primary capsules of Hinton, Sabour, Frosst, "Matrix capsules with EM routing" (ICLR 2018), section 4.
+
+    Differs from it in: nothing. That there are no biases is from the authors' code, and agrees with the
+    paper's numbers of parameters.
+
+    Args:
+        in_channels: A, channels of the features.
+        types: B, capsule types.
+        pose_dim: numbers of a pose.
+    """
+
+    def __init__(self, in_channels: int, *, types: int, pose_dim: int) -> None:
+        super().__init__()
+        self.types, self.pose_dim = types, pose_dim
+        self.pose = nn.Conv2d(in_channels, types * pose_dim, 1, bias=False)
+        self.activation = nn.Conv2d(in_channels, types, 1, bias=False)
+
+    def forward(self, features: Float[Tensor, "B C H W"]) -> Capsules:
+        """Capsules in the order (row, column, type)."""
+        poses = self.pose(features).permute(0, 2, 3, 1).reshape(len(features), -1, self.pose_dim)
+        logits = self.activation(features).permute(0, 2, 3, 1).reshape(len(features), -1)
+        return Capsules(poses, logits.sigmoid())
+
+    @torch.no_grad()
+    def calibrate(self, features: Float[Tensor, "B C H W"]) -> None:
+        """Start with poses of mean square 1 and each type's mean logit at 0 on these features.
+
+        So one variance floor suits all pictures, and about half of the capsules are active: what ReLU leaves
+        is positive, and without biases a type would be on or off everywhere. Features of 0 change nothing.
+        """
+        smallest = torch.finfo(features.dtype).tiny
+        size = self(features).poses.square().mean().sqrt()
+        self.pose.weight.div_(torch.where(size > 0, size, torch.ones_like(size)))
+        mean = features.mean((0, 2, 3))[None, :, None, None]
+        along = (self.activation.weight * mean).sum(1, keepdim=True)
+        self.activation.weight.sub_(along * mean / mean.square().sum().clamp_min(smallest))

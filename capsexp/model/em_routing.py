@@ -1,0 +1,156 @@
+"""The matrix capsule network of Hinton, Sabour, Frosst 2018, for pictures of any size."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from capsexp.capsules import Capsules, Output, Routed
+from capsexp.errors import require_at_least_1
+from capsexp.layer.decoder import check_mask, decoded_class
+from capsexp.layer.matrix_caps import ConvCaps, SharedClassCaps
+from capsexp.layer.matrix_primary import MatrixPrimaryCaps
+from capsexp.ops.receptive_fields import PADDINGS, Grid, padded
+from capsexp.ops.weights import kernels_and_matrices
+
+
+class MatrixCapsNet(nn.Module):
+    """Convolution, primary capsules, convolutional capsules, class capsules; a decoder as an option.
+
+    Hinton, Sabour, Frosst, "Matrix capsules with EM routing" (ICLR 2018), figure 1 and section 4.
+    Differs from it in: nothing, with the values of conf/model/em_routing.yaml; what the paper leaves open
+    (initialisation, padding, scale of the coordinates) is a keyword.
+
+    Args:
+        image_shape: channels, height and width.
+        classes: E.
+        conv_channels, conv_kernel, conv_stride: A; of the first convolution, with ReLU.
+        padding: of the first convolution, "valid" or "same".
+        primary_types: B.
+        conv_types, conv_kernels, conv_strides: C, D, …; one number per layer of convolutional capsules.
+        pose_dim, pose, identity, noise, votes_mib: see `MatrixCaps`.
+        coordinates, coordinate_scale: see `SharedClassCaps`.
+        mask: see `CapsNet`; counts only with a decoder.
+        routing: builds a layer's routing from (in_caps, out_caps, pose_dim[, fields]).
+        decoder: builds the decoder from (classes, pose_dim, image_shape); None for a network without.
+    Raises: ValueError: too small a picture, a size below 1, lists of different lengths, an option that is none.
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        classes: int,
+        *,
+        conv_channels: int,
+        conv_kernel: int,
+        conv_stride: int,
+        padding: str,
+        primary_types: int,
+        conv_types: Sequence[int],
+        conv_kernels: Sequence[int],
+        conv_strides: Sequence[int],
+        pose_dim: int,
+        pose: str,
+        identity: int | float,
+        noise: int | float,
+        coordinates: str | None,
+        coordinate_scale: int | float,
+        mask: str | int,
+        votes_mib: int | float | None,
+        routing: Callable[..., nn.Module],
+        decoder: Callable[..., nn.Module] | None,
+    ) -> None:
+        super().__init__()
+        require_at_least_1(
+            conv_channels=conv_channels,
+            conv_kernel=conv_kernel,
+            conv_stride=conv_stride,
+            primary_types=primary_types,
+            conv_types=conv_types,
+            conv_kernels=conv_kernels,
+            conv_strides=conv_strides,
+            pose_dim=pose_dim,
+        )
+        if not len(conv_types) == len(conv_kernels) == len(conv_strides):
+            raise ValueError(
+                "conv_types, conv_kernels and conv_strides must have one number per layer, "
+                f"got {len(conv_types)}, {len(conv_kernels)} and {len(conv_strides)}"
+            )
+        if padding not in PADDINGS:
+            raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {padding}")
+        check_mask(mask, classes)
+        channels, height, width = image_shape
+        grid = Grid(height, width).seen_through((conv_kernel, conv_kernel), conv_stride, padding)
+        if grid.rows < 1 or grid.columns < 1:
+            raise ValueError(
+                f"image_shape must be at least {conv_kernel}x{conv_kernel} for conv_kernel {conv_kernel} with "
+                f"padding {padding}, got {height}x{width}"
+            )
+        shared: dict[str, Any] = {
+            "pose_dim": pose_dim,
+            "pose": pose,
+            "identity": identity,
+            "noise": noise,
+            "routing": routing,
+            "votes_mib": votes_mib,
+        }
+        self.mask, self.padding = mask, padding
+        self.conv = nn.Conv2d(channels, conv_channels, conv_kernel, conv_stride)
+        self.primary_caps = MatrixPrimaryCaps(conv_channels, types=primary_types, pose_dim=pose_dim)
+        self.routed_layers = [*(f"conv_caps_{number + 1}" for number in range(len(conv_types))), "class_caps"]
+        types, windows = primary_types, zip(conv_types, conv_kernels, conv_strides, strict=True)
+        for name, (parents, kernel, stride) in zip(self.routed_layers, windows, strict=False):
+            layer = ConvCaps(grid, types, types=parents, kernel=kernel, stride=stride, **shared)
+            self.add_module(name, layer)
+            grid, types = layer.grid, parents
+        self.class_caps = SharedClassCaps(
+            grid,
+            types,
+            classes,
+            image_size=(height, width),
+            coordinates=coordinates,
+            coordinate_scale=coordinate_scale,
+            **shared,
+        )
+        self.decoder = None if decoder is None else decoder(classes, pose_dim, image_shape)
+
+    def forward(self, images: Float[Tensor, "B C H W"], labels: Int[Tensor, " B"] | None = None) -> Output:
+        """Activations of the class capsules, and what a decoder makes of the chosen one's pose."""
+        layers: dict[str, Capsules | Routed] = {"primary_caps": self.primary_caps(self._features(images))}
+        capsules: Capsules | Routed = layers["primary_caps"]
+        for name in self.routed_layers:
+            layer = self.get_submodule(name)
+            capsules = layers[name] = layer(Capsules(capsules.poses, capsules.activations))
+        activations = capsules.activations
+        reconstruction = None
+        if self.decoder is not None:
+            reconstruction = self.decoder(capsules.poses, decoded_class(self.mask, activations, labels))
+        return Output(
+            scores=activations,
+            probabilities=activations,
+            layers=layers,
+            reconstruction=reconstruction,
+            weights=kernels_and_matrices(self),
+        )
+
+    @torch.no_grad()
+    def calibrate(self, images: Float[Tensor, "B C H W"]) -> None:
+        """Start balanced on these pictures: poses of one size, half of each layer's capsules active.
+
+        The authors chose their initialisation "so that at the start half of the capsules in each layer are
+        active"; here one batch of training pictures does it, layer by layer.
+        """
+        features = self._features(images)
+        self.primary_caps.calibrate(features)
+        capsules: Capsules | Routed = self.primary_caps(features)
+        for name in self.routed_layers:
+            layer, inputs = self.get_submodule(name), Capsules(capsules.poses, capsules.activations)
+            layer.calibrate(inputs)  # 
+            capsules = layer(inputs)
+
+    def _features(self, images: Tensor) -> Float[Tensor, "B C H W"]:
+        kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
+        features: Tensor = self.conv(padded(images, kernel, stride, self.padding)).relu()
+        return features

@@ -50,8 +50,8 @@ class Routed(NamedTuple):
     coupling: Float[Tensor, "B *I J"]
     """Share of input capsule i that went to output capsule j, in the last iteration (c_ij; R_ij).
 
-    Where every parent sees every child: [B, I, J]. In a convolutional layer: [B, P, K, types], the share of the
-    child at each place of each parent position's window; `fields` says which child that is.
+    Where every parent sees every child: [B, I, J]. In a convolutional layer: [B, P, K, types], the share of
+    the child at each place of each parent position's window; `fields` says which child that is.
     """
     fields: ReceptiveFields | None = None
     """None where every parent sees every child."""

@@ -91,8 +91,8 @@ class Cosine:
 class Sigmoid:
     """From `start` to `end` along a logistic curve over `steps` steps (as in `Linear`), then constant.
 
-    The curve runs over [-4, 10], so the first value is 1.8 % of the way above `start`. In the authors' code for
-    Hinton et al. 2018 the margin is 0.2 + 0.79 * sigmoid(min(10, step / 50,000 - 4)): 700,000 steps.
+    The curve runs over [-4, 10], so the first value is 1.8 % of the way above `start`. In the authors' code
+    for Hinton et al. 2018 the margin is 0.2 + 0.79 * sigmoid(min(10, step / 50,000 - 4)): 700,000 steps.
     """
 
     def __init__(self, *, start: int | float, end: int | float, steps: int | float) -> None:
@@ -105,7 +105,7 @@ class Sigmoid:
 
 
 class Saturating:
-    """`limit * (1 - decay ** (step + 1))`: rises from (1 - decay) * limit, ever more slowly, towards `limit`."""
+    """`limit * (1 - decay ** (step + 1))`: rises, ever more slowly, towards `limit`."""
 
     def __init__(self, *, limit: int | float, decay: int | float) -> None:
         if not 0 <= decay < 1:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsexp.capsules import Capsules, Routed
+from capsexp.layer.balance import balance
 from capsexp.ops.squash import length, squash
 from capsexp.ops.votes import MIB, images_per_piece, in_pieces, make_votes
 
@@ -52,17 +53,21 @@ class ClassCaps(nn.Module):
 
     def forward(self, capsules: Capsules) -> Routed:
         """Output capsules, and the coupling that made them."""
-        in_caps, _, out_caps, out_dim = self.weight.shape
-        images = images_per_piece(
-            in_caps * out_caps * out_dim * self.weight.element_size(),
-            budget=self.votes_bytes,
-            device=self.weight.device,
-        )
-        return in_pieces(self._route, capsules.poses, capsules.activations, images=images)
+        return in_pieces(self._route, capsules.poses, capsules.activations, images=self._images_per_piece())
+
+    def calibrate(self, capsules: Capsules) -> None:
+        """Let the routing start balanced on these capsules, if it can."""
+        images = self._images_per_piece()
+        balance(self.routing, lambda poses: make_votes(poses, self.weight), capsules, images=images)
 
     def without_routing(self) -> "UnroutedClassCaps":
         """The same matrices without the routing, for comparison."""
         return UnroutedClassCaps(self.weight.detach())
+
+    def _images_per_piece(self) -> int:
+        in_caps, _, out_caps, out_dim = self.weight.shape
+        size = in_caps * out_caps * out_dim * self.weight.element_size()
+        return images_per_piece(size, budget=self.votes_bytes, device=self.weight.device)
 
     def _route(self, poses: Float[Tensor, "B I K"], activations: Float[Tensor, "B I"]) -> Routed:
         # Votes in the weights' precision also under autocast: writing them is most of the work, and a routing

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsexp.capsules import Capsules, ReceptiveFields, Routed
+from capsexp.layer.balance import balance
 from capsexp.ops.receptive_fields import Grid, of_places, receptive_fields
 from capsexp.ops.votes import MIB, images_per_piece, in_pieces, window_votes
 
@@ -63,16 +64,9 @@ class MatrixCaps(nn.Module, ABC):
         """Output capsules in the order (row, column, type), and the coupling that made them."""
         return in_pieces(self._route, capsules.poses, capsules.activations, images=self._images_per_piece())
 
-    @torch.no_grad()
     def calibrate(self, capsules: Capsules) -> None:
-        """Let the routing start balanced on these capsules, if it knows how (`EMRouting.balance`)."""
-        cost, balance = getattr(self.routing, "cost", None), getattr(self.routing, "balance", None)
-        if cost is None or balance is None:
-            return
-        poses, activations = (tensor.split(self._images_per_piece()) for tensor in capsules)
-        for _ in range(BALANCE_ROUNDS):
-            costs = [cost(self.votes(one), active) for one, active in zip(poses, activations, strict=True)]
-            balance(torch.cat(costs))
+        """Let the routing start balanced on these capsules, if it can."""
+        balance(self.routing, self.votes, capsules, images=self._images_per_piece())
 
     @abstractmethod
     def votes(self, poses: Float[Tensor, "B I D"]) -> Float[Tensor, "B *I J D"]:
@@ -148,9 +142,9 @@ class ConvCaps(MatrixCaps):
 class SharedClassCaps(MatrixCaps):
     """Class capsules that every capsule below votes for, with one matrix per type of child and class.
 
-    Because the position of a child is lost in shared matrices, it is added to its votes (coordinate addition).
+    Shared matrices lose the position of a child, so it is added to its votes (coordinate addition).
     Hinton, Sabour, Frosst, "Matrix capsules with EM routing" (ICLR 2018), section 4.
-    Differs from it in: nothing. The paper says "scaled" coordinates; centre and scale are the authors' code's.
+    Differs from it in: nothing. The paper says "scaled"; centre and scale are those of the authors' code.
 
     Args:
         grid, in_types: positions and types of the children.

@@ -22,7 +22,7 @@ class CrossEntropy:
         self.reconstruction_weight = weight_schedule(reconstruction_weight)
 
     def __call__(self, output: Output, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Terms that add up to the loss: "cross_entropy", "weight_decay" and "reconstruction" if they count."""
+        """Terms of the loss: "cross_entropy", and where they count "weight_decay" and "reconstruction"."""
         return {
             "cross_entropy": F.cross_entropy(output.scores, batch.labels),
             **weight_decay_term(output, self.weight_decay),

@@ -44,7 +44,7 @@ class Margin:
         self.reconstruction_weight = weight_schedule(reconstruction_weight)
 
     def __call__(self, output: Output, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Terms that add up to the loss: "margin", and "weight_decay" and "reconstruction" where they count."""
+        """Terms of the loss: "margin", and where they count "weight_decay" and "reconstruction"."""
         return {
             "margin": self._margin(output.scores, batch.labels),
             **weight_decay_term(output, self.weight_decay),

@@ -1,4 +1,4 @@
-"""Spread loss on the activations of class capsules: every wrong class at least a margin below the right one."""
+"""Spread loss: the activation of every wrong class at least a margin below that of the right one."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -17,8 +17,8 @@ class Spread:
 
     Args:
         margin: m, a number or a schedule.
-        average: divide by the number of classes, as the authors' code does (which also counts the right class:
-            its term is the constant m^2, left out here).
+        average: divide by the number of classes, as the authors' code does (which also counts the right
+            class: its term is the constant m^2, left out here).
         weight_decay: factor on half the sum of all squared weights.
         reconstruction_weight: factor on the sum of squared errors over the pixels; a number or a schedule.
     Raises: ValueError: a margin outside (0, 1]; a negative weight.
@@ -39,7 +39,7 @@ class Spread:
         self.reconstruction_weight = weight_schedule(reconstruction_weight)
 
     def __call__(self, output: Output, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Terms that add up to the loss: "spread", and "weight_decay" and "reconstruction" where they count."""
+        """Terms of the loss: "spread", and where they count "weight_decay" and "reconstruction"."""
         return {
             "spread": self._spread(output.scores, batch.labels, self.margin(step)),
             **weight_decay_term(output, self.weight_decay),

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from capsexp.capsules import Capsules, Output
+from capsexp.capsules import Output
 from capsexp.errors import require_at_least_1
 from capsexp.layer.class_caps import ClassCaps
 from capsexp.layer.decoder import check_mask, decoded_class
@@ -111,6 +112,11 @@ class CapsNet(nn.Module):
             reconstruction=reconstruction,
             weights=kernels_and_matrices(self),
         )
+
+    @torch.no_grad()
+    def calibrate(self, images: Float[Tensor, "B C H W"]) -> None:
+        """Let the routing start balanced on these pictures, if it can (EM routing)."""
+        self.class_caps.calibrate(self.primary_caps(self.conv(images).relu()))
 
     def _primary_count(self, height: int, width: int) -> int:
         lost = self.conv.kernel_size[0] - 1 if self.conv.padding == "valid" else 0

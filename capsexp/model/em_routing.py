@@ -35,7 +35,7 @@ class MatrixCapsNet(nn.Module):
         mask: see `CapsNet`; counts only with a decoder.
         routing: builds a layer's routing from (in_caps, out_caps, pose_dim[, fields]).
         decoder: builds the decoder from (classes, pose_dim, image_shape); None for a network without.
-    Raises: ValueError: too small a picture, a size below 1, lists of different lengths, an option that is none.
+    Raises: ValueError: too small a picture, a size below 1, lists of different lengths, no such option.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class MatrixCapsNet(nn.Module):
         grid = Grid(height, width).seen_through((conv_kernel, conv_kernel), conv_stride, padding)
         if grid.rows < 1 or grid.columns < 1:
             raise ValueError(
-                f"image_shape must be at least {conv_kernel}x{conv_kernel} for conv_kernel {conv_kernel} with "
-                f"padding {padding}, got {height}x{width}"
+                f"image_shape must be at least {conv_kernel}x{conv_kernel} for conv_kernel {conv_kernel} "
+                f"with padding {padding}, got {height}x{width}"
             )
         shared: dict[str, Any] = {
             "pose_dim": pose_dim,
@@ -121,7 +121,7 @@ class MatrixCapsNet(nn.Module):
         layers: dict[str, Capsules | Routed] = {"primary_caps": self.primary_caps(self._features(images))}
         capsules: Capsules | Routed = layers["primary_caps"]
         for name in self.routed_layers:
-            layer = self.get_submodule(name)
+            layer = getattr(self, name)
             capsules = layers[name] = layer(Capsules(capsules.poses, capsules.activations))
         activations = capsules.activations
         reconstruction = None
@@ -146,8 +146,8 @@ class MatrixCapsNet(nn.Module):
         self.primary_caps.calibrate(features)
         capsules: Capsules | Routed = self.primary_caps(features)
         for name in self.routed_layers:
-            layer, inputs = self.get_submodule(name), Capsules(capsules.poses, capsules.activations)
-            layer.calibrate(inputs)  # 
+            layer, inputs = getattr(self, name), Capsules(capsules.poses, capsules.activations)
+            layer.calibrate(inputs)
             capsules = layer(inputs)
 
     def _features(self, images: Tensor) -> Float[Tensor, "B C H W"]:

@@ -48,7 +48,7 @@ class Grid(NamedTuple):
         return self.rows * self.columns
 
     def seen_through(self, kernel: tuple[int, int], stride: int, padding: str = "valid") -> "Grid":
-        """The grid of a layer whose positions see windows of this one; 0 or less rows where they do not fit."""
+        """The grid of a layer that sees windows of this one; 0 rows or less where they do not fit."""
         sizes, first = [], []
         for axis, size in enumerate((self.rows, self.columns)):
             before, after = margins(size, kernel[axis], stride, padding)
@@ -67,7 +67,8 @@ def receptive_fields(grid: Grid, types: int, kernel: tuple[int, int], stride: in
     """Windows over a grid of capsules, without padding.
 
     Args:
-        grid, types: of the children.
+        grid: positions of the children.
+        types: of the children.
         kernel: rows and columns of a window.
         stride: from one window to the next.
     """

@@ -1,4 +1,4 @@
-"""EM routing: each parent is a Gaussian over the votes of its children, and its activation a coding cost saved."""
+"""EM routing: a parent is a Gaussian over its children's votes, its activation a coding cost saved."""
 
 import math
 from typing import Any, NamedTuple
@@ -60,14 +60,15 @@ def em_routing(
             parent sees every child, P = 1 and K = I.
         activations: a_i.
         fields: which child is where; None where P = 1 and K = I.
-        beta_u, beta_a: costs per parent type: of each dimension of each child's pose, and of being active.
+        beta_u: cost of each dimension of a child's pose, per parent type.
+        beta_a: what a parent saves by being active, per type.
         inverse_temperature: lambda of iterations 0 … T-1, whose number this sets.
         variance_floor: added to every variance, in squared units of the poses.
         cost_scale: factor on the cost of the data.
         normalisation: R of a child is 1 in sum over "paper": all its parents; "types": the types at each
             position apart (what most public code does); "official_v1": the positions of each type apart (the
             authors' first release, convolutional layers only).
-        initial_coupling: "paper": 1 / number of the child's parents; "official": 1 / J whatever the positions.
+        initial_coupling: "paper": 1 / number of the child's parents; "official": 1 / J.
         activation: "logistic"; "mixing": a parent's share of all the mass in its layer (section 3's
             alternative; leaves both betas without effect).
         mean_smoothing: share of the mean that stays that of the iteration before (at first 0), in [0, 1).
@@ -135,7 +136,7 @@ def _m_step(
 def _e_step(
     fitted: Gaussians, weight: Float[Tensor, "B P J"], fields: ReceptiveFields | None, normalisation: str
 ) -> Float[Tensor, "B P K J"]:
-    """R_ij from log(a_j p_j) = weight - 1/2 sum_h (V - mu)^2 / sigma^2; what all parents share is left out."""
+    """R_ij from log(a_j p_j) = weight - 1/2 sum_h (V - mu)^2 / sigma^2; pi cancels."""
     precision = 0.5 * fitted.variance.reciprocal().unsqueeze(3)
     distance = torch.matmul(precision, fitted.squared.permute(0, 1, 3, 4, 2)).squeeze(3)  # [B, P, J, K]
     logits = (weight.unsqueeze(3) - distance).transpose(2, 3)
@@ -168,8 +169,8 @@ class EMRouting(nn.Module):
         inverse_temperature_ramp: schedule over the training, of a factor.
         class_factor: factor on lambda in the class layer, > 0.
         beta_u: where it starts.
-        beta_a: where it starts: a number, or "balanced": at the median cost of a type's capsules on one batch,
-            so that half of them are active (see `balance`).
+        beta_a: where it starts: a number, or "balanced": at the median cost of a type's capsules on one
+            batch, so that half of them are active (see `balance`).
         beta_a_gain: beta_a = gain / class_factor * parameter (the factor in the class layer only). lambda is
             about 0.001, so without a gain no optimiser could move beta_a.
         cost_norm: None for the paper's cost; a number: the cost is multiplied by cost_norm / (children per

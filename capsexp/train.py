@@ -87,9 +87,7 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
 
     def mean_figures(batches: Batches, part: str) -> dict[str, float]:
         subject = forward if average is None else average.module
-        advance(
-            subject, Step(state.step, total)
-        )  # where the averages of a schedule's values would lag behind
+        advance(subject, Step(state.step, total))
         options: dict[str, Any] = {"precision": settings.precision, "at_batch": stop_if_asked}
         return _prefixed(part, evaluate(subject, batches, parts.loss, Step(state.step, total), **options))
 
@@ -199,7 +197,8 @@ def _calibrate(model: nn.Module, batches: Batches) -> None:
 def _moving_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
     if decay is None:
         return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    # Buffers are copied: the average of indices, as a layer of windows has them, would be other indices.
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
 
 
 def gradients(model: nn.Module, loss: Loss, batch: Batch, step: Step, settings: Trainer) -> dict[str, float]:

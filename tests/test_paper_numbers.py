@@ -22,6 +22,9 @@ CAPSNET = "model=dynamic_routing"
 BIAS = "routing.bias=true"
 NO_DECODER = "model.decoder=null"
 CIFAR = ["model.primary_types=64", "model.padding=same"]
+MATRIX_CAPSNET = "model=em_routing"
+LARGER = "model=em_routing_310k"
+STEREO = (2, 32, 32)
 
 
 # Sabour et al. 2017: 6.8M and 8.2M (section 5.1), 11.36M (section 6). The figures for other pictures include
@@ -76,3 +79,51 @@ def test_uniform_coupling_changes_no_parameter():
 
 def test_baseline_has_the_papers_number_of_parameters():
     assert count(network("model=cnn_sabour", image_shape=(1, 28, 28))) == 35_445_522
+
+
+# Hinton, Sabour, Frosst 2018: 68K and 310K (section 4), with smallNORB's two cameras and primary capsules
+# without biases.
+@pytest.mark.parametrize(
+    ("overrides", "image_shape", "classes", "expected"),
+    [
+        ([MATRIX_CAPSNET], STEREO, 5, 68_618),
+        ([MATRIX_CAPSNET], (1, 32, 32), 5, 67_018),
+        ([LARGER], STEREO, 5, 316_650),
+        ([LARGER], (1, 32, 32), 5, 315_850),
+        ([LARGER, "model.padding=same"], (1, 28, 28), 10, 318_420),
+        ([LARGER, "model.padding=same"], (1, 45, 20), 10, 318_420),
+        ([LARGER, "model.conv_channels=256"], (3, 32, 32), 10, 458_900),
+        ([LARGER, "model.conv_channels=256"], (3, 24, 24), 10, 458_900),
+    ],
+)
+def test_matrix_capsnet_has_the_papers_number_of_parameters(overrides, image_shape, classes, expected):
+    assert count(network(*overrides, image_shape=image_shape, classes=classes)) == expected
+
+
+def test_the_parts_of_matrix_capsnet_have_the_papers_number_of_parameters():
+    net = network(MATRIX_CAPSNET, image_shape=STEREO, classes=5)
+    layers = {name: count(part) for name, part in net.named_children()}
+    betas = {name: count(part) for name, part in net.named_modules() if name.endswith("routing")}
+    assert list(betas.values()) == [2 * 16, 2 * 16, 2 * 5]
+    assert sum(betas.values()) == 74
+    assert layers == {
+        "conv": 3_264,
+        "primary_caps": 8_704,
+        "conv_caps_1": 18_432 + 2 * 16,
+        "conv_caps_2": 36_864 + 2 * 16,
+        "class_caps": 1_280 + 2 * 5,
+    }
+
+
+def test_vectors_need_n_squared_where_matrices_need_n():
+    matrix, vector = (
+        network(MATRIX_CAPSNET, f"model.pose={pose}", image_shape=STEREO, classes=5)
+        for pose in ("matrix", "vector")
+    )
+    for one, other in zip(matrix.parameters(), vector.parameters(), strict=True):
+        assert other.numel() == one.numel() * (16 if one.shape[-2:] == (4, 4) else 1)
+
+
+def test_cnn_of_hinton_has_the_papers_number_of_parameters():
+    assert count(network("model=cnn_hinton", image_shape=STEREO, classes=5)) == 4_253_349
+    assert count(network("model=cnn_hinton", image_shape=(1, 32, 32), classes=5)) == 4_252_549

@@ -4,7 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capsexp.schedule import Constant, Cosine, Exponential, Linear, Step, Warmup, as_schedule
+from capsexp.schedule import (
+    Constant,
+    Cosine,
+    Exponential,
+    Linear,
+    Saturating,
+    Sigmoid,
+    Step,
+    Warmup,
+    as_schedule,
+)
 
 RAMPS = (Linear, Cosine)
 AUTHORS = {"start": 0.001, "decay": 0.96, "every": 2000, "minimum": 1e-6}
@@ -58,7 +68,38 @@ def test_a_ramp_goes_from_its_start_to_its_end_and_stays(ramp, quarter, length, 
         assert value(Step(number, total)) == pytest.approx(there, abs=1e-12)
 
 
-@pytest.mark.parametrize("ramp", RAMPS)
+@pytest.mark.parametrize(("length", "total"), [(700_000, 7), (1.0, 700_000), (0.5, 1_400_000)])
+@pytest.mark.parametrize(
+    ("number", "value"),
+    [
+        (0, 0.214),
+        (50_000, 0.237),
+        (100_000, 0.294),
+        (200_000, 0.595),
+        (300_000, 0.896),
+        (700_000, 0.990),
+        (2_000_000, 0.990),
+    ],
+)
+def test_sigmoid_has_the_margins_of_the_authors_code(number, value, length, total):
+    margin = Sigmoid(start=0.2, end=0.99, steps=length)(Step(number, total))
+    assert margin == pytest.approx(value, abs=5e-4)
+    assert margin == pytest.approx(0.2 + 0.79 / (1 + math.exp(-min(10, number / 50_000 - 4))), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("number", "value"),
+    [(0, 5.0e-4), (1, 9.75e-4), (2, 1.426e-3), (3, 1.855e-3), (4, 2.262e-3), (10**4, 0.01)],
+)
+def test_saturating_has_the_inverse_temperatures_of_the_authors(number, value):
+    assert Saturating(limit=0.01, decay=0.95)(Step(number, 3)) == pytest.approx(value, rel=1e-3)
+
+
+def test_saturating_without_decay_is_constant():
+    assert Saturating(limit=0.5, decay=0)(Step(0, 1)) == Saturating(limit=0.5, decay=0)(Step(9, 1)) == 0.5
+
+
+@pytest.mark.parametrize("ramp", [*RAMPS, Sigmoid])
 @given(start=numbers, end=numbers, length=steps, number=st.integers(0, 2000), total=st.integers(1, 1000))
 def test_a_ramp_stays_between_its_ends(ramp, start, end, length, number, total):
     value = ramp(start=start, end=end, steps=length)(Step(number, total))
@@ -127,8 +168,22 @@ def test_exponential_refuses_what_does_not_decay(change, message):
         Exponential(**AUTHORS | change)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"decay": 1}, r"decay must be in \[0, 1\), got 1"),
+        ({"decay": -0.5}, r"decay must be in \[0, 1\), got -0.5"),
+        ({"decay": math.nan}, r"decay must be in \[0, 1\), got nan"),
+        ({"limit": math.inf}, "limit must be finite, got inf"),
+    ],
+)
+def test_saturating_refuses_what_has_no_limit(change, message):
+    with pytest.raises(ValueError, match=message):
+        Saturating(**{"limit": 0.01, "decay": 0.95} | change)
+
+
 @pytest.mark.parametrize("length", [0, -1, 0.0, -0.5, 1.5, 100.0, math.nan, True])
-@pytest.mark.parametrize("make", [*RAMPS, Warmup])
+@pytest.mark.parametrize("make", [*RAMPS, Sigmoid, Warmup])
 def test_a_ramp_refuses_a_length_that_is_none(make, length):
     arguments = {"then": 1.0} if make is Warmup else {"start": 0.0, "end": 1.0}
     message = r"steps must be an integer >= 1 \(steps\) or a fraction in \(0, 1\] of the run, got " + str(
@@ -138,7 +193,7 @@ def test_a_ramp_refuses_a_length_that_is_none(make, length):
         make(steps=length, **arguments)
 
 
-@pytest.mark.parametrize("make", RAMPS)
+@pytest.mark.parametrize("make", [*RAMPS, Sigmoid])
 @pytest.mark.parametrize("end", ["start", "end"])
 def test_a_ramp_refuses_an_end_that_is_not_finite(make, end):
     arguments = {"start": 0.0, "end": 1.0, "steps": 1} | {end: math.nan}

@@ -45,8 +45,8 @@ def window_votes(
     """
     batch, positions, places, dim = poses.shape
     types, rows = weight.shape[1], dim // weight.shape[2]
-    # M W is the flat M times a block-diagonal matrix with `rows` copies of W. So D numbers lie together, where
-    # a product of 4x4 matrices would leave rows of 4 to be gathered one by one.
+    # M W is the flat M times a block-diagonal matrix with `rows` copies of W. So D numbers lie together; a
+    # product of 4x4 matrices would leave rows of 4 to be gathered one by one.
     blocks = torch.einsum("ab,kjnm->kanjbm", torch.eye(rows, dtype=poses.dtype, device=poses.device), weight)
     by_place = poses.permute(2, 0, 1, 3).reshape(places, batch * positions, dim)
     product = torch.bmm(by_place, blocks.reshape(places, dim, types * dim))  # [K, B * P, J * D]

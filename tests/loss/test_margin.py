@@ -5,7 +5,13 @@ from capsexp.capsules import Batch, Output
 from capsexp.loss.margin import Margin
 from capsexp.schedule import Linear, Step
 
-PAPER = {"present": 0.9, "absent": 0.1, "down_weight": 0.5, "reconstruction_weight": 0.0005}
+PAPER = {
+    "present": 0.9,
+    "absent": 0.1,
+    "down_weight": 0.5,
+    "weight_decay": 0.0,
+    "reconstruction_weight": 0.0005,
+}
 START = Step(0, 100)
 
 
@@ -70,6 +76,12 @@ def test_reconstruction_weight_may_be_a_schedule():
     assert loss.scheduled(Step(50, 100)) == {"reconstruction_weight": 0.5}
 
 
+def test_weight_decay_joins_with_its_weight():
+    output = output_of([[0.9, 0.1]])._replace(weights=(torch.full((2, 3), 2.0),))
+    terms = Margin(**{**PAPER, "weight_decay": 0.5})(output, batch_of([0]), START)
+    assert {name: term.item() for name, term in terms.items()} == {"margin": 0.0, "weight_decay": 6.0}
+
+
 def test_scheduled_names_a_constant_weight_too():
     assert Margin(**PAPER).scheduled(START) == {"reconstruction_weight": 0.0005}
 
@@ -87,6 +99,7 @@ def test_gradients_pass_gradcheck_away_from_the_hinges():
         ({"absent": 0.95}, "0 <= absent < present <= 1, got 0.95 and 0.9"),
         ({"absent": -0.1}, "0 <= absent < present <= 1, got -0.1 and 0.9"),
         ({"down_weight": -1.0}, "down_weight must be >= 0, got -1.0"),
+        ({"weight_decay": -0.1}, "weight_decay must be >= 0, got -0.1"),
         ({"reconstruction_weight": -0.5}, "reconstruction_weight must be >= 0, got -0.5"),
     ],
 )

@@ -4,7 +4,7 @@ from torch import nn
 
 from capsexp.model.cnn_sabour import CNN
 
-THIN = {"conv_channels": [4, 4, 2], "kernel": 5, "hidden": [9, 7], "dropout": 0.5}
+THIN = {"conv_channels": [4, 4, 2], "kernel": 5, "pool": 1, "hidden": [9, 7], "dropout": 0.5}
 
 
 def test_scores_are_logits_and_probabilities_their_softmax():
@@ -30,6 +30,29 @@ def test_convolutions_keep_the_size_of_the_picture():
     assert (
         next(one for one in CNN((1, 9, 7), 3, **THIN).layers if isinstance(one, nn.Linear)).in_features == 126
     )
+
+
+def test_pooling_follows_each_convolution_and_rounds_down():
+    net = CNN((2, 17, 11), 3, **{**THIN, "conv_channels": [4, 6], "pool": 2})
+    kinds = [type(layer).__name__ for layer in net.layers]
+    assert kinds[:7] == ["Conv2d", "ReLU", "MaxPool2d"] * 2 + ["Flatten"]
+    assert next(one for one in net.layers if isinstance(one, nn.Linear)).in_features == 6 * 4 * 2
+    assert net(torch.rand(2, 2, 17, 11)).scores.shape == (2, 3)
+
+
+def test_weights_are_those_of_convolutions_and_fully_connected_layers_without_biases():
+    net = CNN((1, 8, 8), 3, **THIN)
+    expected = [layer.weight for layer in net.layers if isinstance(layer, nn.Conv2d | nn.Linear)]
+    weights = net(torch.rand(1, 1, 8, 8)).weights
+    assert len(expected) == len(weights) == 6
+    assert all(one is other for one, other in zip(expected, weights, strict=True))
+
+
+def test_pooling_that_leaves_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"pool must leave a pixel .*, got 2 after 3 convolutions of 8x7"):
+        CNN((1, 8, 7), 3, **{**THIN, "pool": 2})
+    with pytest.raises(ValueError, match="pool must be >= 1, got 0"):
+        CNN((1, 8, 8), 3, **{**THIN, "pool": 0})
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0])

@@ -1,11 +1,14 @@
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
 from capsexp.capsules import Routed
-from capsexp.ops.votes import MIB, images_per_piece, in_pieces, make_votes
+from capsexp.ops.votes import MIB, images_per_piece, in_pieces, make_votes, window_votes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+MATRIX_OR_VECTOR = pytest.mark.parametrize("side", [3, 9], ids=["matrix", "vector"])
 
 
 def test_votes_are_each_pose_times_its_matrix():
@@ -23,6 +26,28 @@ def test_votes_lie_in_memory_as_routing_reads_them():
 def test_votes_pass_gradcheck():
     poses, weight = torch.randn(2, 3, 2).double(), torch.randn(3, 2, 2, 4).double()
     assert torch.autograd.gradcheck(make_votes, (poses.requires_grad_(), weight.requires_grad_()))
+
+
+@MATRIX_OR_VECTOR
+def test_votes_of_a_window_are_each_pose_times_the_matrix_of_its_place(side):
+    poses, weight = torch.randn(2, 3, 4, 9).double(), torch.randn(4, 5, side, side).double()
+    votes = window_votes(poses, weight)
+    assert votes.shape == (2, 3, 4, 5, 9)
+    for b, p, k, j in itertools.product(range(2), range(3), range(4), range(5)):
+        expected = poses[b, p, k].view(-1, side) @ weight[k, j]
+        torch.testing.assert_close(votes[b, p, k, j].view(-1, side), expected)
+
+
+@MATRIX_OR_VECTOR
+def test_votes_of_a_window_lie_in_memory_as_routing_reads_them(side):
+    votes = window_votes(torch.randn(2, 3, 4, 9), torch.randn(4, 5, side, side))
+    assert votes.transpose(2, 3).is_contiguous()
+
+
+@pytest.mark.parametrize("side", [2, 4], ids=["matrix", "vector"])
+def test_votes_of_a_window_pass_gradcheck(side):
+    poses, weight = torch.randn(2, 2, 3, 4).double(), torch.randn(3, 2, side, side).double()
+    assert torch.autograd.gradcheck(window_votes, (poses.requires_grad_(), weight.requires_grad_()))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +69,7 @@ def test_a_larger_batch_is_routed_in_pieces_once_forward_and_once_backward():
     poses = torch.randn(7, 3, 2, requires_grad=True)
     routed = in_pieces(spy(sizes), poses, torch.randn(7, 3), images=3)
     assert sizes == [3, 3, 1]
-    assert [len(field) for field in routed] == [7, 7, 7]
+    assert [len(field) for field in routed[:3]] == [7, 7, 7]
     routed.poses.sum().backward()
     assert sorted(sizes) == [1, 1, 3, 3, 3, 3]
 
@@ -61,8 +86,8 @@ def test_pieces_give_the_same_values_and_gradients():
     for images in (7, 2):
         poses.requires_grad_()
         routed = in_pieces(route, poses, activations, images=images)
-        loss = sum((field**2).sum() for field in routed)
-        results.append((*routed, *torch.autograd.grad(loss, [poses, *layer.parameters()])))
+        loss = sum((field**2).sum() for field in routed[:3])
+        results.append((*routed[:3], *torch.autograd.grad(loss, [poses, *layer.parameters()])))
     for whole, pieces in zip(*results, strict=True):
         torch.testing.assert_close(whole, pieces, rtol=1e-12, atol=1e-12)
 

@@ -120,7 +120,7 @@ def _m_step(
     floor: float,
 ) -> Gaussians:
     # Matrix products over K, on memory in the order [B, P, J, K, D], which `window_votes` makes: no tensor of
-    # the votes' size is written but the differences and their squares.
+    # the votes' size is written but the squared differences.
     mass = shares.sum(2)
     # Clamped: a number added to the divisor would pull the mean towards 0.
     weights = (shares / mass.clamp_min(SMALLEST_MASS).unsqueeze(2)).permute(0, 1, 3, 2).unsqueeze(3)
@@ -128,7 +128,8 @@ def _m_step(
     mean = torch.matmul(weights, by_parent)
     if smoothing:
         mean = (1 - smoothing) * mean + (0 if before is None else smoothing * before.unsqueeze(3))
-    squared = (by_parent - mean).square()
+    # The same as (by_parent - mean).square(), in one pass forward and two backward instead of two and six.
+    squared = F.mse_loss(by_parent, mean.expand_as(by_parent), reduction="none")
     variance = torch.matmul(weights, squared).squeeze(3) + floor
     return Gaussians(mean.squeeze(3), squared.permute(0, 1, 3, 2, 4), variance, mass)
 

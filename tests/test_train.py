@@ -103,15 +103,31 @@ def test_whatever_is_switched_on_survives_a_resume(overrides, tmp_path, monkeypa
     assert_same_run(tmp_path, whole_run(train_tiny, *overrides))
 
 
-def test_dropout_draws_the_same_numbers_after_a_resume(tmp_path, monkeypatch, tiny_overrides):
+@pytest.mark.parametrize(
+    "network",
+    [
+        ["model=cnn_sabour", "model.conv_channels=[4,4]", "model.hidden=[8,8]"],
+        [
+            "model=em_routing",
+            "model.conv_types=[4]",
+            "model.conv_kernels=[2]",
+            "model.conv_strides=[1]",
+            "routing.inverse_temperature_ramp="
+            "{_target_: capsexp.schedule.Linear, start: 0.5, end: 1, steps: 0.9}",
+            "trainer.ema_decay=0.9",
+            "trainer.accumulate=3",
+        ],
+    ],
+    ids=["dropout", "matrix capsules, a balanced start, ramps"],
+)
+def test_other_networks_go_on_as_if_nothing_had_been(network, tmp_path, monkeypatch, tiny_overrides):
     from capsexp import config
     from capsexp.build import components
     from capsexp.run_dir import RunDir
     from capsexp.train import train
 
     overrides = [text for text in tiny_overrides if not text.startswith("model.")]
-    overrides += ["model=cnn_sabour", "model.conv_channels=[4,4]", "model.hidden=[8,8]"]
-    settings = config.plain(config.compose("train", overrides, config_dir=None))
+    settings = config.plain(config.compose("train", [*overrides, *network], config_dir=None))
 
     def run(path):
         directory = RunDir(path)

@@ -166,7 +166,7 @@ class EMRouting(nn.Module):
         in_caps, out_caps, pose_dim: I, J, D of the votes; J is the number of parent types.
         fields: windows of a convolutional layer; None where every parent sees every child.
         iterations: T >= 1.
-        inverse_temperature: schedule over the iterations of one pass.
+        inverse_temperature: schedule over the iterations of one pass; a number is the same for all.
         inverse_temperature_ramp: schedule over the training, of a factor.
         class_factor: factor on lambda in the class layer, > 0.
         beta_u: where it starts.
@@ -192,7 +192,7 @@ class EMRouting(nn.Module):
         fields: ReceptiveFields | None = None,
         *,
         iterations: int,
-        inverse_temperature: Schedule,
+        inverse_temperature: Schedule | int | float,
         inverse_temperature_ramp: Schedule | int | float,
         class_factor: int | float,
         beta_u: int | float,
@@ -237,9 +237,8 @@ class EMRouting(nn.Module):
         start = 0.0 if isinstance(beta_a, str) else beta_a / self.gain
         self.beta_u = nn.Parameter(torch.full((out_caps,), float(beta_u)))
         self.beta_a = nn.Parameter(torch.full((out_caps,), start))  # in units of the gain
-        temperatures = [
-            self.factor * inverse_temperature(Step(iteration, iterations)) for iteration in range(iterations)
-        ]
+        within_pass = as_schedule(inverse_temperature)
+        temperatures = [self.factor * within_pass(Step(number, iterations)) for number in range(iterations)]
         self.last_temperature = temperatures[-1]
         # Tensors, because torch.compile would take a number that changes for a new program.
         self.register_buffer("inverse_temperatures", torch.tensor(temperatures), persistent=False)

@@ -648,3 +648,8 @@ def test_compiled_module_gives_the_same_values_and_gradients():
     for step in (Step(0, 1), Step(1, 1)):
         routing.advance(step)
         assert_all_close(results(routing), results(compiled))
+
+
+def test_a_plain_number_is_the_same_temperature_in_every_iteration():
+    routing = EMRouting(5, 3, 4, **{**MODULE, "inverse_temperature": 0.01, "class_factor": 1.0})
+    torch.testing.assert_close(routing.inverse_temperatures, torch.full((3,), 0.01))

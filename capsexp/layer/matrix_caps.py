@@ -16,9 +16,6 @@ from capsexp.ops.votes import MIB, images_per_piece, in_pieces, window_votes
 
 POSES = ("matrix", "vector")
 COORDINATES = ("paper", "official")
-BALANCE_ROUNDS = (
-    3  # the costs depend on beta_a through the E-steps; more rounds change the shares by under 1 %
-)
 
 
 class MatrixCaps(nn.Module, ABC):

@@ -69,7 +69,7 @@ def em_routing(
             position apart (what most public code does); "official_v1": the positions of each type apart (the
             authors' first release, convolutional layers only).
         initial_coupling: "paper": 1 / number of the child's parents; "official": 1 / J.
-        activation: "logistic"; "mixing": a parent's share of all the mass in its layer (section 3's
+        activation: "logistic"; "mixing": a parent's share of all the mass in its layer (the paper's
             alternative; leaves both betas without effect).
         mean_smoothing: share of the mean that stays that of the iteration before (at first 0), in [0, 1).
         detach: gradients flow through the last iteration only.

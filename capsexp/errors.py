@@ -1,6 +1,6 @@
 """What a user can put right: told in one line, without a traceback."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 class UserError(Exception):
@@ -30,6 +30,17 @@ def require_at_least_1(**values: int | Sequence[int] | None) -> None:
         if not numbers or min(numbers) < 1:
             kind = "must be >= 1" if isinstance(value, int) else "must be a list of numbers >= 1"
             raise ValueError(f"{name} {kind}, got {value}")
+
+
+def require_one_of(allowed: Collection[str], **values: str) -> None:
+    """Check constructor arguments that name an option.
+
+    Raises:
+        ValueError: naming the argument, the options and what it got.
+    """
+    for name, value in values.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value}")
 
 
 class RunStopped(UserError):  # noqa: N818 - a signal or a stop, not always an error

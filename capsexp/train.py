@@ -55,13 +55,14 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
     # Network, optimiser
     model = parts.new_model().to(device.torch_device, memory_format=device.memory_format)
     optimizer = parts.new_optimizer(model.parameters(), lr=parts.learning_rate(Step(0, total)))
-    _calibrate(model, training)
+    saved = checkpoint.newest(run.checkpoints, tell=lambda line: print(line, flush=True))
+    if saved is None:
+        _calibrate(model, training)
     average = _moving_average(model, settings.ema_decay)
     state = State(model, optimizer, average)
     forward: nn.Module = torch.compile(model) if settings.compile else model  # type: ignore[assignment]
 
     # Resume
-    saved = checkpoint.newest(run.checkpoints, tell=lambda line: print(line, flush=True))
     if saved is not None:
         state.restore(saved)
     run.start(step=state.step)

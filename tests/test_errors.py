@@ -1,6 +1,6 @@
 import pytest
 
-from capsexp.errors import UserError, require_at_least_1
+from capsexp.errors import UserError, require_at_least_1, require_one_of
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,12 @@ def test_lists_must_hold_something():
     with pytest.raises(ValueError, match=r"hidden must be a list of numbers >= 1, got \[\]"):
         require_at_least_1(hidden=[])
     require_at_least_1(hidden=[1, 2], steps=None, count=1)
+
+
+def test_an_option_must_be_one_of_those_that_there_are():
+    with pytest.raises(ValueError, match="padding must be one of valid, same, got full"):
+        require_one_of(("valid", "same"), padding="full")
+    require_one_of(("valid", "same"), padding="same")
 
 
 def test_all_problems_stand_in_the_message():

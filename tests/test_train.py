@@ -27,6 +27,19 @@ def assert_same_run(path, other):
     assert_same(final_state(path), final_state(other))
 
 
+def test_a_run_starts_balanced_once_and_not_again_when_it_goes_on(tmp_path, monkeypatch, train_tiny):
+    from capsexp.model.dynamic_routing import CapsNet
+
+    starts = []
+    real = CapsNet.calibrate
+    monkeypatch.setattr(
+        CapsNet, "calibrate", lambda net, images: starts.append(len(images)) or real(net, images)
+    )
+    killed_at(4, monkeypatch, train_tiny, tmp_path, "routing=em")
+    train_tiny(tmp_path, "routing=em")
+    assert starts == [100]
+
+
 def assert_same(a, b, at="state"):
     assert type(a) is type(b), at
     if isinstance(a, dict):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from capsexp.capsules import Capsules, Routed
 from capsexp.layer.balance import balance
 from capsexp.ops.squash import length, squash
-from capsexp.ops.votes import MIB, images_per_piece, in_pieces, make_votes
+from capsexp.ops.votes import images_per_piece, in_pieces, make_votes, votes_budget
 
 
 class ClassCaps(nn.Module):
@@ -39,10 +39,7 @@ class ClassCaps(nn.Module):
         votes_mib: int | float | None,
     ) -> None:
         super().__init__()
-        if votes_mib is not None and votes_mib <= 0:
-            raise ValueError(f"votes_mib must be > 0 or null, got {votes_mib}")
-        # An integer, which torch.compile takes for a constant. It would make the pieces depend on a float.
-        self.votes_bytes = None if votes_mib is None else int(votes_mib * MIB)
+        self.votes_bytes = votes_budget(votes_mib)
         self.weight = nn.Parameter(torch.empty(in_caps, in_dim, out_caps, out_dim))  # W_ij
         # The paper gives no initialisation. With this one the s_j = sum_i û_j|i / J of the first pass are, in
         # the mean square, as long as the input capsules, however many there are: std 0.07 for MNIST, where

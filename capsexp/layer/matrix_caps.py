@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsexp.capsules import Capsules, ReceptiveFields, Routed
+from capsexp.errors import require_one_of
 from capsexp.layer.balance import balance
 from capsexp.ops.receptive_fields import Grid, of_places, receptive_fields
-from capsexp.ops.votes import MIB, images_per_piece, in_pieces, window_votes
+from capsexp.ops.votes import images_per_piece, in_pieces, votes_budget, window_votes
 
 POSES = ("matrix", "vector")
 COORDINATES = ("paper", "official")
@@ -48,9 +49,7 @@ class MatrixCaps(nn.Module, ABC):
         votes_per_image: int,
     ) -> None:
         super().__init__()
-        if votes_mib is not None and votes_mib <= 0:
-            raise ValueError(f"votes_mib must be > 0 or null, got {votes_mib}")
-        self.votes_bytes = None if votes_mib is None else int(votes_mib * MIB)
+        self.votes_bytes = votes_budget(votes_mib)
         self.votes_per_image = votes_per_image
         side = matrix_side(pose_dim, pose)
         start = identity * torch.eye(side) + noise * torch.randn(places, types, side, side)
@@ -212,8 +211,7 @@ def matrix_side(pose_dim: int, pose: str) -> int:
 
     Raises: ValueError: a pose that does not exist, or a matrix that is not square.
     """
-    if pose not in POSES:
-        raise ValueError(f"pose must be one of {', '.join(POSES)}, got {pose}")
+    require_one_of(POSES, pose=pose)
     side = pose_dim if pose == "vector" else math.isqrt(pose_dim)
     if pose == "matrix" and side * side != pose_dim:
         raise ValueError(f"pose_dim must be a square for matrix poses, got {pose_dim}")

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsexp.capsules import Capsules
+from capsexp.errors import require_one_of
 from capsexp.ops.receptive_fields import PADDINGS, Grid, padded
 from capsexp.ops.squash import length, squash
 
@@ -38,8 +39,7 @@ class PrimaryCaps(nn.Module):
         scale: int | float,
     ) -> None:
         super().__init__()
-        if padding not in PADDINGS:
-            raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {padding}")
+        require_one_of(PADDINGS, padding=padding)
         self.types, self.dim, self.padding, self.scale = types, dim, padding, scale
         self.conv = nn.Conv2d(in_channels, types * dim, kernel, stride)
 

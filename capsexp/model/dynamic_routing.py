@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capsexp.capsules import Output
-from capsexp.errors import require_at_least_1
+from capsexp.errors import require_at_least_1, require_one_of
 from capsexp.layer.class_caps import ClassCaps
 from capsexp.layer.decoder import check_mask, decoded_class
 from capsexp.layer.primary import PrimaryCaps
@@ -70,10 +70,7 @@ class CapsNet(nn.Module):
             class_dim=class_dim,
         )
         check_mask(mask, classes)
-        if initialisation not in INITIALISATIONS:
-            raise ValueError(
-                f"initialisation must be one of {', '.join(INITIALISATIONS)}, got {initialisation}"
-            )
+        require_one_of(INITIALISATIONS, initialisation=initialisation)
         self.mask = mask
         self.primary_caps = PrimaryCaps(
             conv_channels,
@@ -116,7 +113,8 @@ class CapsNet(nn.Module):
     @torch.no_grad()
     def calibrate(self, images: Float[Tensor, "B C H W"]) -> None:
         """Let the routing start balanced on these pictures, if it can (EM routing)."""
-        self.class_caps.calibrate(self.primary_caps(self.conv(images).relu()))
+        if hasattr(self.class_caps.routing, "balance"):  # else the features would be for nothing
+            self.class_caps.calibrate(self.primary_caps(self.conv(images).relu()))
 
     def _primary_count(self, height: int, width: int) -> int:
         lost = self.conv.kernel_size[0] - 1 if self.conv.padding == "valid" else 0

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capsexp.capsules import Capsules, Output, Routed
-from capsexp.errors import require_at_least_1
+from capsexp.errors import require_at_least_1, require_one_of
 from capsexp.layer.decoder import check_mask, decoded_class
 from capsexp.layer.matrix_caps import ConvCaps, SharedClassCaps
 from capsexp.layer.matrix_primary import MatrixPrimaryCaps
@@ -78,8 +78,7 @@ class MatrixCapsNet(nn.Module):
                 "conv_types, conv_kernels and conv_strides must have one number per layer, "
                 f"got {len(conv_types)}, {len(conv_kernels)} and {len(conv_strides)}"
             )
-        if padding not in PADDINGS:
-            raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {padding}")
+        require_one_of(PADDINGS, padding=padding)
         check_mask(mask, classes)
         channels, height, width = image_shape
         grid = Grid(height, width).seen_through((conv_kernel, conv_kernel), conv_stride, padding)

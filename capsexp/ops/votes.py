@@ -54,6 +54,18 @@ def window_votes(
     return by_parent.permute(0, 1, 3, 2, 4)
 
 
+def votes_budget(votes_mib: int | float | None) -> int | None:
+    """A layer's memory for votes in bytes; None leaves it to `images_per_piece`.
+
+    Raises:
+        ValueError: no memory at all.
+    """
+    if votes_mib is not None and votes_mib <= 0:
+        raise ValueError(f"votes_mib must be > 0 or null, got {votes_mib}")
+    # An integer, which torch.compile takes for a constant. It would make the pieces depend on a float.
+    return None if votes_mib is None else int(votes_mib * MIB)
+
+
 def images_per_piece(bytes_per_image: int, *, budget: int | None, device: torch.device) -> int:
     """How many pictures' votes fit the budget; at least one.
 

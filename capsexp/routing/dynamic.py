@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from capsexp.capsules import Routed
+from capsexp.errors import require_one_of
 from capsexp.ops.squash import length, squash, squash_backward
 
 PRIORS = ("zero", "learned")
@@ -103,12 +104,8 @@ class DynamicRouting(nn.Module):
         super().__init__()
         if iterations < 1:
             raise ValueError(f"iterations must be >= 1, got {iterations}")
-        if prior not in PRIORS:
-            raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {prior}")
-        if implementation not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation}"
-            )
+        require_one_of(PRIORS, prior=prior)
+        require_one_of(IMPLEMENTATIONS, implementation=implementation)
         self.iterations, self.leaky, self.detach, self.implementation = (
             iterations,
             leaky,

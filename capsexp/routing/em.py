@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsexp.capsules import ReceptiveFields, Routed
-from capsexp.errors import require_at_least_1
+from capsexp.errors import require_at_least_1, require_one_of
 from capsexp.ops.receptive_fields import largest_of_children, of_children, of_places
 from capsexp.schedule import Schedule, Step, as_schedule
 
@@ -208,9 +208,9 @@ class EMRouting(nn.Module):
     ) -> None:
         super().__init__()
         require_at_least_1(iterations=iterations)
-        _require_one_of(NORMALISATIONS, normalisation=normalisation)
-        _require_one_of(INITIAL_COUPLINGS, initial_coupling=initial_coupling)
-        _require_one_of(ACTIVATIONS, activation=activation)
+        require_one_of(NORMALISATIONS, normalisation=normalisation)
+        require_one_of(INITIAL_COUPLINGS, initial_coupling=initial_coupling)
+        require_one_of(ACTIVATIONS, activation=activation)
         _require_positive(class_factor=class_factor, beta_a_gain=beta_a_gain)
         if cost_norm is not None:
             _require_positive(cost_norm=cost_norm)
@@ -294,12 +294,6 @@ def _cost_scale(
     if fields is None:
         return cost_norm * out_caps / in_caps
     return cost_norm * len(fields.children) * out_caps / fields.connected
-
-
-def _require_one_of(allowed: tuple[str, ...], **given: str) -> None:
-    for name, value in given.items():
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value}")
 
 
 def _require_positive(**given: int | float) -> None:

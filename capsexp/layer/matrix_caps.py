@@ -13,7 +13,7 @@ from capsexp.capsules import Capsules, ReceptiveFields, Routed
 from capsexp.errors import require_one_of
 from capsexp.layer.balance import balance
 from capsexp.ops.receptive_fields import Grid, of_places, receptive_fields
-from capsexp.ops.votes import images_per_piece, in_pieces, votes_budget, window_votes
+from capsexp.ops.votes import MatrixVotes, images_per_piece, in_pieces, votes_budget, window_votes
 
 POSES = ("matrix", "vector")
 COORDINATES = ("paper", "official")
@@ -27,6 +27,7 @@ class MatrixCaps(nn.Module, ABC):
         pose: "matrix": a pose is n x n, and so are the W_ij; "vector": W_ij is pose_dim x pose_dim (the
             paper's comparison, Table 1).
         places: children of a parent that have matrices of their own.
+        repeats: how many times such children follow each other, with the same matrices.
         types: parent types.
         identity, noise: W_ij starts as identity * I + noise * N(0, 1).
         routing: what routes the votes.
@@ -35,12 +36,15 @@ class MatrixCaps(nn.Module, ABC):
     Raises: ValueError: a pose that does not exist or does not fit; votes_mib <= 0.
     """
 
+    matrices: Tensor
+
     def __init__(
         self,
         *,
         pose_dim: int,
         pose: str,
         places: int,
+        repeats: int,
         types: int,
         identity: int | float,
         noise: int | float,
@@ -55,9 +59,15 @@ class MatrixCaps(nn.Module, ABC):
         start = identity * torch.eye(side) + noise * torch.randn(places, types, side, side)
         self.weight = nn.Parameter(start)  # W_ij
         self.routing = routing
+        self.register_buffer("matrices", torch.arange(places).repeat(repeats), persistent=False)
 
     def forward(self, capsules: Capsules) -> Routed:
         """Output capsules in the order (row, column, type), and the coupling that made them."""
+        makes_votes = getattr(self.routing, "makes_votes", None)
+        if makes_votes is not None and makes_votes(self.weight):
+            with torch.autocast(capsules.poses.device.type, enabled=False):
+                unmade = self.unmade_votes(capsules.poses.to(self.weight.dtype))
+                return self.routing.route_unmade(unmade, capsules.activations.to(self.weight.dtype))  # type: ignore[operator]
         return in_pieces(self._route, capsules.poses, capsules.activations, images=self._images_per_piece())
 
     def calibrate(self, capsules: Capsules) -> None:
@@ -67,6 +77,10 @@ class MatrixCaps(nn.Module, ABC):
     @abstractmethod
     def votes(self, poses: Float[Tensor, "B I D"]) -> Float[Tensor, "B *I J D"]:
         """Votes as the routing takes them."""
+
+    @abstractmethod
+    def unmade_votes(self, poses: Float[Tensor, "B I D"]) -> MatrixVotes:
+        """The same for a routing that makes them itself."""
 
     def _images_per_piece(self) -> int:
         size = self.votes_per_image * self.weight.element_size()
@@ -118,6 +132,7 @@ class ConvCaps(MatrixCaps):
             pose_dim=pose_dim,
             pose=pose,
             places=places,
+            repeats=1,
             types=types,
             identity=identity,
             noise=noise,
@@ -131,8 +146,14 @@ class ConvCaps(MatrixCaps):
 
     def votes(self, poses: Float[Tensor, "B I D"]) -> Float[Tensor, "B P K J D"]:
         """V_ij of the child at each place of each window."""
-        fields = ReceptiveFields(self.windows, *self.counts)
-        return window_votes(of_places(poses, fields), self.weight)
+        return window_votes(of_places(poses, self._fields()), self.weight)
+
+    def unmade_votes(self, poses: Float[Tensor, "B I D"]) -> MatrixVotes:
+        """V_ij that are not made yet."""
+        return MatrixVotes(poses, self.weight, self.matrices, self._fields(), None)
+
+    def _fields(self) -> ReceptiveFields:
+        return ReceptiveFields(self.windows, *self.counts)
 
 
 class SharedClassCaps(MatrixCaps):
@@ -183,6 +204,7 @@ class SharedClassCaps(MatrixCaps):
             pose_dim=pose_dim,
             pose=pose,
             places=in_types,
+            repeats=grid.positions,
             types=classes,
             identity=identity,
             noise=noise,
@@ -204,6 +226,13 @@ class SharedClassCaps(MatrixCaps):
             votes = votes + self.coordinates[:, None, None]
         by_parent = votes.permute(0, 3, 1, 2, 4).flatten(2, 3)  # [B, J, I, D]
         return by_parent.transpose(1, 2)
+
+    def unmade_votes(self, poses: Float[Tensor, "B I D"]) -> MatrixVotes:
+        """V_ij that are not made yet."""
+        offsets = self.coordinates
+        if offsets is not None:
+            offsets = offsets.repeat_interleave(len(self.weight), 0)  # [I, D]
+        return MatrixVotes(poses, self.weight, self.matrices, None, offsets)
 
 
 def matrix_side(pose_dim: int, pose: str) -> int:

@@ -1,15 +1,29 @@
 """Votes: what each input capsule predicts for the pose of each output capsule."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from capsexp.capsules import Routed
+from capsexp.capsules import ReceptiveFields, Routed
 
 MIB = 2**20
+
+
+class MatrixVotes(NamedTuple):
+    """Votes of matrix capsules that are not made yet: what a routing that makes them itself needs."""
+
+    poses: Float[Tensor, "B I D"]
+    weight: Float[Tensor, "W J n n"]
+    matrices: Int[Tensor, " K"]
+    """Which of the W matrices per parent type the child at each place votes with."""
+    fields: ReceptiveFields | None
+    """None where every parent sees every child: K = I."""
+    offsets: Float[Tensor, "K D"] | None
+    """Added to the votes of the child at each place."""
 
 
 def make_votes(poses: Float[Tensor, "B I K"], weight: Float[Tensor, "I K J D"]) -> Float[Tensor, "B I J D"]:

@@ -9,13 +9,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsexp.capsules import ReceptiveFields, Routed
-from capsexp.errors import require_at_least_1, require_one_of
+from capsexp.errors import UserError, require_at_least_1, require_one_of
+from capsexp.ops.kernels.em import FUSED_ACTIVATION, FUSED_OPTIONS, fused_em_routing, why_not_fused
 from capsexp.ops.receptive_fields import largest_of_children, of_children, of_places
+from capsexp.ops.votes import MatrixVotes
 from capsexp.schedule import Schedule, Step, as_schedule
 
 NORMALISATIONS = ("paper", "types", "official_v1")
 INITIAL_COUPLINGS = ("paper", "official")
 ACTIVATIONS = ("logistic", "mixing")
+IMPLEMENTATIONS = ("auto", "reference", "fused")
 BALANCED = "balanced"
 SMALLEST_MASS = 1e-8  # of what a parent gets from all its children, as a divisor
 
@@ -83,7 +86,8 @@ def em_routing(
     with torch.autocast(votes.device.type, enabled=False):
         active = activations.to(votes.dtype)
         active = active.unsqueeze(1) if fields is None else of_places(active, fields)  # [B, P, K]
-        coupling = _initial_coupling(votes, fields, initial_coupling)
+        first = initial_shares(votes[:1, :, :, 0, 0], votes.shape[3], fields, initial_coupling)
+        coupling = first.unsqueeze(3).expand(-1, -1, -1, votes.shape[3])
         before = None
         for iteration, temperature in enumerate(inverse_temperature):
             fitted = _m_step(votes, coupling * active.unsqueeze(3), before, mean_smoothing, variance_floor)
@@ -102,14 +106,14 @@ def em_routing(
     return Routed(fitted.mean.flatten(1, 2), parents.flatten(1), coupling, fields), cost
 
 
-def _initial_coupling(
-    votes: Tensor, fields: ReceptiveFields | None, initial: str
-) -> Float[Tensor, "1 P K J"]:
-    _, positions, places, types, _ = votes.shape
-    one = votes.new_ones(1, positions, places)
+def initial_shares(
+    like: Float[Tensor, "1 P K"], types: int, fields: ReceptiveFields | None, initial: str
+) -> Float[Tensor, "1 P K"]:
+    """R of the first iteration, of every type alike. See `em_routing`."""
+    one = torch.ones_like(like)
     if fields is not None and initial == "paper":
         one = of_places(of_children(one, fields), fields).reciprocal()
-    return (one / types).unsqueeze(3).expand(-1, -1, -1, types)
+    return one / types
 
 
 def _m_step(
@@ -177,6 +181,8 @@ class EMRouting(nn.Module):
         cost_norm: None for the paper's cost; a number: the cost is multiplied by cost_norm / (children per
             parent), so that one lambda fits layers with different amounts of data (Gritzman 2019, 2.2).
         variance_floor, normalisation, initial_coupling, activation, mean_smoothing, detach: see `em_routing`.
+        implementation: "reference": `em_routing`, on votes that a layer has made; "fused": the same by an
+            operator that makes them itself (capsexp/ops/kernels/em.py); "auto": fused where it is to be had.
     Raises: ValueError: a number out of its range; an option that does not exist.
     """
 
@@ -205,9 +211,11 @@ class EMRouting(nn.Module):
         activation: str,
         mean_smoothing: int | float,
         detach: bool,
+        implementation: str,
     ) -> None:
         super().__init__()
         require_at_least_1(iterations=iterations)
+        require_one_of(IMPLEMENTATIONS, implementation=implementation)
         require_one_of(NORMALISATIONS, normalisation=normalisation)
         require_one_of(INITIAL_COUPLINGS, initial_coupling=initial_coupling)
         require_one_of(ACTIVATIONS, activation=activation)
@@ -220,6 +228,9 @@ class EMRouting(nn.Module):
             raise ValueError(f"mean_smoothing must be in [0, 1), got {mean_smoothing}")
         if isinstance(beta_a, str) and beta_a != BALANCED:
             raise ValueError(f"beta_a must be a number or {BALANCED}, got {beta_a}")
+        if implementation == "fused" and activation != FUSED_ACTIVATION:
+            raise ValueError(f"implementation fused is for activation {FUSED_ACTIVATION}, got {activation}")
+        self.implementation = implementation
         self.options: dict[str, Any] = {
             "variance_floor": float(variance_floor),
             "cost_scale": _cost_scale(cost_norm, in_caps, out_caps, fields),
@@ -229,7 +240,7 @@ class EMRouting(nn.Module):
             "mean_smoothing": float(mean_smoothing),
             "detach": detach,
         }
-        self.iterations = iterations
+        self.iterations, self.pose_dim = iterations, pose_dim
         self.factor = class_factor if fields is None else 1.0
         self.gain = beta_a_gain / self.factor
         self.schedule = as_schedule(inverse_temperature_ramp)
@@ -249,6 +260,35 @@ class EMRouting(nn.Module):
     def forward(self, votes: Float[Tensor, "B *I J D"], activations: Float[Tensor, "B I"]) -> Routed:
         """Route votes [B, I, J, D], or [B, P, K, J, D] in a convolutional layer."""
         return self._fit(votes, activations)[0]
+
+    def makes_votes(self, weight: Float[Tensor, "W J n n"]) -> bool:
+        """Whether a layer with these matrices should call `route_unmade`.
+
+        Raises: UserError: the implementation is "fused", and that is not to be had here.
+        """
+        if self.implementation == "reference" or self.options["activation"] != FUSED_ACTIVATION:
+            return False
+        missing = why_not_fused(
+            weight.device.type, weight.dtype, self.pose_dim // weight.shape[2], weight.shape[2]
+        )
+        if missing is not None and self.implementation == "fused":
+            raise UserError(f"routing.implementation=fused: {missing}")
+        return missing is None
+
+    def route_unmade(self, votes: MatrixVotes, activations: Float[Tensor, "B I"]) -> Routed:
+        """Make the votes and route them."""
+        positions = 1 if votes.fields is None else len(votes.fields.children)
+        like = votes.poses.new_empty(1, positions, len(votes.matrices))
+        types, initial = votes.weight.shape[1], self.options["initial_coupling"]
+        return fused_em_routing(
+            votes,
+            activations,
+            initial=initial_shares(like, types, votes.fields, initial).squeeze(0),
+            beta_u=self.beta_u,
+            beta_a=self.gain * self.beta_a,
+            inverse_temperature=self.inverse_temperatures * self.ramp,
+            **{name: self.options[name] for name in FUSED_OPTIONS},
+        )
 
     def advance(self, step: Step) -> dict[str, float]:
         """Bring the ramp to a step of the training. Returns lambda of the last iteration, for the record."""

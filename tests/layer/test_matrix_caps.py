@@ -36,6 +36,7 @@ def em(**changes):
         "activation": "logistic",
         "mean_smoothing": 0.0,
         "detach": False,
+        "implementation": "reference",
     }
     return functools.partial(EMRouting, **{**options, **changes})
 

@@ -35,6 +35,7 @@ MODULE = {
     "beta_a": "balanced",
     "beta_a_gain": 250,
     "cost_norm": None,
+    "implementation": "auto",
 }
 PAPERS_LAMBDA = (5.0e-4, 9.75e-4, 1.426e-3)
 STRONG = (0.3, 0.5, 0.4)  # activations and their competition count
@@ -575,7 +576,7 @@ def test_a_copy_routes_alike(duplicate):
     assert_all_close(routing(*inputs)[:3], duplicate(routing)(*inputs)[:3])
 
 
-SETTINGS = {
+SETTINGS = {  # but for `implementation`, which must change nothing
     "iterations": 2,
     "inverse_temperature": Saturating(limit=0.02, decay=0.95),
     "inverse_temperature_ramp": 2.0,
@@ -593,7 +594,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", MODULE)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_acts(name):
     layer, results = DENSE[0] if name == "class_factor" else WINDOWS[0], []
     for changes in ({}, {name: SETTINGS[name]}):
@@ -608,7 +609,7 @@ def test_every_setting_acts(name):
 
 def test_no_setting_of_the_config_is_left_out():
     node = plain(compose("train", ["routing=em"], config_dir=None))["routing"]
-    assert set(node) - {"_target_", "_partial_"} == set(MODULE) == set(SETTINGS)
+    assert set(node) - {"_target_", "_partial_"} == set(MODULE) == {*SETTINGS, "implementation"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,137 @@
+"""The C++ of this folder as a shared library, built when it is first needed."""
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("em.cpp")
+FLAGS = [
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-Wno-psabi",
+    "-Wno-ignored-attributes",
+]
+COMPILERS = ("g++", "clang++", "c++")
+
+
+class NotBuilt(RuntimeError):
+    """The library cannot be had; the message says what is missing."""
+
+
+def compiler() -> str | None:
+    """The C++ compiler that would build: $CXX, or the first there is."""
+    return next(
+        (path for name in (os.environ.get("CXX"), *COMPILERS) if name and (path := shutil.which(name))), None
+    )
+
+
+def library_path() -> Path:
+    """Where this source, with these flags on this processor, is kept once it is built."""
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/capsexp/kernels"
+    described = SOURCE.read_text() + " ".join(FLAGS) + platform.machine() + _processor()
+    key = hashlib.sha256(described.encode()).hexdigest()[:16]
+    return Path(folder).expanduser() / f"capsexp_em_{key}.so"
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The library, built if need be.
+
+    Raises:
+        NotBuilt: no compiler, no place to write, or the compiler's own error.
+    """
+    path = library_path()
+    if not path.exists():
+        _build(path)
+    return ctypes.CDLL(str(path))
+
+
+def _build(path: Path) -> None:
+    found = compiler()
+    if found is None:
+        raise NotBuilt("there is no C++ compiler: install g++, or name one in CXX")
+    if importlib.util.find_spec("ninja") is None:
+        raise NotBuilt("there is no ninja: pip install ninja")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(path.with_suffix(".lock")):
+            if not path.exists():  # another process may have built it meanwhile
+                _compile(path, found)
+    except OSError as error:
+        raise NotBuilt(
+            f"{path.parent} cannot be written ({error.strerror}): set TORCH_EXTENSIONS_DIR"
+        ) from None
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    # A lock of the kernel's, which goes with its process: a build that was killed leaves nothing behind that
+    # anybody waits for. PyTorch's own lock is a file, which stays.
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(path: Path, found: str) -> None:
+    from torch.utils import cpp_extension
+
+    print(f"capsexp: building EM routing for this processor with {found}, once; about half a minute …",
+          file=sys.stderr, flush=True)  # fmt: skip
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder, _environment(found):
+        try:
+            cpp_extension.load(
+                path.stem,
+                [str(SOURCE)],
+                extra_cflags=FLAGS,
+                extra_ldflags=["-fopenmp"],
+                build_directory=folder,
+                is_python_module=False,
+            )
+        except RuntimeError as error:
+            raise NotBuilt(f"{found} failed:\n{error}") from None
+        os.replace(Path(folder) / path.name, path)  # whole or not at all
+    print(f"capsexp: built in {time.monotonic() - begun:.0f} s, kept in {path}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _environment(found: str) -> Iterator[None]:
+    """CXX as found, and ninja on the PATH also where the environment is not activated."""
+    import ninja
+
+    before = {name: os.environ.get(name) for name in ("CXX", "PATH")}
+    os.environ["CXX"] = found
+    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
+def _processor() -> str:
+    """What -march=native looks at; a home directory may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return " ".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

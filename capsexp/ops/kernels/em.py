@@ -1,0 +1,293 @@
+"""EM routing of a layer as an operator that makes the votes itself: C++ on a CPU."""
+
+import ctypes
+import functools
+import sys
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from capsexp.capsules import Routed
+from capsexp.ops.kernels.compiled import NotBuilt, library
+from capsexp.ops.votes import MatrixVotes
+
+FUSED_ACTIVATION = "logistic"
+"""The one kind of activation that there is a fused path for."""
+FUSED_OPTIONS = ("variance_floor", "cost_scale", "mean_smoothing", "normalisation", "detach")
+NORMALISATIONS = {"paper": 0, "types": 1, "official_v1": 2}
+SHAPES = ((2, 2), (3, 3), (4, 4), (1, 16))
+"""Rows and columns of the poses that there is code for."""
+_COUNTS = "batch children positions places types matrices iterations rows side lanes doubles"
+_SWITCHES = "normalisation keep detach threads"
+_NUMBERS = "variance_floor cost_scale mean_smoothing"
+_READ = "poses weight activations beta_u beta_a temperatures initial child matrix offsets"
+_SAVED = "coupling mean variance stats"
+_FORWARD = "out_poses out_activations"
+_BACKWARD = "g_poses g_activations g_coupling d_poses d_weight d_activations d_beta_u d_beta_a"
+
+
+class _Problem(ctypes.Structure):
+    """`Problem` of em.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in f"{_COUNTS} {_SWITCHES}".split()),
+        *((name, ctypes.c_double) for name in _NUMBERS.split()),
+        *((name, ctypes.c_void_p) for name in f"{_READ} {_SAVED} {_FORWARD} {_BACKWARD}".split()),
+    ]
+
+
+def fused_em_routing(
+    votes: MatrixVotes,
+    activations: Float[Tensor, "B I"],
+    *,
+    initial: Float[Tensor, "P K"],
+    beta_u: Float[Tensor, " J"],
+    beta_a: Float[Tensor, " J"],
+    inverse_temperature: Float[Tensor, " T"],
+    variance_floor: float,
+    cost_scale: float,
+    mean_smoothing: float,
+    normalisation: str,
+    detach: bool,
+) -> Routed:
+    """`em_routing` of capsexp/routing/em.py on votes that are made on the way and never stored.
+
+    Args:
+        votes: poses and matrices.
+        initial: R of the first iteration, the same for every type.
+        activations, and the rest: see `em_routing`.
+    Returns: what `em_routing` does, without the cost. No second derivatives.
+    """
+    fields, types = votes.fields, votes.weight.shape[1]
+    if fields is None:  # parents at one position: all compete, unless it is one position of a grid
+        normalisation = "types"
+        child = torch.arange(votes.poses.shape[1], device=votes.poses.device).unsqueeze(0)
+    else:
+        child = fields.children
+    given = [votes.poses, votes.weight, activations, beta_u, beta_a]
+    poses, parents, coupling, *_ = em_routing_op(
+        *given,
+        inverse_temperature,
+        initial,
+        child,
+        votes.matrices,
+        votes.offsets,
+        variance_floor,
+        cost_scale,
+        mean_smoothing,
+        normalisation,
+        detach,
+        torch.is_grad_enabled() and any(one.requires_grad for one in given),
+    )
+    if len(inverse_temperature) == 1:
+        last = initial.unsqueeze(2).expand(len(poses), -1, -1, types)
+    else:
+        last = coupling[-1, ..., :types]
+    return Routed(poses, parents, last if fields is not None else last.squeeze(1), fields)
+
+
+@torch.compiler.assume_constant_result
+def why_not_fused(device: str, dtype: torch.dtype, rows: int, side: int) -> str | None:
+    """What stands in the way of `fused_em_routing`, told on stderr the first time; None: nothing."""
+    if device != "cpu":
+        return f"there is no fused EM routing for {device}"
+    if dtype not in (torch.float32, torch.float64):
+        return f"there is no fused EM routing in {dtype}"
+    if (rows, side) not in SHAPES:
+        return f"there is no fused EM routing for poses of {rows}x{side}"
+    return _why_no_library()
+
+
+@functools.cache
+def _why_no_library() -> str | None:
+    try:
+        library()
+    except NotBuilt as error:
+        print(
+            f"capsexp: EM routing takes the plain path, 10 to 20 times as slow: {error}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return str(error)
+    return None
+
+
+def lanes(types: int, dtype: torch.dtype) -> int:
+    """Types that are computed at a time; a layer has a multiple of these, the last ones perhaps padding."""
+    return 8 if dtype == torch.float64 or types <= 8 else 16
+
+
+@torch.library.custom_op("capsexp::em_routing", mutates_args=(), device_types="cpu")
+def em_routing_op(
+    poses: Tensor,
+    weight: Tensor,
+    activations: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    temperatures: Tensor,
+    initial: Tensor,
+    child: Tensor,
+    matrix: Tensor,
+    offsets: Tensor | None,
+    variance_floor: float,
+    cost_scale: float,
+    mean_smoothing: float,
+    normalisation: str,
+    detach: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Route one layer.
+
+    Args:
+        poses: [B, I, D].
+        weight: [matrices, J, n, n].
+        activations: [B, I].
+        beta_u, beta_a: [J].
+        temperatures: lambda of each iteration, [T].
+        initial: R of the first iteration, the same for all types, [P, K].
+        child: index of the child at each place, int64 [P, K].
+        matrix: which matrices the child at each place votes with, int64 [K].
+        offsets: added to the votes, [K, D].
+        variance_floor, cost_scale, mean_smoothing, normalisation, detach: as in `em_routing`.
+        keep: what the backward pass needs; without it the saved tensors hold the last iteration alone.
+
+    Returns: poses [B, P * J, D], activations [B, P * J]; and, with types padded to Jp, R of iterations 1 …
+        [T - 1, B, P, K, Jp], means and variances [T, B, P, D, Jp], and mass, sum of log deviations and logit
+        [T, B, P, 3, Jp].
+    """
+    given = [poses, weight, activations, beta_u, beta_a, temperatures, initial, child, matrix, offsets]
+    given = [None if one is None else one.contiguous() for one in given]
+    outputs = _empty_outputs(poses, weight, temperatures, child, keep)
+    names = [*_FORWARD.split(), *_SAVED.split()]
+    tensors = dict(zip([*_READ.split(), *names], [*given, *outputs], strict=True))
+    options = _options(variance_floor, cost_scale, mean_smoothing, normalisation, detach, keep)
+    _call(library().em_forward, tensors, options)
+    return outputs
+
+
+@torch.library.custom_op("capsexp::em_routing_backward", mutates_args=(), device_types="cpu")
+def em_routing_backward_op(
+    g_poses: Tensor | None,
+    g_activations: Tensor | None,
+    g_coupling: Tensor | None,
+    poses: Tensor,
+    weight: Tensor,
+    activations: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    temperatures: Tensor,
+    initial: Tensor,
+    child: Tensor,
+    matrix: Tensor,
+    offsets: Tensor | None,
+    coupling: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    stats: Tensor,
+    variance_floor: float,
+    cost_scale: float,
+    mean_smoothing: float,
+    normalisation: str,
+    detach: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of poses, weight, activations, beta_u and beta_a; g_coupling is that of the last R."""
+    read = [poses, weight, activations, beta_u, beta_a, temperatures, initial, child, matrix, offsets]
+    gradients = [g_poses, g_activations, g_coupling]
+    given = [None if one is None else one.contiguous() for one in (*read, *gradients)]
+    outputs = tuple(torch.zeros_like(one, memory_format=torch.contiguous_format) for one in read[:5])
+    names = [*_READ.split(), *_BACKWARD.split(), *_SAVED.split()]
+    saved = [coupling, mean, variance, stats]
+    tensors = dict(zip(names, [*given, *outputs, *saved], strict=True))
+    options = _options(variance_floor, cost_scale, mean_smoothing, normalisation, detach, True)
+    _call(library().em_backward, tensors, options)
+    return outputs  # type: ignore[return-value]
+
+
+@em_routing_op.register_fake
+def _(poses, weight, activations, beta_u, beta_a, temperatures, initial, child, matrix, offsets, variance_floor,
+      cost_scale, mean_smoothing, normalisation, detach, keep):  # type: ignore[no-untyped-def]  # fmt: skip
+    return _empty_outputs(poses, weight, temperatures, child, keep)
+
+
+@em_routing_backward_op.register_fake
+def _(g_poses, g_activations, g_coupling, poses, weight, activations, beta_u, beta_a, *rest):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty_like(one) for one in (poses, weight, activations, beta_u, beta_a))
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, floor, scale, smoothing, normalisation, detach, _ = inputs
+    ctx.options = (floor, scale, smoothing, normalisation, detach)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.save_for_backward(*tensors, *output[2:])
+
+
+def _backward(ctx, g_poses, g_activations, g_coupling, *_):  # type: ignore[no-untyped-def]
+    last = None if g_coupling is None or len(g_coupling) == 0 else g_coupling[-1]
+    gradients = em_routing_backward_op(g_poses, g_activations, last, *ctx.saved_tensors, *ctx.options)
+    return (*gradients, *([None] * 11))
+
+
+em_routing_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _empty_outputs(
+    poses: Tensor, weight: Tensor, temperatures: Tensor, child: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, _, dim = poses.shape
+    positions, places = child.shape
+    types, iterations = weight.shape[1], temperatures.shape[0]
+    width = lanes(types, poses.dtype)
+    padded = -(-types // width) * width
+    slots, steps = (iterations, iterations - 1) if keep else (1, min(1, iterations - 1))
+    return (
+        poses.new_empty(batch, positions * types, dim),
+        poses.new_empty(batch, positions * types),
+        poses.new_empty(steps, batch, positions, places, padded),
+        poses.new_empty(slots, batch, positions, dim, padded),
+        poses.new_empty(slots, batch, positions, dim, padded),
+        poses.new_empty(slots, batch, positions, 3, padded),
+    )
+
+
+def _options(
+    variance_floor: float,
+    cost_scale: float,
+    mean_smoothing: float,
+    normalisation: str,
+    detach: bool,
+    keep: bool,
+) -> dict[str, int | float]:
+    return {
+        "variance_floor": variance_floor,
+        "cost_scale": cost_scale,
+        "mean_smoothing": mean_smoothing,
+        "normalisation": NORMALISATIONS[normalisation],
+        "detach": detach,
+        "keep": keep,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _call(function, tensors: dict[str, Tensor | None], options: dict[str, int | float]) -> None:  # type: ignore[no-untyped-def]
+    poses, weight, child = tensors["poses"], tensors["weight"], tensors["child"]
+    assert poses is not None and weight is not None and child is not None
+    side = weight.shape[2]
+    counts = {
+        "batch": poses.shape[0],
+        "children": poses.shape[1],
+        "positions": child.shape[0],
+        "places": child.shape[1],
+        "types": weight.shape[1],
+        "matrices": weight.shape[0],
+        "iterations": tensors["temperatures"].shape[0],  # type: ignore[union-attr]
+        "rows": poses.shape[2] // side,
+        "side": side,
+        "lanes": lanes(weight.shape[1], poses.dtype),
+        "doubles": poses.dtype == torch.float64,
+    }
+    pointers = {name: None if one is None else one.data_ptr() for name, one in tensors.items()}
+    problem = _Problem(**counts, **options, **pointers)
+    if function(ctypes.byref(problem)) != 0:
+        raise ValueError(f"em.cpp has no code for poses of {counts['rows']}x{side}")

@@ -6,6 +6,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from capsexp.capsules import Capsules
+from capsexp.errors import UserError
 from capsexp.layer.matrix_caps import ConvCaps, SharedClassCaps
 from capsexp.ops.receptive_fields import Grid
 from capsexp.routing.dynamic import DynamicRouting
@@ -317,3 +318,78 @@ def test_wrong_settings_are_refused(make, wrong, message):
 def test_wrong_coordinates_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         classes(**wrong)
+
+
+def with_gradients(layer, given):
+    inputs = [*(one.detach().requires_grad_() for one in given), *layer.parameters()]
+    routed = layer(Capsules(*inputs[:2]))
+    loss = sum(one.square().sum() for one in routed[:3])
+    return [*routed[:3], *torch.autograd.grad(loss, inputs, materialize_grads=True)]
+
+
+@LAYERS
+@POSE
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_the_fused_layer_does_what_the_plain_one_does(make, pose, iterations):
+    results = []
+    for implementation in ("reference", "fused", "auto"):
+        routing = em(implementation=implementation, iterations=iterations, beta_a=1.0)
+        layer, given = both(make, pose=pose, routing=routing)
+        results.append(with_gradients(layer, given))
+    for one, *others in zip(*results, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, one, rtol=1e-8, atol=1e-10)
+
+
+@LAYERS
+def test_a_fused_layer_makes_no_votes(make, monkeypatch):
+    layer, given = both(make, routing=em(implementation="fused"))
+    monkeypatch.setattr(layer, "votes", lambda poses: pytest.fail("votes were made"))
+    layer(given)
+    layer.routing.implementation = "reference"
+    with pytest.raises(pytest.fail.Exception, match="votes were made"):
+        layer(given)
+
+
+@LAYERS
+def test_a_fused_layer_routes_in_full_precision_under_autocast(make):
+    layer, given = both(make, routing=em(implementation="fused"))
+    layer, given = layer.float(), Capsules(*(one.float() for one in given))
+    expected = layer(given)
+    with torch.autocast("cpu", torch.bfloat16):
+        for one, other in zip(expected[:3], layer(given)[:3], strict=True):
+            assert torch.equal(one, other)
+
+
+def test_mixing_takes_the_plain_path_unless_the_fused_one_is_asked_for():
+    layer, given = both("conv", routing=em(implementation="auto", activation="mixing"))
+    assert not layer.routing.makes_votes(layer.weight)
+    assert layer(given).activations.sum(1).tolist() == pytest.approx([1.0] * 5)
+    with pytest.raises(ValueError, match="implementation fused is for activation logistic, got mixing"):
+        em(implementation="fused", activation="mixing")(6, 4, 16)
+
+
+def test_where_there_is_no_fused_path_asking_for_it_is_an_error(monkeypatch):
+    monkeypatch.setattr("capsexp.routing.em.why_not_fused", lambda *given_: "no compiler")
+    layer, given = both("conv", routing=em(implementation="fused"))
+    with pytest.raises(UserError, match=r"routing\.implementation=fused: no compiler"):
+        layer(given)
+    layer, given = both("conv", routing=em(implementation="auto"))
+    reference, _ = both("conv", routing=em(implementation="reference"))
+    for one, other in zip(reference(given)[:3], layer(given)[:3], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.compile
+@LAYERS
+def test_torch_compile_takes_the_fused_layer_as_a_whole(make):
+    layer, given = both(make, routing=em(implementation="fused"))
+    expected = with_gradients(layer, given)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True)
+    inputs = [*(one.detach().requires_grad_() for one in given), *layer.parameters()]
+    routed = compiled(Capsules(*inputs[:2]))
+    loss = sum(one.square().sum() for one in routed[:3])
+    got = [*routed[:3], *torch.autograd.grad(loss, inputs, materialize_grads=True)]
+    for one, other in zip(expected, got, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-11)

@@ -16,11 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("em.cpp")
+# Apple's clang has no OpenMP of its own: there the kernel runs on one thread.
+THREADS = ["-fopenmp"] if sys.platform.startswith("linux") else []
 FLAGS = [
+    *THREADS,
     "-O3",
     "-march=native",
     "-std=c++17",
-    "-fopenmp",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=fast",
@@ -30,7 +32,7 @@ FLAGS = [
 COMPILERS = ("g++", "clang++", "c++")
 
 
-class NotBuilt(RuntimeError):
+class NotBuiltError(RuntimeError):
     """The library cannot be had; the message says what is missing."""
 
 
@@ -54,27 +56,30 @@ def library() -> ctypes.CDLL:
     """The library, built if need be.
 
     Raises:
-        NotBuilt: no compiler, no place to write, or the compiler's own error.
+        NotBuiltError: no compiler, no place to write, the compiler's own error, a file that is no library.
     """
     path = library_path()
     if not path.exists():
         _build(path)
-    return ctypes.CDLL(str(path))
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NotBuiltError(f"{path} cannot be loaded ({error}): remove it") from None
 
 
 def _build(path: Path) -> None:
     found = compiler()
     if found is None:
-        raise NotBuilt("there is no C++ compiler: install g++, or name one in CXX")
+        raise NotBuiltError("there is no C++ compiler: install g++, or name one in CXX")
     if importlib.util.find_spec("ninja") is None:
-        raise NotBuilt("there is no ninja: pip install ninja")
+        raise NotBuiltError("there is no ninja: pip install ninja")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path.with_suffix(".lock")):
             if not path.exists():  # another process may have built it meanwhile
                 _compile(path, found)
     except OSError as error:
-        raise NotBuilt(
+        raise NotBuiltError(
             f"{path.parent} cannot be written ({error.strerror}): set TORCH_EXTENSIONS_DIR"
         ) from None
 
@@ -94,19 +99,21 @@ def _compile(path: Path, found: str) -> None:
     print(f"capsexp: building EM routing for this processor with {found}, once; about half a minute …",
           file=sys.stderr, flush=True)  # fmt: skip
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder, _environment(found):
+    for left in path.parent.glob(f"{path.stem}-*"):  # by a build that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{path.stem}-", dir=path.parent) as folder, _environment(found):
         try:
             cpp_extension.load(
                 path.stem,
                 [str(SOURCE)],
                 extra_cflags=FLAGS,
-                extra_ldflags=["-fopenmp"],
+                extra_ldflags=THREADS,
                 build_directory=folder,
                 is_python_module=False,
             )
         except RuntimeError as error:
-            raise NotBuilt(f"{found} failed:\n{error}") from None
-        os.replace(Path(folder) / path.name, path)  # whole or not at all
+            raise NotBuiltError(f"{found} failed:\n{error}") from None
+        os.replace(next(Path(folder).glob("*.so")), path)  # whole or not at all
     print(f"capsexp: built in {time.monotonic() - begun:.0f} s, kept in {path}", file=sys.stderr, flush=True)
 
 

@@ -3,13 +3,15 @@
 import ctypes
 import functools
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from capsexp.capsules import Routed
-from capsexp.ops.kernels.compiled import NotBuilt, library
+from capsexp.ops.kernels.compiled import NotBuiltError, library
 from capsexp.ops.votes import MatrixVotes
 
 FUSED_ACTIVATION = "logistic"
@@ -53,10 +55,9 @@ def fused_em_routing(
 ) -> Routed:
     """`em_routing` of capsexp/routing/em.py on votes that are made on the way and never stored.
 
-    Args:
-        votes: poses and matrices.
-        initial: R of the first iteration, the same for every type.
-        activations, and the rest: see `em_routing`.
+    `initial` is R of the first iteration, the same for every type. The other arguments are those of
+    `em_routing`.
+
     Returns: what `em_routing` does, without the cost. No second derivatives.
     """
     fields, types = votes.fields, votes.weight.shape[1]
@@ -87,7 +88,7 @@ def fused_em_routing(
     return Routed(poses, parents, last if fields is not None else last.squeeze(1), fields)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_not_fused(device: str, dtype: torch.dtype, rows: int, side: int) -> str | None:
     """What stands in the way of `fused_em_routing`, told on stderr the first time; None: nothing."""
     if device != "cpu":
@@ -103,7 +104,7 @@ def why_not_fused(device: str, dtype: torch.dtype, rows: int, side: int) -> str 
 def _why_no_library() -> str | None:
     try:
         library()
-    except NotBuilt as error:
+    except NotBuiltError as error:
         print(
             f"capsexp: EM routing takes the plain path, 10 to 20 times as slow: {error}",
             file=sys.stderr,
@@ -137,20 +138,12 @@ def em_routing_op(
     detach: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Route one layer.
+    """Route one layer: `fused_em_routing`, as an operator that autograd and torch.compile see as a whole.
 
-    Args:
-        poses: [B, I, D].
-        weight: [matrices, J, n, n].
-        activations: [B, I].
-        beta_u, beta_a: [J].
-        temperatures: lambda of each iteration, [T].
-        initial: R of the first iteration, the same for all types, [P, K].
-        child: index of the child at each place, int64 [P, K].
-        matrix: which matrices the child at each place votes with, int64 [K].
-        offsets: added to the votes, [K, D].
-        variance_floor, cost_scale, mean_smoothing, normalisation, detach: as in `em_routing`.
-        keep: what the backward pass needs; without it the saved tensors hold the last iteration alone.
+    Shapes: poses [B, I, D], weight [matrices, J, n, n], activations [B, I], betas [J], temperatures [T],
+    initial [P, K], child (which child is at each place) and matrix (which matrices it votes with) int64
+    [P, K] and [K], offsets [K, D]. `keep`: what the backward pass needs; without it the saved tensors hold
+    the last iteration alone.
 
     Returns: poses [B, P * J, D], activations [B, P * J]; and, with types padded to Jp, R of iterations 1 …
         [T - 1, B, P, K, Jp], means and variances [T, B, P, D, Jp], and mass, sum of log deviations and logit
@@ -195,7 +188,7 @@ def em_routing_backward_op(
     read = [poses, weight, activations, beta_u, beta_a, temperatures, initial, child, matrix, offsets]
     gradients = [g_poses, g_activations, g_coupling]
     given = [None if one is None else one.contiguous() for one in (*read, *gradients)]
-    outputs = tuple(torch.zeros_like(one, memory_format=torch.contiguous_format) for one in read[:5])
+    outputs = tuple(torch.zeros(one.shape, dtype=one.dtype) for one in read[:5] if one is not None)
     names = [*_READ.split(), *_BACKWARD.split(), *_SAVED.split()]
     saved = [coupling, mean, variance, stats]
     tensors = dict(zip(names, [*given, *outputs, *saved], strict=True))
@@ -205,17 +198,17 @@ def em_routing_backward_op(
 
 
 @em_routing_op.register_fake
-def _(poses, weight, activations, beta_u, beta_a, temperatures, initial, child, matrix, offsets, variance_floor,
-      cost_scale, mean_smoothing, normalisation, detach, keep):  # type: ignore[no-untyped-def]  # fmt: skip
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    poses, weight, _, _, _, temperatures, _, child, *_, keep = arguments
     return _empty_outputs(poses, weight, temperatures, child, keep)
 
 
 @em_routing_backward_op.register_fake
-def _(g_poses, g_activations, g_coupling, poses, weight, activations, beta_u, beta_a, *rest):  # type: ignore[no-untyped-def]
-    return tuple(torch.empty_like(one) for one in (poses, weight, activations, beta_u, beta_a))
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(one) for one in arguments[3:8])
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, floor, scale, smoothing, normalisation, detach, _ = inputs
     ctx.options = (floor, scale, smoothing, normalisation, detach)
     ctx.set_materialize_grads(False)
@@ -223,7 +216,9 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*tensors, *output[2:])
 
 
-def _backward(ctx, g_poses, g_activations, g_coupling, *_):  # type: ignore[no-untyped-def]
+def _backward(
+    ctx: Any, g_poses: Tensor | None, g_activations: Tensor | None, g_coupling: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
     last = None if g_coupling is None or len(g_coupling) == 0 else g_coupling[-1]
     gradients = em_routing_backward_op(g_poses, g_activations, last, *ctx.saved_tensors, *ctx.options)
     return (*gradients, *([None] * 11))
@@ -270,22 +265,24 @@ def _options(
     }
 
 
-def _call(function, tensors: dict[str, Tensor | None], options: dict[str, int | float]) -> None:  # type: ignore[no-untyped-def]
-    poses, weight, child = tensors["poses"], tensors["weight"], tensors["child"]
-    assert poses is not None and weight is not None and child is not None
-    side = weight.shape[2]
+def _call(
+    function: Callable[..., int], tensors: dict[str, Tensor | None], options: dict[str, int | float]
+) -> None:
+    shapes = {name: one.shape for name, one in tensors.items() if one is not None}
+    (batch, children, dim), (matrices, types, side, _) = shapes["poses"], shapes["weight"]
+    dtype = tensors["poses"].dtype  # type: ignore[union-attr]
     counts = {
-        "batch": poses.shape[0],
-        "children": poses.shape[1],
-        "positions": child.shape[0],
-        "places": child.shape[1],
-        "types": weight.shape[1],
-        "matrices": weight.shape[0],
-        "iterations": tensors["temperatures"].shape[0],  # type: ignore[union-attr]
-        "rows": poses.shape[2] // side,
+        "batch": batch,
+        "children": children,
+        "positions": shapes["child"][0],
+        "places": shapes["child"][1],
+        "types": types,
+        "matrices": matrices,
+        "iterations": shapes["temperatures"][0],
+        "rows": dim // side,
         "side": side,
-        "lanes": lanes(weight.shape[1], poses.dtype),
-        "doubles": poses.dtype == torch.float64,
+        "lanes": lanes(types, dtype),
+        "doubles": dtype == torch.float64,
     }
     pointers = {name: None if one is None else one.data_ptr() for name, one in tensors.items()}
     problem = _Problem(**counts, **options, **pointers)

@@ -1,0 +1,128 @@
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from capsexp.ops.kernels import compiled
+from capsexp.ops.kernels.compiled import NotBuiltError
+
+LOAD = "from capsexp.ops.kernels.compiled import library; library(); print('loaded')"
+needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="needs a C++ compiler")
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """A cache of kernels with nothing in it, and a source that is quick to compile."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    source = tmp_path / "em.cpp"
+    source.write_text('extern "C" int em_forward(const void *) { return 7; }\n')
+    monkeypatch.setattr(compiled, "SOURCE", source)
+    compiled.library.cache_clear()
+    yield tmp_path / "cache"
+    compiled.library.cache_clear()
+
+
+def starting(source, cache, code=LOAD, **environment):
+    prefix = "from pathlib import Path; from capsexp.ops.kernels import compiled; "
+    prefix += f"compiled.SOURCE = Path({str(source)!r}); "
+    return subprocess.Popen(
+        [sys.executable, "-c", prefix + code],
+        env={**os.environ, "TORCH_EXTENSIONS_DIR": str(cache), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@needs_compiler
+def test_the_library_is_built_once_and_says_so(empty_cache, capfd):
+    assert compiled.library().em_forward(None) == 7
+    told = capfd.readouterr().err
+    assert "building EM routing" in told
+    assert str(compiled.library_path()) in told
+    compiled.library.cache_clear()
+    assert compiled.library().em_forward(None) == 7
+    assert capfd.readouterr().err == ""
+    kept = sorted(path.name for path in empty_cache.iterdir())
+    assert kept == sorted([compiled.library_path().name, compiled.library_path().with_suffix(".lock").name])
+
+
+@needs_compiler
+def test_another_source_or_other_flags_are_another_library(empty_cache, monkeypatch):
+    first = compiled.library_path()
+    monkeypatch.setattr(compiled, "FLAGS", [*compiled.FLAGS, "-DX"])
+    second = compiled.library_path()
+    compiled.SOURCE.write_text('extern "C" int em_forward(const void *) { return 8; }\n')
+    assert len({first, second, compiled.library_path()}) == 3
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_processes_that_start_at_once_build_once(empty_cache):
+    processes = [starting(compiled.SOURCE, empty_cache) for _ in range(4)]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [out for out, _ in outputs] == ["loaded\n"] * 4
+    assert sum("building" in err for _, err in outputs) == 1
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_build_that_was_killed_does_not_block_the_next(empty_cache, tmp_path):
+    slow = tmp_path / "slow"
+    slow.write_text(
+        f'#!/bin/sh\ncase "$*" in *-c*) touch {tmp_path}/begun; sleep 600;; esac\nexec g++ "$@"\n'
+    )
+    slow.chmod(0o755)
+    killed = starting(compiled.SOURCE, empty_cache, CXX=str(slow))
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "begun").exists():
+        assert time.monotonic() < deadline
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    begun = time.monotonic()
+    assert compiled.library().em_forward(None) == 7
+    assert time.monotonic() - begun < 120
+    assert not list(empty_cache.glob("*/"))
+
+
+def test_without_a_compiler_the_message_names_it(empty_cache, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(NotBuiltError, match=r"there is no C\+\+ compiler: install g\+\+, or name one in CXX"):
+        compiled.library()
+
+
+@needs_compiler
+def test_an_error_of_the_compiler_is_told(empty_cache):
+    compiled.SOURCE.write_text("this is no C++\n")
+    with pytest.raises(NotBuiltError, match="failed"):
+        compiled.library()
+    assert [path.suffix for path in empty_cache.iterdir()] == [".lock"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(empty_cache):
+    empty_cache.write_text("a file")
+    with pytest.raises(NotBuiltError, match=r"cannot be written .*: set TORCH_EXTENSIONS_DIR"):
+        compiled.library()
+
+
+def test_a_library_that_does_not_load_is_named(empty_cache):
+    empty_cache.mkdir()
+    compiled.library_path().write_text("no library")
+    with pytest.raises(NotBuiltError, match=r"cannot be loaded .*: remove it"):
+        compiled.library()
+
+
+def test_the_environment_is_as_it_was_after_a_build(empty_cache, monkeypatch):
+    monkeypatch.setenv("CXX", "none-such")
+    before = dict(os.environ)
+    if compiled.compiler() is not None:
+        assert isinstance(compiled.library(), ctypes.CDLL)
+    assert dict(os.environ) == before

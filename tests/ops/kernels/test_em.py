@@ -1,0 +1,361 @@
+"""The fused path is held to the plain one, which tests/routing/test_em.py holds to the paper."""
+
+import itertools
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capsexp.capsules import ReceptiveFields
+from capsexp.ops.kernels import em as kernel
+from capsexp.ops.kernels.em import fused_em_routing
+from capsexp.ops.receptive_fields import Grid, of_places, receptive_fields
+from capsexp.ops.votes import MatrixVotes, window_votes
+from capsexp.routing.em import em_routing, initial_shares
+
+PAPERS_LAMBDA = (5.0e-4, 9.75e-4, 1.426e-3, 1.85e-3)
+STRONG = (0.3, 0.5, 0.4, 0.6)  # activations and their competition count
+OPTIONS = {
+    "variance_floor": 0.001,
+    "cost_scale": 0.2,
+    "normalisation": "paper",
+    "mean_smoothing": 0.0,
+    "detach": False,
+}
+SWITCHES = [
+    {},
+    {"normalisation": "types"},
+    {"normalisation": "official_v1"},
+    {"mean_smoothing": 0.3},
+    {"detach": True},
+    {"detach": True, "mean_smoothing": 0.3, "normalisation": "types"},
+    {"initial": "official"},
+    {"variance_floor": 0.3, "cost_scale": 2.0},
+]
+
+
+class Layer(NamedTuple):
+    rows: int = 5
+    columns: int = 4
+    in_types: int = 2
+    kernel: tuple[int, int] = (3, 3)
+    stride: int = 1
+    types: int = 3
+    pose: tuple[int, int] = (4, 4)
+    dense: bool = False  # every parent sees every child, with the matrices of its type, and coordinates
+
+
+LAYERS = [
+    Layer(),
+    Layer(rows=7, columns=6, stride=2, types=5),
+    Layer(in_types=1, kernel=(1, 1), types=1),
+    Layer(rows=3, columns=3, types=16),
+    Layer(types=17),
+    Layer(kernel=(2, 3), stride=3, types=9, pose=(2, 2)),
+    Layer(types=2, pose=(3, 3)),
+    Layer(rows=4, columns=4, types=8, pose=(1, 16)),
+    Layer(dense=True, types=5),
+    Layer(rows=1, columns=1, in_types=1, dense=True, types=1),
+]
+EVERY_LAYER = pytest.mark.parametrize("layer", LAYERS, ids=str)
+
+
+def random(*shape, seed=0, scale=1.0):
+    return scale * torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def fields_of(layer) -> ReceptiveFields:
+    return receptive_fields(Grid(layer.rows, layer.columns), layer.in_types, layer.kernel, layer.stride)
+
+
+def example(layer, *, batch=3, seed=0, scale=1.0, silent=True):
+    """Poses, weight, activations, beta_u, beta_a."""
+    rows, side = layer.pose
+    children = layer.rows * layer.columns * layer.in_types
+    matrices = layer.in_types if layer.dense else fields_of(layer).children.shape[1]
+    activations = random(batch, children, seed=seed + 1).sigmoid()
+    if silent:
+        activations[:, 0] = 0
+    return [
+        random(batch, children, rows * side, seed=seed + 2, scale=scale),
+        torch.eye(side, dtype=torch.float64)
+        + random(matrices, layer.types, side, side, seed=seed + 3, scale=0.3),
+        activations,
+        random(layer.types, seed=seed + 4),
+        random(layer.types, seed=seed + 5),
+    ]
+
+
+def unmade(layer, poses, weight):
+    if not layer.dense:
+        fields = fields_of(layer)
+        return MatrixVotes(poses, weight, torch.arange(len(weight)), fields, None)
+    positions = layer.rows * layer.columns
+    offsets = random(positions * layer.in_types, poses.shape[2], seed=8).to(poses)
+    return MatrixVotes(poses, weight, torch.arange(layer.in_types).repeat(positions), None, offsets)
+
+
+def made(votes):
+    """The votes, [B, P, K, J, D]."""
+    places = votes.poses.unsqueeze(1) if votes.fields is None else of_places(votes.poses, votes.fields)
+    made_ = window_votes(places, votes.weight[votes.matrices])
+    return made_ if votes.offsets is None else made_ + votes.offsets[:, None]
+
+
+def shares(votes, initial):
+    like = votes.poses.new_empty(
+        1, 1 if votes.fields is None else len(votes.fields.children), len(votes.matrices)
+    )
+    return initial_shares(like, votes.weight.shape[1], votes.fields, initial)[0]
+
+
+def lambdas(like, iterations, temperatures):
+    return torch.tensor(temperatures[:iterations]).to(like)
+
+
+def fused(layer, poses, weight, activations, beta_u, beta_a, *, iterations=3, temperatures=STRONG, **changes):
+    options = {**OPTIONS, **changes}
+    votes = unmade(layer, poses, weight)
+    first = shares(votes, options.pop("initial", "paper"))
+    temperature = lambdas(poses, iterations, temperatures)
+    betas = {"beta_u": beta_u, "beta_a": beta_a, "inverse_temperature": temperature}
+    return fused_em_routing(votes, activations, initial=first, **betas, **options)[:3]
+
+
+def plain(layer, poses, weight, activations, beta_u, beta_a, *, iterations=3, temperatures=STRONG, **changes):
+    options = {**OPTIONS, **changes}
+    votes = unmade(layer, poses, weight)
+    return em_routing(
+        made(votes),
+        activations,
+        fields=votes.fields,
+        beta_u=beta_u,
+        beta_a=beta_a,
+        inverse_temperature=lambdas(poses, iterations, temperatures),
+        initial_coupling=options.pop("initial", "paper"),
+        activation="logistic",
+        **options,
+    )[0][:3]
+
+
+def values_and_gradients(run, layer, inputs, **options):
+    """Poses, activations and coupling, then the gradients of a random linear function of them."""
+    inputs = [one.detach().clone().requires_grad_() for one in inputs]
+    results = run(layer, *inputs, **options)
+    loss = sum((one * random(*one.shape, seed=9).to(one)).sum() for one in results)
+    return [*(one.detach() for one in results), *torch.autograd.grad(loss, inputs, materialize_grads=True)]
+
+
+def assert_same(layer, inputs, **options):
+    expected, got = (values_and_gradients(how, layer, inputs, **options) for how in (plain, fused))
+    for one, other in zip(expected, got, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-11 * max(1.0, one.abs().max().item()))
+
+
+@EVERY_LAYER
+@pytest.mark.parametrize("iterations", [1, 2, 3, 4])
+def test_values_and_gradients_are_those_of_the_plain_path(layer, iterations):
+    assert_same(layer, example(layer), iterations=iterations)
+
+
+@pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[4], LAYERS[8]], ids=str)
+@pytest.mark.parametrize("changes", SWITCHES, ids=str)
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_every_switch_does_what_it_does_in_the_plain_path(layer, changes, iterations):
+    assert_same(layer, example(layer), iterations=iterations, **changes)
+
+
+@given(
+    rows=st.integers(1, 6),
+    columns=st.integers(1, 6),
+    in_types=st.integers(1, 3),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.integers(1, 3),
+    types=st.integers(1, 18),
+    pose=st.sampled_from(kernel.SHAPES),
+    dense=st.booleans(),
+    iterations=st.integers(1, 4),
+    switch=st.sampled_from(SWITCHES),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=40, deadline=None)
+def test_layers_of_any_shape_are_routed_as_in_the_plain_path(
+    rows, columns, in_types, kernel, stride, types, pose, dense, iterations, switch, seed
+):
+    window = (min(kernel[0], rows), min(kernel[1], columns))
+    layer = Layer(rows, columns, in_types, window, stride, types, pose, dense)
+    assert_same(
+        layer, example(layer, batch=2, seed=seed, silent=seed % 2 == 0), iterations=iterations, **switch
+    )
+
+
+@pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[8]], ids=str)
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1e3])
+@pytest.mark.parametrize("active", [0.0, 1e-12, 1.0])
+def test_extreme_poses_and_silent_children_are_routed_as_in_the_plain_path(layer, scale, active):
+    poses, weight, activations, *betas = example(layer, scale=scale)
+    inputs = [poses, weight, torch.full_like(activations, active), *betas]
+    weak = {"temperatures": PAPERS_LAMBDA}
+    for expected, got in zip(
+        *(values_and_gradients(how, layer, inputs, **weak) for how in (plain, fused)), strict=True
+    ):
+        assert got.isfinite().all()
+        # With equal votes and hardly any mass the gradients of the poses reach 1e10, and one unit in the last
+        # place of the inputs moves them, in the plain path, by 3e-8 of that.
+        largest = max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-7 * largest)
+
+
+@pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[1], LAYERS[3], LAYERS[7], LAYERS[8]], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"scale": 30.0}, {"normalisation": "official_v1"}], ids=str)
+def test_float32_error_is_at_most_twice_that_of_the_plain_path(layer, changes):
+    scale, options = changes.get("scale", 1.0), {k: v for k, v in changes.items() if k != "scale"}
+    options["temperatures"] = PAPERS_LAMBDA
+    errors = []
+    for seed in range(0, 45, 5):  # the median of some draws: one picture near a tie outweighs all the others
+        inputs = example(layer, batch=4, seed=seed, scale=scale)
+        single = [one.float() for one in inputs]
+        exact, plain_torch, ours = (
+            values_and_gradients(how, layer, one, **options)
+            for how, one in [(plain, [one.double() for one in single]), (plain, single), (fused, single)]
+        )
+        errors.append(
+            [
+                [((one - truth).norm() / truth.norm()).item() for one in both]
+                for truth, *both in zip(exact, plain_torch, ours, strict=True)
+            ]
+        )
+    allowed, got = torch.tensor(errors).median(0).values.unbind(1)
+    assert (got <= 2 * allowed + 1e-7).all(), (got / allowed).tolist()
+
+
+@pytest.mark.parametrize(
+    "layer", [Layer(3, 2, 1, (2, 2), 1, 2, (2, 2)), Layer(2, 1, 1, types=2, dense=True)], ids=str
+)
+@pytest.mark.parametrize("normalisation", kernel.NORMALISATIONS)
+def test_gradients_pass_gradcheck(layer, normalisation):
+    inputs = [one.requires_grad_() for one in example(layer, batch=1)]
+
+    def run(*given_):
+        return fused(layer, *given_, normalisation=normalisation, variance_floor=0.1)
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+@EVERY_LAYER
+def test_every_number_of_the_results_is_written(layer):
+    torch.use_deterministic_algorithms(True)  # fills new memory with what is no number
+    try:
+        assert torch.empty(3).isnan().all()
+        results = values_and_gradients(fused, layer, example(layer))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one in results:
+        assert one.isfinite().all()
+
+
+@pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[8]], ids=str)
+def test_results_do_not_depend_on_the_number_of_threads(layer):
+    inputs, before = [one.float() for one in example(layer, batch=37)], torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(values_and_gradients(fused, layer, inputs))
+    finally:
+        torch.set_num_threads(before)
+    for one, *others in zip(*results, strict=True):
+        for other in others:
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[8]], ids=str)
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+def test_without_gradients_the_same_results_take_less_memory(layer, iterations):
+    inputs = example(layer)
+    with torch.no_grad():
+        alone = fused(layer, *inputs, iterations=iterations)
+    with_gradients = fused(layer, *(one.requires_grad_() for one in inputs), iterations=iterations)
+    for one, other in zip(alone, with_gradients, strict=True):
+        assert torch.equal(one, other)
+    assert alone[2].untyped_storage().nbytes() * max(1, iterations - 1) <= max(
+        with_gradients[2].untyped_storage().nbytes(), alone[2].untyped_storage().nbytes()
+    )
+
+
+def test_an_empty_batch_gives_empty_results():
+    layer = LAYERS[0]
+    results = values_and_gradients(fused, layer, example(layer, batch=0))
+    assert [len(one) for one in results[:3]] == [0, 0, 0]
+    assert not any(one.any() for one in results[3:])
+
+
+def test_a_gradient_that_is_not_asked_for_may_be_missing():
+    layer = LAYERS[0]
+    for only in range(3):
+        grads = []
+        for how in (plain, fused):
+            inputs = [one.requires_grad_() for one in example(layer)]
+            grads.append(
+                torch.autograd.grad(how(layer, *inputs)[only].square().sum(), inputs, materialize_grads=True)
+            )
+        for one, other in zip(*grads, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-11)
+
+
+def test_second_derivatives_are_refused():
+    layer = LAYERS[0]
+    inputs = [one.requires_grad_() for one in example(layer)]
+    (gradient,) = torch.autograd.grad(fused(layer, *inputs)[0].square().sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="em_routing_backward"):
+        torch.autograd.grad(gradient.sum(), inputs[:1])
+
+
+def test_the_operators_keep_the_rules_of_their_framework():
+    layer = LAYERS[0]
+    poses, weight, *others = (one.requires_grad_() for one in example(layer))
+    votes = unmade(layer, poses, weight)
+    arguments = (
+        *(poses, weight, *others, lambdas(poses, 3, STRONG), shares(votes, "paper"), votes.fields.children),
+        *(votes.matrices, None, 0.001, 0.2, 0.0, "paper", False, True),
+    )
+    checked = torch.library.opcheck(
+        kernel.em_routing_op,
+        arguments,
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+    assert set(checked.values()) == {"SUCCESS"}
+
+
+def test_strides_of_the_inputs_do_not_matter():
+    layer = LAYERS[0]
+    inputs = example(layer)
+    odd = [one.transpose(0, -1).contiguous().transpose(0, -1) for one in inputs]
+    assert not odd[0].is_contiguous()
+    for one, other in zip(
+        *(values_and_gradients(fused, layer, given_) for given_ in (inputs, odd)), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("mps", torch.float32, 4, 4), "there is no fused EM routing for mps"),
+        (("cpu", torch.bfloat16, 4, 4), "there is no fused EM routing in torch.bfloat16"),
+        (("cpu", torch.float32, 5, 5), "there is no fused EM routing for poses of 5x5"),
+    ],
+)
+def test_what_there_is_no_code_for_is_named(arguments, reason):
+    assert kernel.why_not_fused(*arguments) == reason
+    assert kernel.why_not_fused("cpu", torch.float32, 4, 4) is None
+
+
+def test_every_shape_of_pose_has_code():
+    for pose, dtype in itertools.product(kernel.SHAPES, (torch.float32, torch.float64)):
+        layer = Layer(pose=pose)
+        inputs = [one.to(dtype) for one in example(layer)]
+        for one, other in zip(plain(layer, *inputs), fused(layer, *inputs), strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4)

@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from capsexp import config
-from capsexp.arguments import parse, plugins, quoted
+from capsexp.arguments import parse, plugins, quoted, value
 from capsexp.errors import UserError
 from capsexp.run_dir import RunDir, new_run_dir
 
@@ -25,7 +25,7 @@ COMMANDS = {
     "eval": "evaluate a trained run: capsexp eval run=DIR [part=test|validation|train] [KEY=VALUE]",
     "predict": "classify pictures: capsexp predict run=DIR FILES… [KEY=VALUE]",
     "data": "data sets: capsexp data list|prepare|verify [NAMES…] [data_root=DIR]",
-    "bench": "speed and memory beside the same network without routing: capsexp bench [GROUP=OPTION]",
+    "bench": "speed and memory beside plain routing: capsexp bench [KEY=VALUE] [compiled=true] [growth=PNG]",
     "doctor": "versions, devices, data sets, compiler, and what each would enable",
 }
 WITHOUT_HYDRAS_HELP = ("eval", "predict", "data", "doctor")
@@ -116,13 +116,22 @@ def _bench(arguments: list[str]) -> int:
     options, flags, overrides = parse(arguments)
     if _only_shows(options):
         return _hand_over([*flags, *overrides], "train", _nothing)
+    picture, compiled = value(overrides, "growth"), value(overrides, "compiled") or False
+    overrides = [text for text in overrides if text.partition("=")[0] not in ("growth", "compiled")]
+    if not isinstance(compiled, bool):
+        raise UserError(f"compiled must be true or false, got {compiled}")
     composed = config.compose(options.config_name or "train", overrides, config_dir=options.config_dir)
     if options.cfg or options.info:
         return _hand_over([*flags, *overrides], "train", _nothing)
     _check(composed, overrides)
+    if picture is not None:
+        from capsexp.growth import growth
+
+        growth(config.plain(composed), Path(str(picture)), plugins=plugins(overrides))
+        return 0
     from capsexp.bench import bench
 
-    bench(config.plain(composed), plugins=plugins(overrides))
+    bench(config.plain(composed), plugins=plugins(overrides), compiled=compiled)
     return 0
 
 

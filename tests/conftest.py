@@ -57,6 +57,13 @@ def tiny_config() -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
+def em_config() -> Callable[..., dict[str, Any]]:
+    """The plain config of a run with EM routing, of embedded digits unless overridden."""
+    always = ("model=em_routing", "device=cpu", "device.allocator=default", "device.threads=1")
+    return lambda *overrides: config.plain(config.compose("train", [*always, *overrides], config_dir=None))
+
+
+@pytest.fixture
 def tiny_parts() -> Callable[..., Parts]:
     return lambda *overrides: components(composed(*overrides), plugins=[])
 

@@ -1,13 +1,25 @@
 import pytest
 
-from capsexp import bench
+from capsexp import bench, measure
+from capsexp.measure import Variant
+
+SPEED = {
+    "batch": 4,
+    "data": 0.01,
+    "training": {"routing": [2.0, 4.0, 8.0], "reference": [4.0, 12.0, 16.0], "no routing": [1.0, 2.0, 4.0]},
+}
+SPEED["inference"] = SPEED["training"]
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(bench, "WARM_UP", 1)
-    monkeypatch.setattr(bench, "REPEATS", 3)
-    monkeypatch.setattr(bench, "_in_process", bench.measure)
+    def here(what, variants, *, plugins):
+        described = {name: tuple(one) for name, one in variants.items()}
+        return measure.measure({"what": what, "variants": described, "plugins": plugins})
+
+    monkeypatch.setattr(measure, "WARM_UP", 1)
+    monkeypatch.setattr(measure, "REPEATS", 3)
+    monkeypatch.setattr(bench, "in_process", here)
     monkeypatch.setenv("COLUMNS", "160")
 
 
@@ -16,38 +28,61 @@ def test_every_figure_of_the_table_comes_from_a_measurement(quick, tiny_config, 
     text = capsys.readouterr().out
     assert "CapsNet" in text
     assert "batch 16" in text
-    for word in ("training images/s", "inference images/s", "data share", "no routing", "ratio"):
+    for word in (
+        *("training images/s", "inference images/s", "data share", "no routing", "ratio to no routing"),
+        *("ratio to reference", "class_caps", "ms/image", "times that of reference"),
+    ):
         assert word in text
+    assert "plain path" not in text
 
 
-def test_the_two_networks_take_turns(quick, tiny_parts):
-    order = []
-    actions = {name: lambda name=name: order.append(name) for name in ("a", "b")}
-    seconds = bench._in_turns(actions, tiny_parts())
-    assert order == ["a", "b"] * 4
-    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+def test_a_layer_that_takes_the_plain_path_is_named_with_the_reason(quick, em_config, capsys):
+    bench.bench(em_config("routing.activation=mixing", "trainer.batch_size=4"), plugins=[])
+    text = capsys.readouterr().out
+    for layer in ("conv_caps_1", "conv_caps_2", "class_caps"):
+        assert (
+            f"{layer}.routing takes the plain path: there is no fused EM routing with activation mixing"
+            in text
+        )
 
 
-def test_the_compared_network_has_the_same_parameters_and_no_votes(tiny_parts):
-    model = tiny_parts().new_model()
-    count = sum(parameter.numel() for parameter in model.parameters())
-    assert bench._routed(model)
-    without = bench._without_routing(model)
-    assert sum(parameter.numel() for parameter in without.parameters()) == count
-    assert not bench._routed(without)
+def test_a_network_is_compared_with_its_plain_form_compiled_or_not(tiny_config):
+    config = tiny_config()
+    assert list(bench.variants_of(config, routed=True, compiled=False)) == [
+        "routing",
+        "reference",
+        "no routing",
+    ]
+    found = bench.variants_of(config, routed=False, compiled=True)
+    assert list(found) == ["routing", "reference", "reference, compiled", "routing, compiled"]
+    assert found["routing"] == Variant(config)
+    for name in ("reference", "reference, compiled"):
+        for node in (found[name].config["routing"], found[name].config["model"]["routing"]):
+            assert node["implementation"] == "reference"
+    plain = tiny_config("routing.implementation=reference")
+    assert list(bench.variants_of(plain, routed=False, compiled=False)) == ["routing"]
 
 
 def test_ratios_are_of_neighbouring_steps():
-    speed = {"training": {"routing": [2.0, 4.0, 8.0], "no routing": [1.0, 2.0, 4.0]}}
-    speed["inference"] = speed["training"]
-    memory = {"routing": {"bytes": 110}, "no routing": {"bytes": 100}}
-    assert bench._ratios("tuned", speed, memory) == ["tuned", "ratio", "0.500", "0.500", "1.10", ""]
+    peaks = {"routing": 110, "no routing": 100, "reference": 1100}
+    assert bench._ratios("tuned", "no routing", SPEED, peaks) == [
+        *("tuned", "ratio to no routing", "0.5", "0.5", "1.100", "")
+    ]
+    assert bench._ratios("tuned", "reference", SPEED, peaks)[2:5] == ["2", "2", "0.100"]
 
 
-def test_a_network_without_routing_is_measured_alone(quick, tiny_config, capsys):
+def test_layers_are_told_in_milliseconds_per_image():
+    measured = {"batch": 4, "class_caps": {"routing": [0.004, 0.008], "reference": [0.016, 0.032]}}
+    assert bench._layer_rows("tuned", measured) == [
+        ["tuned", "class_caps", "routing", "1.500", ""],
+        ["tuned", "class_caps", "reference", "6.000", "4 times that of reference"],
+    ]
+
+
+def test_a_network_without_routing_is_measured_alone(quick, capsys):
     from capsexp import config
 
     overrides = ["device=cpu", "model=cnn_sabour", "model.conv_channels=[2,2]", "model.hidden=[4,4]"]
     settings = config.plain(config.compose("train", [*overrides, "trainer.batch_size=8"], config_dir=None))
     bench.bench(settings, plugins=[])
-    assert "ratio" not in capsys.readouterr().out
+    assert "ratio to" not in capsys.readouterr().out

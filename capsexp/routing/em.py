@@ -261,19 +261,24 @@ class EMRouting(nn.Module):
         """Route votes [B, I, J, D], or [B, P, K, J, D] in a convolutional layer."""
         return self._fit(votes, activations)[0]
 
+    def why_plain(self, weight: Float[Tensor, "W J n n"]) -> str | None:
+        """Why a layer with these matrices takes the plain path; None where it takes the fused one."""
+        if self.implementation == "reference":
+            return "routing.implementation=reference"
+        if self.options["activation"] != FUSED_ACTIVATION:
+            return f"there is no fused EM routing with activation {self.options['activation']}"
+        side = weight.shape[2]
+        return why_not_fused(weight.device.type, weight.dtype, self.pose_dim // side, side)
+
     def makes_votes(self, weight: Float[Tensor, "W J n n"]) -> bool:
         """Whether a layer with these matrices should call `route_unmade`.
 
         Raises: UserError: the implementation is "fused", and that is not to be had here.
         """
-        if self.implementation == "reference" or self.options["activation"] != FUSED_ACTIVATION:
-            return False
-        missing = why_not_fused(
-            weight.device.type, weight.dtype, self.pose_dim // weight.shape[2], weight.shape[2]
-        )
-        if missing is not None and self.implementation == "fused":
-            raise UserError(f"routing.implementation=fused: {missing}")
-        return missing is None
+        reason = self.why_plain(weight)
+        if reason is not None and self.implementation == "fused":
+            raise UserError(f"routing.implementation=fused: {reason}")
+        return reason is None
 
     def route_unmade(self, votes: MatrixVotes, activations: Float[Tensor, "B I"]) -> Routed:
         """Make the votes and route them."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from capsexp.capsules import Capsules, Routed
 from capsexp.layer.balance import balance
 from capsexp.ops.squash import length, squash
-from capsexp.ops.votes import images_per_piece, in_pieces, make_votes, votes_budget
+from capsexp.ops.votes import DenseVotes, images_per_piece, in_pieces, make_votes, votes_budget
 
 
 class ClassCaps(nn.Module):
@@ -50,7 +50,13 @@ class ClassCaps(nn.Module):
 
     def forward(self, capsules: Capsules) -> Routed:
         """Output capsules, and the coupling that made them."""
-        return in_pieces(self._route, capsules.poses, capsules.activations, images=self._images_per_piece())
+        images = self._images_per_piece()
+        makes_votes = getattr(self.routing, "makes_dense_votes", None)
+        if makes_votes is not None and makes_votes(self.weight):
+            with torch.autocast(capsules.poses.device.type, enabled=False):
+                unmade = DenseVotes(capsules.poses.to(self.weight.dtype), self.weight)
+                return self.routing.route_dense(unmade, images=images)  # type: ignore[operator]
+        return in_pieces(self._route, capsules.poses, capsules.activations, images=images)
 
     def calibrate(self, capsules: Capsules) -> None:
         """Let the routing start balanced on these capsules, if it can."""

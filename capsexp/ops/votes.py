@@ -26,6 +26,13 @@ class MatrixVotes(NamedTuple):
     """Added to the votes of the child at each place."""
 
 
+class DenseVotes(NamedTuple):
+    """Votes with one matrix per pair of capsules that are not made yet."""
+
+    poses: Float[Tensor, "B I K"]
+    weight: Float[Tensor, "I K J D"]
+
+
 def make_votes(poses: Float[Tensor, "B I K"], weight: Float[Tensor, "I K J D"]) -> Float[Tensor, "B I J D"]:
     """Multiply every pose with the matrices of its capsule: one batched product over I.
 

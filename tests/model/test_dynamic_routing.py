@@ -175,7 +175,7 @@ def test_channels_last_gives_the_same_output():
 
 
 def test_autocast_routes_in_float32():
-    net, images = network(*THIN), pictures(2, *MNIST)
+    net, images = network(*THIN, "routing.implementation=reference"), pictures(2, *MNIST)
     seen = []
     net.class_caps.routing.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
@@ -186,7 +186,8 @@ def test_autocast_routes_in_float32():
 
 
 def test_a_hundred_classes_train_within_the_budget_for_votes():
-    net = network(*SMALL, "model.votes_mib=1", image_shape=(1, 8, 8), classes=100)
+    plain = ("model.votes_mib=1", "routing.implementation=reference")
+    net = network(*SMALL, *plain, image_shape=(1, 8, 8), classes=100)
     sizes = []
     net.class_caps.routing.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].nbytes))
     net(pictures(4, 1, 8, 8), torch.arange(4)).scores.sum().backward()

@@ -15,7 +15,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("em.cpp")
+import torch
+
+SOURCES = [Path(__file__).with_name(name) for name in ("em.cpp", "dynamic.cpp")]
+HEADERS = [Path(__file__).with_name("vectors.h")]
 # Apple's clang has no OpenMP of its own: there the kernel runs on one thread.
 THREADS = ["-fopenmp"] if sys.platform.startswith("linux") else []
 FLAGS = [
@@ -46,9 +49,10 @@ def compiler() -> str | None:
 def library_path() -> Path:
     """Where this source, with these flags on this processor, is kept once it is built."""
     folder = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/capsexp/kernels"
-    described = SOURCE.read_text() + " ".join(FLAGS) + platform.machine() + _processor()
+    text = "".join(path.read_text() for path in (*SOURCES, *HEADERS))
+    described = text + " ".join(FLAGS) + platform.machine() + _processor()
     key = hashlib.sha256(described.encode()).hexdigest()[:16]
-    return Path(folder).expanduser() / f"capsexp_em_{key}.so"
+    return Path(folder).expanduser() / f"capsexp_{key}.so"
 
 
 @functools.cache
@@ -65,6 +69,22 @@ def library() -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise NotBuiltError(f"{path} cannot be loaded ({error}): remove it") from None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def why_no_library(cost: str) -> str | None:
+    """Why there is no library, told on stderr the first time, with what that costs; None: there is one."""
+    return _why_no_library(cost)
+
+
+@functools.cache
+def _why_no_library(cost: str) -> str | None:
+    try:
+        library()
+    except NotBuiltError as error:
+        print(f"capsexp: {cost}: {error}", file=sys.stderr, flush=True)
+        return str(error)
+    return None
 
 
 def _build(path: Path) -> None:
@@ -96,7 +116,7 @@ def _alone(path: Path) -> Iterator[None]:
 def _compile(path: Path, found: str) -> None:
     from torch.utils import cpp_extension
 
-    print(f"capsexp: building EM routing for this processor with {found}, once; about half a minute …",
+    print(f"capsexp: building the routing for this processor with {found}, once; about half a minute …",
           file=sys.stderr, flush=True)  # fmt: skip
     begun = time.monotonic()
     for left in path.parent.glob(f"{path.stem}-*"):  # by a build that was killed
@@ -105,7 +125,7 @@ def _compile(path: Path, found: str) -> None:
         try:
             cpp_extension.load(
                 path.stem,
-                [str(SOURCE)],
+                [str(path) for path in SOURCES],
                 extra_cflags=FLAGS,
                 extra_ldflags=THREADS,
                 build_directory=folder,

@@ -1,8 +1,6 @@
 """EM routing of a layer as an operator that makes the votes itself: C++ on a CPU."""
 
 import ctypes
-import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from capsexp.capsules import Routed
-from capsexp.ops.kernels.compiled import NotBuiltError, library
+from capsexp.ops.kernels.compiled import library, why_no_library
 from capsexp.ops.votes import MatrixVotes
 
 FUSED_ACTIVATION = "logistic"
@@ -88,7 +86,6 @@ def fused_em_routing(
     return Routed(poses, parents, last if fields is not None else last.squeeze(1), fields)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_not_fused(device: str, dtype: torch.dtype, rows: int, side: int) -> str | None:
     """What stands in the way of `fused_em_routing`, told on stderr the first time; None: nothing."""
     if device != "cpu":
@@ -97,21 +94,7 @@ def why_not_fused(device: str, dtype: torch.dtype, rows: int, side: int) -> str 
         return f"there is no fused EM routing in {dtype}"
     if (rows, side) not in SHAPES:
         return f"there is no fused EM routing for poses of {rows}x{side}"
-    return _why_no_library()
-
-
-@functools.cache
-def _why_no_library() -> str | None:
-    try:
-        library()
-    except NotBuiltError as error:
-        print(
-            f"capsexp: EM routing takes the plain path, 10 to 20 times as slow: {error}",
-            file=sys.stderr,
-            flush=True,
-        )
-        return str(error)
-    return None
+    return why_no_library("EM routing takes the plain path, 10 to 20 times as slow")
 
 
 def lanes(types: int, dtype: torch.dtype) -> int:

@@ -21,7 +21,7 @@ def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     source = tmp_path / "em.cpp"
     source.write_text('extern "C" int em_forward(const void *) { return 7; }\n')
-    monkeypatch.setattr(compiled, "SOURCE", source)
+    monkeypatch.setattr(compiled, "SOURCES", [source])
     compiled.library.cache_clear()
     yield tmp_path / "cache"
     compiled.library.cache_clear()
@@ -29,7 +29,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 def starting(source, cache, code=LOAD, **environment):
     prefix = "from pathlib import Path; from capsexp.ops.kernels import compiled; "
-    prefix += f"compiled.SOURCE = Path({str(source)!r}); "
+    prefix += f"compiled.SOURCES = [Path({str(source)!r})]; "
     return subprocess.Popen(
         [sys.executable, "-c", prefix + code],
         env={**os.environ, "TORCH_EXTENSIONS_DIR": str(cache), **environment},
@@ -44,7 +44,7 @@ def starting(source, cache, code=LOAD, **environment):
 def test_the_library_is_built_once_and_says_so(empty_cache, capfd):
     assert compiled.library().em_forward(None) == 7
     told = capfd.readouterr().err
-    assert "building EM routing" in told
+    assert "building the routing" in told
     assert str(compiled.library_path()) in told
     compiled.library.cache_clear()
     assert compiled.library().em_forward(None) == 7
@@ -58,14 +58,14 @@ def test_another_source_or_other_flags_are_another_library(empty_cache, monkeypa
     first = compiled.library_path()
     monkeypatch.setattr(compiled, "FLAGS", [*compiled.FLAGS, "-DX"])
     second = compiled.library_path()
-    compiled.SOURCE.write_text('extern "C" int em_forward(const void *) { return 8; }\n')
+    compiled.SOURCES[0].write_text('extern "C" int em_forward(const void *) { return 8; }\n')
     assert len({first, second, compiled.library_path()}) == 3
 
 
 @needs_compiler
 @pytest.mark.slow
 def test_processes_that_start_at_once_build_once(empty_cache):
-    processes = [starting(compiled.SOURCE, empty_cache) for _ in range(4)]
+    processes = [starting(compiled.SOURCES[0], empty_cache) for _ in range(4)]
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [out for out, _ in outputs] == ["loaded\n"] * 4
     assert sum("building" in err for _, err in outputs) == 1
@@ -79,7 +79,7 @@ def test_a_build_that_was_killed_does_not_block_the_next(empty_cache, tmp_path):
         f'#!/bin/sh\ncase "$*" in *-c*) touch {tmp_path}/begun; sleep 600;; esac\nexec g++ "$@"\n'
     )
     slow.chmod(0o755)
-    killed = starting(compiled.SOURCE, empty_cache, CXX=str(slow))
+    killed = starting(compiled.SOURCES[0], empty_cache, CXX=str(slow))
     deadline = time.monotonic() + 120
     while not (tmp_path / "begun").exists():
         assert time.monotonic() < deadline
@@ -101,7 +101,7 @@ def test_without_a_compiler_the_message_names_it(empty_cache, monkeypatch):
 
 @needs_compiler
 def test_an_error_of_the_compiler_is_told(empty_cache):
-    compiled.SOURCE.write_text("this is no C++\n")
+    compiled.SOURCES[0].write_text("this is no C++\n")
     with pytest.raises(NotBuiltError, match="failed"):
         compiled.library()
     assert [path.suffix for path in empty_cache.iterdir()] == [".lock"]

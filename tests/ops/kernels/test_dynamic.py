@@ -1,0 +1,215 @@
+"""The fused layer is held to the plain one, which tests/routing/test_dynamic.py holds to the paper."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capsexp.capsules import Capsules
+from capsexp.layer.class_caps import ClassCaps
+from capsexp.ops.kernels.dynamic import dynamic_routing_op
+from capsexp.routing.dynamic import DynamicRouting
+
+# children, their numbers, parents, numbers of a pose
+SHAPES = [
+    (7, 5, 3, 16),
+    (1, 1, 1, 4),
+    (6, 3, 10, 16),
+    (5, 4, 9, 8),
+    (4, 2, 5, 12),
+    (3, 8, 17, 32),
+    (2, 3, 1, 4),
+]
+SWITCHES = [
+    {},
+    {"leaky": True},
+    {"detach": True},
+    {"prior": "learned"},
+    {"bias": True},
+    {"prior": "learned", "bias": True, "leaky": True},
+    {"prior": "learned", "detach": True},
+]
+
+
+def layer_of(shape, *, implementation="fused", iterations=3, votes_mib=None, dtype=torch.float64, **changes):
+    children, numbers, parents, dim = shape
+    switches = {"prior": "zero", "bias": False, "leaky": False, "detach": False, **changes}
+    routing = functools.partial(
+        DynamicRouting, iterations=iterations, implementation=implementation, **switches
+    )
+    torch.manual_seed(0)
+    layer = ClassCaps(children, numbers, parents, dim, routing=routing, votes_mib=votes_mib)
+    if layer.routing.prior is not None:
+        torch.nn.init.normal_(layer.routing.prior)
+    return layer.to(dtype)
+
+
+def inputs_for(shape, batch=3, scale=1.0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    poses = scale * torch.randn(batch, *shape[:2], dtype=torch.float64, generator=generator)
+    poses[:, 0] = 0  # a silent child
+    return poses.to(dtype)
+
+
+def values_and_gradients(layer, poses):
+    """Poses, activations and coupling, then the gradients of a random linear function of them."""
+    poses = poses.clone().requires_grad_()
+    results = layer(Capsules(poses, poses.norm(dim=2)))[:3]
+    generator = torch.Generator().manual_seed(2)
+    weights = (torch.randn(one.shape, generator=generator, dtype=torch.float64) for one in results)
+    loss = sum((one * weight.to(one)).sum() for one, weight in zip(results, weights, strict=True))
+    gradients = torch.autograd.grad(loss, [poses, *layer.parameters()], materialize_grads=True)
+    return [*(one.detach() for one in results), *gradients]
+
+
+def assert_same(shape, **options):
+    expected, got = (
+        values_and_gradients(layer_of(shape, implementation=one, **options), inputs_for(shape))
+        for one in ("reference", "fused")
+    )
+    for one, other in zip(expected, got, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("iterations", [1, 2, 3, 5])
+def test_values_and_gradients_are_those_of_the_plain_path(shape, iterations):
+    assert layer_of(shape).routing.makes_dense_votes(layer_of(shape).weight)
+    assert_same(shape, iterations=iterations)
+
+
+@pytest.mark.parametrize("changes", SWITCHES, ids=str)
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("votes_mib", [None, 1e-6])  # 1e-6: one picture at a time
+def test_every_switch_does_what_it_does_in_the_plain_path(changes, iterations, votes_mib):
+    assert_same(SHAPES[0], iterations=iterations, votes_mib=votes_mib, **changes)
+
+
+@given(
+    children=st.integers(1, 9),
+    numbers=st.integers(1, 9),
+    parents=st.integers(1, 18),
+    quarter=st.integers(1, 5),
+    iterations=st.integers(1, 4),
+    switch=st.sampled_from(SWITCHES),
+)
+@settings(max_examples=30, deadline=None)
+def test_layers_of_any_shape_are_routed_as_in_the_plain_path(
+    children, numbers, parents, quarter, iterations, switch
+):
+    assert_same((children, numbers, parents, 4 * quarter), iterations=iterations, **switch)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1e3])
+def test_extreme_poses_are_routed_as_in_the_plain_path(scale):
+    shape = SHAPES[2]
+    results = [
+        values_and_gradients(layer_of(shape, implementation=one), inputs_for(shape, scale=scale))
+        for one in ("reference", "fused")
+    ]
+    for one, other in zip(*results, strict=True):
+        assert other.isfinite().all()
+        torch.testing.assert_close(other, one, rtol=1e-8, atol=1e-10 * max(1.0, one.abs().max().item()))
+
+
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+def test_float32_error_is_at_most_twice_that_of_the_plain_path(scale):
+    shape = (40, 8, 10, 16)
+    poses = inputs_for(shape, batch=8, scale=scale, dtype=torch.float32)
+    exact = layer_of(shape, implementation="reference", dtype=torch.float32).double()
+    truth = values_and_gradients(exact, poses.double())
+    errors = [
+        [
+            ((one - right).norm() / right.norm()).item()
+            for one, right in zip(
+                values_and_gradients(layer_of(shape, implementation=how, dtype=torch.float32), poses),
+                truth,
+                strict=True,
+            )
+        ]
+        for how in ("reference", "fused")
+    ]
+    for allowed, got in zip(*errors, strict=True):
+        assert got <= 2 * allowed + 1e-7
+
+
+def test_gradients_pass_gradcheck():
+    layer = layer_of((3, 2, 3, 4), prior="learned", bias=True)
+    poses = inputs_for((3, 2, 3, 4), batch=2).requires_grad_()
+    given_ = (poses, layer.weight, layer.routing.prior, layer.routing.bias)
+
+    def run(*inputs):
+        coupling, _, routed = dynamic_routing_op(*inputs, 3, False, False, 1)
+        return routed[-1], coupling[-1]
+
+    assert torch.autograd.gradcheck(run, given_)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_number_of_the_results_is_written(shape):
+    torch.use_deterministic_algorithms(True)  # fills new memory with what is no number
+    try:
+        assert torch.empty(3).isnan().all()
+        results = values_and_gradients(layer_of(shape, prior="learned", bias=True), inputs_for(shape))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one in results:
+        assert one.isfinite().all()
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            poses = inputs_for(SHAPES[2], batch=37, dtype=torch.float32)
+            results.append(values_and_gradients(layer_of(SHAPES[2], dtype=torch.float32), poses))
+    finally:
+        torch.set_num_threads(before)
+    for one, *others in zip(*results, strict=True):
+        for other in others:
+            assert torch.equal(one, other)
+
+
+def test_an_empty_batch_gives_empty_results():
+    results = values_and_gradients(
+        layer_of(SHAPES[0], prior="learned", bias=True), inputs_for(SHAPES[0], batch=0)
+    )
+    assert [len(one) for one in results[:3]] == [0, 0, 0]
+    assert not any(one.any() for one in results[4:])
+
+
+def test_poses_that_there_is_no_code_for_take_the_plain_path():
+    shape = (5, 3, 4, 6)
+    assert not layer_of(shape).routing.makes_dense_votes(layer_of(shape).weight)
+    assert_same(shape)
+
+
+def test_second_derivatives_are_refused():
+    layer, poses = layer_of(SHAPES[0]), inputs_for(SHAPES[0]).requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        layer(Capsules(poses, poses.norm(dim=2))).poses.sum(), poses, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="dynamic_routing_backward"):
+        torch.autograd.grad(gradient.sum(), poses)
+
+
+def test_the_operator_keeps_the_rules_of_its_framework():
+    layer = layer_of(SHAPES[0], prior="learned", bias=True)
+    given_ = (inputs_for(SHAPES[0]).requires_grad_(), layer.weight, layer.routing.prior, layer.routing.bias)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    checked = torch.library.opcheck(dynamic_routing_op, (*given_, 3, False, False, 2), test_utils=tests)
+    assert set(checked.values()) == {"SUCCESS"}
+
+
+@pytest.mark.compile
+def test_torch_compile_takes_the_fused_layer_as_a_whole():
+    layer, poses = layer_of(SHAPES[0], prior="learned", bias=True), inputs_for(SHAPES[0])
+    expected = values_and_gradients(layer, poses)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True)
+    compiled.routing = layer.routing
+    for one, other in zip(expected, values_and_gradients(compiled, poses), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-11)

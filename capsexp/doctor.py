@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import shutil
 from collections.abc import Mapping
 
 import torch
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from capsexp.data import Dataset
 from capsexp.device import available, best, has_tunable_allocator
+from capsexp.ops.kernels.compiled import compiler, library_path
 from capsexp.prepare import list_datasets
 from capsexp.run_dir import PACKAGES
 
@@ -19,7 +19,7 @@ from capsexp.run_dir import PACKAGES
 def report(datasets: Mapping[str, Dataset]) -> None:
     """Print versions, devices, data sets, compiler and allocator, each with what it enables."""
     table = Table("part", "found", "what follows")
-    for row in (*_versions(), *_devices(), _compiler(), _allocator(), *_data(datasets)):
+    for row in (*_versions(), *_devices(), _compiler(), _library(), _allocator(), *_data(datasets)):
         table.add_row(*row)
     Console().print(table)
 
@@ -49,11 +49,18 @@ def _detail(name: str) -> str:
 
 
 def _compiler() -> tuple[str, str, str]:
-    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
-    found = next((path for name in names if name and (path := shutil.which(name))), None)
+    found = compiler()
     if found is None:
-        return ("compiler", "none", "trainer.compile=true does not work on the CPU: install g++")
-    return ("compiler", found, "trainer.compile=true works on the CPU")
+        return ("compiler", "none", "no fused routing and no trainer.compile=true on the CPU: install g++")
+    return ("compiler", found, "fused routing and trainer.compile=true work on the CPU")
+
+
+def _library() -> tuple[str, str, str]:
+    path = library_path()
+    if path.exists():
+        return ("fused routing", str(path), "built for this processor; EM and dynamic routing use it")
+    builds = "built when it is first used, in half a minute"
+    return ("fused routing", "not built yet", builds if compiler() else "EM routing takes the plain path")
 
 
 def _allocator() -> tuple[str, str, str]:

@@ -37,7 +37,7 @@ namespace {
 
 enum Normalisation { PAPER = 0, TYPES = 1, OFFICIAL_V1 = 2 };
 constexpr double SMALLEST_MASS = 1e-8;  // as in capsexp/routing/em.py
-constexpr int64_t GROUPS = 32;          // of images, each with a gradient of its own: the sum of these does not
+constexpr int64_t GROUPS = 16;          // of images, each with a gradient of its own: the sum of these does not
                                         // depend on the number of threads
 
 template <typename T, int W, int ROWS, int SIDE> struct Layer {

@@ -1,5 +1,6 @@
 """Dynamic routing: couplings follow the agreement between a vote and the parent's pose."""
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -178,16 +179,12 @@ class _FusedRouting(torch.autograd.Function):
         detach: bool,
     ) -> tuple[Float[Tensor, "B J D"], Float[Tensor, "B J I"]]:
         votes = votes.contiguous()  # already so, if `make_votes` made them
-        logits = None if prior is None else prior.T.expand(votes.shape[:3])
-        passes: list[Tensor] = []
-        for iteration in range(iterations):
-            if iteration > 0:
-                agreement = _agreement(votes, passes[-1])
-                logits = agreement if logits is None else logits + agreement
-            coupling = _coupling(logits, votes, leaky=leaky)
-            total = _weighted_sum(coupling, votes)
-            total = total if bias is None else total + bias
-            passes += [coupling, total, squash(total)]
+        if has_kernels(votes):
+            from capsexp.ops.kernels.dynamic_triton import dynamic_forward
+
+            passes = dynamic_forward(votes, prior, bias, iterations, leaky)
+        else:
+            passes = _passes(votes, prior, bias, iterations, leaky)
         ctx.save_for_backward(votes, *(passes[-3:] if detach else passes))
         ctx.set_materialize_grads(False)
         return passes[-1], passes[-3]
@@ -196,6 +193,11 @@ class _FusedRouting(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_poses: Tensor | None, d_coupling: Tensor | None) -> tuple[Tensor | None, ...]:
         votes, *saved = ctx.saved_tensors
+        if has_kernels(votes):
+            from capsexp.ops.kernels.dynamic_triton import dynamic_backward
+
+            gradients = dynamic_backward(votes, saved, d_poses, d_coupling, ctx.needs_input_grad[1])
+            return *gradients, None, None, None
         passes = list(zip(saved[0::3], saved[1::3], saved[2::3], strict=True))
         d_logits: Tensor | None = None  # G of the pass after this one
         d_totals: list[Tensor] = []
@@ -217,6 +219,32 @@ class _FusedRouting(torch.autograd.Function):
         d_prior = d_logits.sum(0).T if ctx.needs_input_grad[1] and d_logits is not None else None
         d_bias = torch.stack(d_totals).sum((0, 1)) if ctx.needs_input_grad[2] else None
         return d_votes, d_prior, d_bias, None, None, None
+
+
+def _passes(
+    votes: Float[Tensor, "B J I D"],
+    prior: Float[Tensor, "I J"] | None,
+    bias: Float[Tensor, "J D"] | None,
+    iterations: int,
+    leaky: bool,
+) -> list[Tensor]:
+    """Of every pass, one after the other: coupling, sum s_j, pose."""
+    logits = None if prior is None else prior.T.expand(votes.shape[:3])
+    passes: list[Tensor] = []
+    for iteration in range(iterations):
+        if iteration > 0:
+            agreement = _agreement(votes, passes[-1])
+            logits = agreement if logits is None else logits + agreement
+        coupling = _coupling(logits, votes, leaky=leaky)
+        total = _weighted_sum(coupling, votes)
+        total = total if bias is None else total + bias
+        passes += [coupling, total, squash(total)]
+    return passes
+
+
+def has_kernels(votes: Tensor) -> bool:
+    """Whether the passes over these votes are Triton's."""
+    return votes.is_cuda and importlib.util.find_spec("triton") is not None
 
 
 def _weighted_sum(weights: Float[Tensor, "B J I"], votes: Float[Tensor, "B J I D"]) -> Float[Tensor, "B J D"]:

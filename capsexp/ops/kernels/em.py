@@ -1,6 +1,7 @@
-"""EM routing of a layer as an operator that makes the votes itself: C++ on a CPU."""
+"""EM routing of a layer as an operator that makes the votes itself: C++ on a CPU, Triton on CUDA."""
 
 import ctypes
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -88,12 +89,14 @@ def fused_em_routing(
 
 def why_not_fused(device: str, dtype: torch.dtype, rows: int, side: int) -> str | None:
     """What stands in the way of `fused_em_routing`, told on stderr the first time; None: nothing."""
-    if device != "cpu":
+    if device not in ("cpu", "cuda"):
         return f"there is no fused EM routing for {device}"
     if dtype not in (torch.float32, torch.float64):
         return f"there is no fused EM routing in {dtype}"
     if (rows, side) not in SHAPES:
         return f"there is no fused EM routing for poses of {rows}x{side}"
+    if device == "cuda":
+        return None if importlib.util.find_spec("triton") else "Triton is not installed"
     return why_no_library("EM routing takes the plain path, 10 to 20 times as slow")
 
 
@@ -142,6 +145,13 @@ def em_routing_op(
     return outputs
 
 
+@em_routing_op.register_kernel("cuda")
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    from capsexp.ops.kernels.em_triton import em_forward
+
+    return em_forward(*arguments)
+
+
 @torch.library.custom_op("capsexp::em_routing_backward", mutates_args=(), device_types="cpu")
 def em_routing_backward_op(
     g_poses: Tensor | None,
@@ -180,6 +190,13 @@ def em_routing_backward_op(
     return outputs  # type: ignore[return-value]
 
 
+@em_routing_backward_op.register_kernel("cuda")
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    from capsexp.ops.kernels.em_triton import em_backward
+
+    return em_backward(*arguments)
+
+
 @em_routing_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     poses, weight, _, _, _, temperatures, _, child, *_, keep = arguments
@@ -216,8 +233,11 @@ def _empty_outputs(
     batch, _, dim = poses.shape
     positions, places = child.shape
     types, iterations = weight.shape[1], temperatures.shape[0]
-    width = lanes(types, poses.dtype)
-    padded = -(-types // width) * width
+    if poses.device.type == "cuda":
+        padded = 1 << (types - 1).bit_length()  # a block of Triton's is a power of two
+    else:
+        width = lanes(types, poses.dtype)
+        padded = -(-types // width) * width
     slots, steps = (iterations, iterations - 1) if keep else (1, min(1, iterations - 1))
     return (
         poses.new_empty(batch, positions * types, dim),

@@ -128,12 +128,12 @@ def in_turns(actions: Mapping[str, Callable[[], object]], parts: Parts) -> dict[
 
 
 def training_step(parts: Parts, model: nn.Module, batches: Batches) -> Callable[[], object]:
-    """One step of the training loop on a fixed batch."""
+    """One step of the training loop on a fixed batch, of those that are not logged."""
     optimizer = parts.new_optimizer(model.parameters(), lr=parts.learning_rate(STEP))
     batch = next(batches.training(0))
 
     def step() -> None:
-        gradients(model, parts.loss, batch, STEP, parts.trainer)
+        gradients(model, parts.loss, batch, STEP, parts.trainer, layers=False)
         gradient_norm(model, parts.trainer.grad_clip)
         optimizer.step()
 

@@ -108,7 +108,8 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
                 learning_rate = parts.learning_rate(step)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
-                told = gradients(forward, parts.loss, batch, step, settings)
+                logged = (state.step + 1) % settings.log_every == 0 or state.step + 1 == total
+                told = gradients(forward, parts.loss, batch, step, settings, layers=logged)
                 told["gradient_norm"] = gradient_norm(model, settings.grad_clip)
                 _refuse_non_finite(told, batch, state.step, run)
                 optimizer.step()
@@ -119,7 +120,7 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
                 shown = {name: told[name] for name in told if "/" not in name and name != "gradient_norm"}
                 place = {"epoch": state.epoch + 1, "epochs": settings.max_epochs}
                 reporter.step(state.step, **place, figures=shown, pictures=len(batch.labels))
-                if state.step % settings.log_every == 0 or state.step == total:
+                if logged:
                     scheduled = {"learning_rate": learning_rate, **parts.loss.scheduled(step), **moved}
                     values = {**_prefixed("train", told), **_prefixed("schedule", scheduled)}
                     record.metrics(state.step, values, epoch=state.epoch + 1)
@@ -202,8 +203,10 @@ def _moving_average(model: nn.Module, decay: float | None) -> AveragedModel | No
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
 
 
-def gradients(model: nn.Module, loss: Loss, batch: Batch, step: Step, settings: Trainer) -> dict[str, float]:
-    """Leave the gradient of the batch's mean loss in the parameters; return the batch's figures."""
+def gradients(
+    model: nn.Module, loss: Loss, batch: Batch, step: Step, settings: Trainer, *, layers: bool = True
+) -> dict[str, float]:
+    """Leave the gradient of the batch's mean loss in the parameters; return the batch's `figures`."""
     model.zero_grad(set_to_none=True)
     told: dict[str, float] = {}
     for part in _parts_of(batch, settings.accumulate):
@@ -213,7 +216,7 @@ def gradients(model: nn.Module, loss: Loss, batch: Batch, step: Step, settings: 
             terms = loss(output, part, step)
         total = torch.stack(list(terms.values())).sum()
         (total * share if share < 1 else total).backward()
-        for name, value in figures(output, part, terms).items():
+        for name, value in figures(output, part, terms, layers=layers).items():
             told[name] = told.get(name, 0.0) + share * value
     return told
 

@@ -238,6 +238,29 @@ def test_a_resumed_run_that_is_already_too_long_trains_no_further(
     assert "test/accuracy" in metrics_of(tmp_path)[-1]
 
 
+def test_layers_are_told_of_at_the_steps_that_are_logged(tmp_path, train_tiny, metrics_of):
+    train_tiny(tmp_path, "trainer.max_epochs=1", "trainer.log_every=2")
+    rows = [row for row in metrics_of(tmp_path) if "train/accuracy" in row]
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    for row in rows:
+        assert 0 <= row["train/coupling_entropy/class_caps"] <= 1
+        assert 0 <= row["train/active/primary_caps"] <= 1
+
+
+def test_what_is_told_of_layers_changes_nothing_else(tiny_parts):
+    parts = tiny_parts()
+    batch = next(parts.batches(parts.dataset.read("train"), limit=None).training(0))
+    told = []
+    for layers in (True, False):
+        torch.manual_seed(0)
+        model = parts.new_model()
+        told.append(gradients(model, parts.loss, batch, Step(0, 1), parts.trainer, layers=layers))
+    assert told[1] == {name: told[0][name] for name in told[1]}
+    assert {name.partition("/")[0] for name in told[0].keys() - told[1].keys()} == {
+        *("activation", "active", "coupling_entropy")
+    }
+
+
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(tiny_parts):
     parts = tiny_parts()
     parts.trainer.batch_size = 101

@@ -196,8 +196,9 @@ class _FusedRouting(torch.autograd.Function):
         if has_kernels(votes):
             from capsexp.ops.kernels.dynamic_triton import dynamic_backward
 
-            gradients = dynamic_backward(votes, saved, d_poses, d_coupling, ctx.needs_input_grad[1])
-            return *gradients, None, None, None
+            for_prior, for_bias = ctx.needs_input_grad[1:3]
+            d_votes, d_prior, d_bias = dynamic_backward(votes, saved, d_poses, d_coupling, for_prior)
+            return d_votes, d_prior, d_bias if for_bias else None, None, None, None
         passes = list(zip(saved[0::3], saved[1::3], saved[2::3], strict=True))
         d_logits: Tensor | None = None  # G of the pass after this one
         d_totals: list[Tensor] = []

@@ -87,8 +87,8 @@ def _(inputs: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, weight = arguments[2:4]
     children, _, parents, dim = weight.shape
-    like = torch.empty_like
-    return like(inputs), like(weight), weight.new_empty(children, parents), weight.new_empty(parents, dim)
+    shapes = (inputs.shape, weight.shape, (children, parents), (parents, dim))
+    return tuple(weight.new_empty(shape) for shape in shapes)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -91,7 +91,8 @@ def why_not_fused(device: str, dtype: torch.dtype, rows: int, side: int) -> str 
     """What stands in the way of `fused_em_routing`, told on stderr the first time; None: nothing."""
     if device not in ("cpu", "cuda"):
         return f"there is no fused EM routing for {device}"
-    if dtype not in (torch.float32, torch.float64):
+    halves = (torch.bfloat16, torch.float16) if device == "cuda" else ()
+    if dtype not in (torch.float32, torch.float64, *halves):
         return f"there is no fused EM routing in {dtype}"
     if (rows, side) not in SHAPES:
         return f"there is no fused EM routing for poses of {rows}x{side}"
@@ -205,7 +206,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 @em_routing_backward_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(one) for one in arguments[3:8])
+    return tuple(one.new_empty(one.shape) for one in arguments[3:8])  # contiguous, whatever they are
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -239,14 +240,16 @@ def _empty_outputs(
         width = lanes(types, poses.dtype)
         padded = -(-types // width) * width
     slots, steps = (iterations, iterations - 1) if keep else (1, min(1, iterations - 1))
-    return (
-        poses.new_empty(batch, positions * types, dim),
-        poses.new_empty(batch, positions * types),
-        poses.new_empty(steps, batch, positions, places, padded),
-        poses.new_empty(slots, batch, positions, dim, padded),
-        poses.new_empty(slots, batch, positions, dim, padded),
-        poses.new_empty(slots, batch, positions, 3, padded),
+    shapes = (
+        (batch, positions * types, dim),
+        (batch, positions * types),
+        (steps, batch, positions, places, padded),
+        (slots, batch, positions, dim, padded),
+        (slots, batch, positions, dim, padded),
+        (slots, batch, positions, 3, padded),
     )
+    dtype = torch.promote_types(poses.dtype, torch.float32)
+    return tuple(poses.new_empty(shape, dtype=dtype) for shape in shapes)  # type: ignore[return-value]
 
 
 def _options(

@@ -16,7 +16,7 @@ template <> struct Bits<float> { using type = int32_t; };
 template <> struct Bits<double> { using type = int64_t; };
 
 template <typename T, int W, int... I>
-inline typename Lanes<T, W / 2>::type half(typename Lanes<T, W>::type v, int, std::integer_sequence<int, I...>) {
+inline typename Lanes<T, W / 2>::type lower(typename Lanes<T, W>::type v, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(v, v, I...);
 }
 template <typename T, int W, int... I>
@@ -25,7 +25,7 @@ inline typename Lanes<T, W / 2>::type upper(typename Lanes<T, W>::type v, std::i
 }
 template <typename T, int W> inline typename Lanes<T, W / 2>::type folded(typename Lanes<T, W>::type v) {
   using Seq = std::make_integer_sequence<int, W / 2>;
-  return half<T, W>(v, 0, Seq()) + upper<T, W>(v, Seq());
+  return lower<T, W>(v, Seq()) + upper<T, W>(v, Seq());
 }
 template <typename T, int W> inline typename Lanes<T, 4>::type to_four(typename Lanes<T, W>::type v) {
   if constexpr (W == 4) return v; else return to_four<T, W / 2>(folded<T, W>(v));
@@ -39,7 +39,7 @@ template <typename T, int W> inline T largest(typename Lanes<T, W>::type v) {
     return std::max(v[0], v[1]);
   } else {
     using Seq = std::make_integer_sequence<int, W / 2>;
-    const auto a = half<T, W>(v, 0, Seq()), b = upper<T, W>(v, Seq());
+    const auto a = lower<T, W>(v, Seq()), b = upper<T, W>(v, Seq());
     return largest<T, W / 2>(a > b ? a : b);
   }
 }

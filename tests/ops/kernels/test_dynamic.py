@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from capsexp.capsules import Capsules
 from capsexp.layer.class_caps import ClassCaps
-from capsexp.ops.kernels.dynamic import dynamic_routing_op
+from capsexp.ops.kernels.dynamic import dynamic_routing_backward_op, dynamic_routing_op
 from capsexp.routing.dynamic import DynamicRouting
 
 # children, their numbers, parents, numbers of a pose
@@ -198,9 +198,15 @@ def test_second_derivatives_are_refused():
 
 def test_the_operator_keeps_the_rules_of_its_framework():
     layer = layer_of(SHAPES[0], prior="learned", bias=True)
-    given_ = (inputs_for(SHAPES[0]).requires_grad_(), layer.weight, layer.routing.prior, layer.routing.bias)
+    inputs = inputs_for(SHAPES[0]).transpose(0, 2).contiguous().transpose(0, 2)  # other strides than results
+    given_ = (inputs.requires_grad_(), layer.weight, layer.routing.prior, layer.routing.bias)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     checked = torch.library.opcheck(dynamic_routing_op, (*given_, 3, False, False, 2), test_utils=tests)
+    assert set(checked.values()) == {"SUCCESS"}
+    coupling, total, poses = (one.detach() for one in dynamic_routing_op(*given_, 3, False, False, 2))
+    kept = (inputs.detach(), layer.weight.detach(), coupling, total, poses)
+    backward = (poses[-1].clone(), coupling[-1].clone(), *kept, True, False, 2)
+    checked = torch.library.opcheck(dynamic_routing_backward_op, backward, test_utils=tests[:2])
     assert set(checked.values()) == {"SUCCESS"}
 
 

@@ -315,17 +315,21 @@ def test_second_derivatives_are_refused():
 
 def test_the_operators_keep_the_rules_of_their_framework():
     layer = LAYERS[0]
-    poses, weight, *others = (one.requires_grad_() for one in example(layer))
+    # Transposed and back, so that strides are not those of what the operators return.
+    odd = (one.transpose(0, -1).contiguous().transpose(0, -1) for one in example(layer))
+    poses, weight, *others = (one.requires_grad_() for one in odd)
     votes = unmade(layer, poses, weight)
     arguments = (
         *(poses, weight, *others, lambdas(poses, 3, STRONG), shares(votes, "paper"), votes.fields.children),
         *(votes.matrices, None, 0.001, 0.2, 0.0, "paper", False, True),
     )
-    checked = torch.library.opcheck(
-        kernel.em_routing_op,
-        arguments,
-        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
-    )
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    checked = torch.library.opcheck(kernel.em_routing_op, arguments, test_utils=tests)
+    assert set(checked.values()) == {"SUCCESS"}
+    results = [one.detach() for one in kernel.em_routing_op(*arguments)]
+    constant = [one.detach() if torch.is_tensor(one) else one for one in arguments]
+    backward = (*results[:2], None, *constant[:10], *results[2:], *constant[10:15])
+    checked = torch.library.opcheck(kernel.em_routing_backward_op, backward, test_utils=tests[:2])
     assert set(checked.values()) == {"SUCCESS"}
 
 

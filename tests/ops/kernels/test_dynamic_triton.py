@@ -1,0 +1,192 @@
+"""The Triton kernels are held to the reference, which tests/routing/test_dynamic.py holds to the paper."""
+
+import itertools
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+
+from capsexp.routing.dynamic import dynamic_routing_reference
+
+pytest.importorskip("triton", reason="Triton is not installed: there are builds for Linux alone")
+
+from capsexp.ops.kernels.dynamic_triton import dynamic_backward, dynamic_forward
+
+SHAPES = [(3, 7, 5, 4), (1, 1, 3, 2), (2, 5, 1, 3), (2, 1, 1, 1), (2, 37, 6, 5)]  # B, I, J, D
+# So small that the last shape needs several tiles, and more than one program.
+SMALL_TILES = "VOTES, STEPS = 1024, 2"
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """Calls a function of the kernels' module with Triton's interpreter.
+
+    In a process of its own: Triton takes the interpreter if told so before its first import, which torch may
+    have made long ago; and the interpreter leaves its changes to Triton's language behind.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            small = (
+                f"from capsexp.ops.kernels import dynamic_triton\nexec({SMALL_TILES!r}, vars(dynamic_triton))"
+            )
+            pool.submit(exec, small).result()
+            yield lambda function, *arguments: pool.submit(function, *arguments).result()
+
+
+def compiled(function, *arguments):
+    """Calls a function of the kernels' module on the accelerator."""
+    on = [
+        [each.cuda() for each in one]
+        if isinstance(one, list)
+        else one.cuda()
+        if isinstance(one, torch.Tensor)
+        else one
+        for one in arguments
+    ]
+    return [None if one is None else one.cpu() for one in function(*on)]
+
+
+def random(*shape, seed=0, scale=1.0):
+    return scale * torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def example(shape, *, prior=True, bias=True, seed=0):
+    """Votes, prior, bias."""
+    _, children, parents, dim = shape
+    return (
+        random(*shape, seed=seed),
+        random(children, parents, seed=seed + 1) if prior else None,
+        random(parents, dim, seed=seed + 2) if bias else None,
+    )
+
+
+def weights_like(*results):
+    """Of the random linear function whose gradients are compared."""
+    return [random(*one.shape, seed=9).to(one) for one in results]
+
+
+def plain(votes, prior, bias, *, use=(True, True), **options):
+    """Poses, coupling [B, I, J]; then the gradients of the votes, and of prior and bias if there are any."""
+    inputs = [None if one is None else one.detach().clone().requires_grad_() for one in (votes, prior, bias)]
+    routed = dynamic_routing_reference(inputs[0], prior=inputs[1], bias=inputs[2], **options)
+    results = (routed.poses, routed.coupling)
+    weights = weights_like(*results)
+    loss = sum((one * w).sum() for one, w, used in zip(results, weights, use, strict=True) if used)
+    wanted = [one for one in inputs if one is not None]
+    if not loss.requires_grad:  # the coupling of a single pass without a prior
+        return [one.detach() for one in results] + [torch.zeros_like(one) for one in wanted]
+    return [*(one.detach() for one in results), *torch.autograd.grad(loss, wanted, materialize_grads=True)]
+
+
+def in_triton(run: Callable, votes, prior, bias, *, iterations, leaky, detach, use=(True, True)):
+    """What `plain` returns, by the kernels."""
+    by_parent = votes.transpose(1, 2).contiguous()
+    passes = run(dynamic_forward, by_parent, prior, bias, iterations, leaky)
+    assert len(passes) == 3 * iterations
+    coupling, _, poses = passes[-3:]
+    d_poses, d_coupling = weights_like(poses, coupling.transpose(1, 2))
+    saved = passes[-3:] if detach else passes
+    d_votes, d_prior, d_bias = run(
+        dynamic_backward,
+        by_parent,
+        saved,
+        d_poses if use[0] else None,
+        d_coupling.transpose(1, 2) if use[1] else None,
+        prior is not None,
+    )
+    assert (d_prior is None) == (prior is None)
+    learned = [one for one, given in ((d_prior, prior), (d_bias, bias)) if given is not None]
+    return [poses, coupling.transpose(1, 2), d_votes.transpose(1, 2), *learned]
+
+
+def assert_same(run, inputs, **options):
+    expected, got = plain(*inputs, **options), in_triton(run, *inputs, **options)
+    for one, other in zip(expected, got, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-12)
+
+
+def errors(truth, got):
+    return torch.tensor(
+        [((one - exact).norm() / exact.norm()).item() for exact, one in zip(truth, got, strict=True)]
+    )
+
+
+# Whether there is a prior, a bias, leaky, detach.
+CASES = list(itertools.product([False, True], repeat=4))
+FEW_CASES = [CASES[0b0000], CASES[0b1110], CASES[0b1001], CASES[0b0111], CASES[0b1100]]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+def test_values_and_gradients_are_those_of_the_reference(interpreted, shape, iterations):
+    for prior, bias, leaky, detach in FEW_CASES:
+        inputs = example(shape, prior=prior, bias=bias)
+        assert_same(interpreted, inputs, iterations=iterations, leaky=leaky, detach=detach)
+
+
+@pytest.mark.parametrize("use", [(True, False), (False, True)], ids=["poses", "coupling"])
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_gradients_are_those_of_the_reference_whichever_result_the_loss_takes(interpreted, use, iterations):
+    for learned, detach in itertools.product([False, True], [False, True]):
+        inputs = example(SHAPES[0], prior=learned, bias=learned)
+        assert_same(interpreted, inputs, iterations=iterations, leaky=False, detach=detach, use=use)
+
+
+@pytest.mark.parametrize("leaky", [False, True])
+def test_large_logits_are_no_overflow(interpreted, leaky):
+    votes, prior, bias = example(SHAPES[0])
+    for large in (1000 * prior, 1000 + 1000 * prior.abs(), -1000 - 1000 * prior.abs()):
+        assert_same(interpreted, (votes, large, bias), iterations=2, leaky=leaky, detach=False)
+
+
+def test_votes_of_zero_have_finite_gradients(interpreted):
+    votes, prior, _ = example(SHAPES[0])
+    got = in_triton(
+        interpreted, torch.zeros_like(votes), prior, None, iterations=3, leaky=False, detach=False
+    )
+    assert all(one.isfinite().all() for one in got)
+    assert not got[0].any()
+    torch.testing.assert_close(got[1], prior.softmax(1).expand_as(got[1]))
+
+
+def test_float32_error_is_at_most_twice_that_of_plain_torch(interpreted):
+    inputs = example((2, 36, 10, 16))
+    single = [one.float() for one in inputs]
+    options = {"iterations": 3, "leaky": False, "detach": False}
+    truth = plain(*inputs, **options)
+    allowed = errors(truth, plain(*single, **options))
+    got = errors(truth, in_triton(interpreted, *single, **options))
+    assert (got <= 2 * allowed + 1e-9).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(interpreted, dtype):
+    votes, prior, bias = example((2, 36, 10, 16))
+    half = votes.to(dtype), prior.float(), bias.float()
+    options = {"iterations": 3, "leaky": True, "detach": False}
+    got = in_triton(interpreted, *half, **options)
+    assert [one.dtype for one in got] == [torch.float32] * 2 + [dtype] + [torch.float32] * 2
+    truth, single = (
+        plain(*(one.to(exact) for one in half), **options) for exact in (torch.float64, torch.float32)
+    )
+    slack = torch.tensor([0.0, 0.0, torch.finfo(dtype).eps, 0.0, 0.0])  # the votes' gradient is rounded
+    assert (errors(truth, got) <= 2 * errors(truth, single) + slack + 1e-9).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 1152, 10, 16)], ids=str)
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_compiled_kernels_do_what_the_reference_does(shape, iterations):
+    for prior, bias, leaky, detach in CASES:
+        inputs = example(shape, prior=prior, bias=bias)
+        options = {"iterations": iterations, "leaky": leaky, "detach": detach}
+        assert_same(compiled, inputs, **options)
+        single = [None if one is None else one.float() for one in inputs]
+        truth = plain(*inputs, **options)
+        allowed = errors(truth, plain(*single, **options))
+        got = errors(truth, in_triton(compiled, *single, **options))
+        assert (got <= 10 * allowed + 1e-6).all()  # shapes this small differ by a few roundings

@@ -66,10 +66,10 @@ def killed_at(step, monkeypatch, train_tiny, path, *overrides):
 
     real = train.gradients
 
-    def dying(model, loss, batch, position, settings):
+    def dying(model, loss, batch, position, settings, **options):
         if position.number == step:
             raise StopAt
-        return real(model, loss, batch, position, settings)
+        return real(model, loss, batch, position, settings, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "gradients", dying)
@@ -366,10 +366,10 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_as_if_nothing_had_b
 
     real = train.gradients
 
-    def signalled(model, loss, batch, position, settings):
+    def signalled(model, loss, batch, position, settings, **options):
         if position.number == 6:
             os.kill(os.getpid(), number)
-        return real(model, loss, batch, position, settings)
+        return real(model, loss, batch, position, settings, **options)
 
     assert threading.current_thread() is threading.main_thread()
     with monkeypatch.context() as patch:
@@ -388,7 +388,7 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_as_if_nothing_had_b
 def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path, monkeypatch, train_tiny):
     from capsexp import train
 
-    def signalled(model, loss, batch, position, settings):
+    def signalled(model, loss, batch, position, settings, **options):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("not reached")

@@ -101,9 +101,9 @@ def figures(
     """What is told about one batch.
 
     Returns:
-        `accuracy` in [0, 1], `loss` and its terms. With `layers`, which for a small network takes as long as a
-        fifth of a training step: for each layer of capsules `activation/LAYER`, their mean, and `active/LAYER`,
-        the share above 1/2; for each routed one `coupling_entropy/LAYER`.
+        `accuracy` in [0, 1], `loss` and its terms. With `layers`, which read all couplings: for each layer of
+        capsules `activation/LAYER`, their mean, and `active/LAYER`, the share above 1/2; for each routed one
+        `coupling_entropy/LAYER`.
     """
     correct = (output.scores.argmax(1) == batch.labels).float().mean()
     values = {"accuracy": correct, "loss": torch.stack(list(terms.values())).sum(), **terms}

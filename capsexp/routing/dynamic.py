@@ -197,8 +197,8 @@ class _FusedRouting(torch.autograd.Function):
             from capsexp.ops.kernels.dynamic_triton import dynamic_backward
 
             for_prior, for_bias = ctx.needs_input_grad[1:3]
-            d_votes, d_prior, d_bias = dynamic_backward(votes, saved, d_poses, d_coupling, for_prior)
-            return d_votes, d_prior, d_bias if for_bias else None, None, None, None
+            *gradients, d_bias_there = dynamic_backward(votes, saved, d_poses, d_coupling, for_prior)
+            return *gradients, d_bias_there if for_bias else None, None, None, None
         passes = list(zip(saved[0::3], saved[1::3], saved[2::3], strict=True))
         d_logits: Tensor | None = None  # G of the pass after this one
         d_totals: list[Tensor] = []

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from capsexp.build import components
 from capsexp.device import has_tunable_allocator
-from capsexp.measure import Variant, in_process, is_routed
+from capsexp.measure import Variant, changed, in_process, is_routed
 
 NETWORK = "routing"
 """The network as it is configured; the others are compared with it."""
@@ -33,18 +33,18 @@ def bench(config: dict[str, Any], *, plugins: Sequence[str], compiled: bool = Fa
         f"{type(model).__name__}, {count:,} parameters, {shape}, batch {parts.trainer.batch_size}, "
         f"{str(parts.trainer.precision).removeprefix('torch.')}, {parts.device}, {processor()}"
     )
-    for name, module in model.named_modules():
-        if (why := getattr(module, "why_plain", None)) is not None and (
-            reason := why(module_weight(model, name))
-        ):
-            console.print(f"{name} takes the plain path: {reason}")
+    for name, layer in model.named_modules():
+        why = getattr(getattr(layer, "routing", None), "why_plain", None)
+        if why is not None and (reason := why(layer.weight)):
+            console.print(f"{name}.routing takes the plain path: {reason}")
     steps = Table(
         "allocator", "network", "training images/s", "inference images/s", "peak memory, MiB", "data share"
     )
     layers = Table("allocator", "layer", "network", "forward and backward, ms/image", "speed of routing")
     for allocator in _allocators(parts.device.torch_device.type):
-        beside = {**config, "device": {**config["device"], "allocator": allocator}}
-        variants = variants_of(beside, routed=is_routed(model), compiled=compiled)
+        variants = variants_of(
+            changed(config, "device", allocator=allocator), routed=is_routed(model), compiled=compiled
+        )
         speed = in_process("speed", variants, plugins=plugins)
         peaks = {
             name: in_process("peak", {name: one}, plugins=plugins)["bytes"] for name, one in variants.items()
@@ -71,7 +71,7 @@ def variants_of(config: dict[str, Any], *, routed: bool, compiled: bool) -> dict
     variants = {NETWORK: Variant(config)}
     routing = config.get("routing")
     if isinstance(routing, dict) and routing.get("implementation", "reference") != "reference":
-        plain = with_plain_routing(config)
+        plain = changed(config, "routing", implementation="reference")
         variants["reference"] = Variant(plain)
         if compiled:
             variants["reference, compiled"] = Variant(plain, compiled=True)
@@ -80,17 +80,6 @@ def variants_of(config: dict[str, Any], *, routed: bool, compiled: bool) -> dict
     if routed:
         variants["no routing"] = Variant(config, routed=False)
     return variants
-
-
-def with_plain_routing(config: dict[str, Any]) -> dict[str, Any]:
-    """The same config with `routing.implementation=reference`, in the model's copy of it as well."""
-    routing = {**config["routing"], "implementation": "reference"}
-    return {**config, "routing": routing, "model": {**config["model"], "routing": routing}}
-
-
-def module_weight(model: Any, name: str) -> Any:
-    """The matrices of the layer that a routing belongs to."""
-    return model.get_submodule(name.rpartition(".")[0]).weight
 
 
 def _allocators(device: str) -> list[str]:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from capsexp.bench import NETWORK, processor, variants_of
 from capsexp.errors import UserError
-from capsexp.measure import in_process
+from capsexp.measure import changed, in_process
 
 BATCHES = (8, 16, 32, 64, 128)
 ITERATIONS = (1, 2, 3, 4, 5)
@@ -36,8 +36,8 @@ def growth(config: Config, file: Path, *, plugins: Sequence[str]) -> None:
     table = Table("along", "value", *(f"{name}, {what}" for name in names for what in ("s/step", "MiB")))
     measured: dict[str, list[tuple[int | float, dict[str, Any]]]] = {}
     for axis, points in axes(config).items():
-        for value, changed in points:
-            variants = variants_of(changed, routed=False, compiled=False)
+        for value, grown in points:
+            variants = variants_of(grown, routed=False, compiled=False)
             figures = {
                 name: in_process("peak", {name: one}, plugins=plugins) for name, one in variants.items()
             }
@@ -59,10 +59,10 @@ def axes(config: Config) -> dict[str, list[Point]]:
     side = "crop" if dataset["preprocess"]["crop"] else "resize"
     types = [key for key in ("primary_types", "conv_types") if key in model]
     points: dict[str, list[Point]] = {
-        "batch": [(size, _changed(config, "trainer", batch_size=size)) for size in BATCHES],
-        "iterations": [(count, _with_iterations(config, count)) for count in ITERATIONS],
+        "batch": [(size, changed(config, "trainer", batch_size=size)) for size in BATCHES],
+        "iterations": [(count, changed(config, "routing", iterations=count)) for count in ITERATIONS],
         "capsule types, relative": [
-            (factor, _changed(config, "model", **{key: _times(model[key], factor) for key in types}))
+            (factor, changed(config, "model", **{key: _times(model[key], factor) for key in types}))
             for factor in FACTORS
         ],
     }
@@ -109,20 +109,11 @@ def _require_format(file: Path) -> None:
         raise UserError(f"growth: there is no folder {file.absolute().parent}")
 
 
-def _changed(config: Config, group: str, **values: Any) -> Config:
-    return {**config, group: {**config[group], **values}}
-
-
-def _with_iterations(config: Config, count: int) -> Config:
-    routing = {**config["routing"], "iterations": count}
-    return {**config, "routing": routing, "model": {**config["model"], "routing": routing}}
-
-
 def _with_side(config: Config, key: str, size: int) -> Config:
     preprocess = {**config["dataset"]["preprocess"], key: size}
     if key == "crop" and preprocess["resize"] is not None:
         preprocess["resize"] = max(size, preprocess["resize"])
-    return _changed(config, "dataset", preprocess=preprocess)
+    return changed(config, "dataset", preprocess=preprocess)
 
 
 def _times(count: int | list[int], factor: float) -> int | list[int]:

@@ -39,6 +39,14 @@ class Variant(NamedTuple):
     """Under torch.compile."""
 
 
+def changed(config: dict[str, Any], group: str, **values: Any) -> dict[str, Any]:
+    """The config with other values in a group; those of the routing in the model's copy of it as well."""
+    config = {**config, group: {**config[group], **values}}
+    if group == "routing":
+        config["model"] = {**config["model"], "routing": config["routing"]}
+    return config
+
+
 def in_process(what: str, variants: Mapping[str, Variant], *, plugins: Sequence[str]) -> dict[str, Any]:
     """Measure in a new process.
 

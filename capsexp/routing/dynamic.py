@@ -1,6 +1,5 @@
 """Dynamic routing: couplings follow the agreement between a vote and the parent's pose."""
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from capsexp.capsules import Routed
 from capsexp.errors import require_one_of
+from capsexp.ops.kernels import HAS_TRITON
 from capsexp.ops.kernels.compiled import why_no_library
 from capsexp.ops.kernels.dynamic import NARROWEST, dynamic_routing_op
 from capsexp.ops.squash import length, squash, squash_backward
@@ -245,7 +245,7 @@ def _passes(
 
 def has_kernels(votes: Tensor) -> bool:
     """Whether the passes over these votes are Triton's."""
-    return votes.is_cuda and importlib.util.find_spec("triton") is not None
+    return votes.is_cuda and HAS_TRITON
 
 
 def _weighted_sum(weights: Float[Tensor, "B J I"], votes: Float[Tensor, "B J I D"]) -> Float[Tensor, "B J D"]:

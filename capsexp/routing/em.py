@@ -10,12 +10,17 @@ from torch import Tensor, nn
 
 from capsexp.capsules import ReceptiveFields, Routed
 from capsexp.errors import UserError, require_at_least_1, require_one_of
-from capsexp.ops.kernels.em import FUSED_ACTIVATION, FUSED_OPTIONS, fused_em_routing, why_not_fused
+from capsexp.ops.kernels.em import (
+    FUSED_ACTIVATION,
+    FUSED_OPTIONS,
+    NORMALISATIONS,
+    fused_em_routing,
+    why_not_fused,
+)
 from capsexp.ops.receptive_fields import largest_of_children, of_children, of_places
 from capsexp.ops.votes import MatrixVotes
 from capsexp.schedule import Schedule, Step, as_schedule
 
-NORMALISATIONS = ("paper", "types", "official_v1")
 INITIAL_COUPLINGS = ("paper", "official")
 ACTIVATIONS = ("logistic", "mixing")
 IMPLEMENTATIONS = ("auto", "reference", "fused")

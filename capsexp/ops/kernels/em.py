@@ -1,7 +1,6 @@
 """EM routing of a layer as an operator that makes the votes itself: C++ on a CPU, Triton on CUDA."""
 
 import ctypes
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from capsexp.capsules import Routed
+from capsexp.ops.kernels import HAS_TRITON
 from capsexp.ops.kernels.compiled import library, why_no_library
 from capsexp.ops.votes import MatrixVotes
 
 FUSED_ACTIVATION = "logistic"
 """The one kind of activation that there is a fused path for."""
 FUSED_OPTIONS = ("variance_floor", "cost_scale", "mean_smoothing", "normalisation", "detach")
-NORMALISATIONS = {"paper": 0, "types": 1, "official_v1": 2}
+NORMALISATIONS = ("paper", "types", "official_v1")
+"""In the order of em.cpp's `Normalisation`."""
 SHAPES = ((2, 2), (3, 3), (4, 4), (1, 16))
 """Rows and columns of the poses that there is code for."""
 _COUNTS = "batch children positions places types matrices iterations rows side lanes doubles"
@@ -25,7 +26,8 @@ _NUMBERS = "variance_floor cost_scale mean_smoothing"
 _READ = "poses weight activations beta_u beta_a temperatures initial child matrix offsets"
 _SAVED = "coupling mean variance stats"
 _FORWARD = "out_poses out_activations"
-_BACKWARD = "g_poses g_activations g_coupling d_poses d_weight d_activations d_beta_u d_beta_a"
+_GIVEN = "g_poses g_activations g_coupling"
+_BACKWARD = "d_poses d_weight d_activations d_beta_u d_beta_a"
 
 
 class _Problem(ctypes.Structure):
@@ -34,7 +36,7 @@ class _Problem(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in f"{_COUNTS} {_SWITCHES}".split()),
         *((name, ctypes.c_double) for name in _NUMBERS.split()),
-        *((name, ctypes.c_void_p) for name in f"{_READ} {_SAVED} {_FORWARD} {_BACKWARD}".split()),
+        *((name, ctypes.c_void_p) for name in f"{_READ} {_SAVED} {_FORWARD} {_GIVEN} {_BACKWARD}".split()),
     ]
 
 
@@ -97,13 +99,18 @@ def why_not_fused(device: str, dtype: torch.dtype, rows: int, side: int) -> str 
     if (rows, side) not in SHAPES:
         return f"there is no fused EM routing for poses of {rows}x{side}"
     if device == "cuda":
-        return None if importlib.util.find_spec("triton") else "Triton is not installed"
+        return None if HAS_TRITON else "Triton is not installed"
     return why_no_library("EM routing takes the plain path, 10 to 20 times as slow")
 
 
 def lanes(types: int, dtype: torch.dtype) -> int:
-    """Types that are computed at a time; a layer has a multiple of these, the last ones perhaps padding."""
+    """Types that a CPU computes at a time; a layer has a multiple of these, the last ones perhaps padding."""
     return 8 if dtype == torch.float64 or types <= 8 else 16
+
+
+def padded_types(types: int) -> int:
+    """Jp on CUDA: a block of Triton's is a power of two."""
+    return 1 << (types - 1).bit_length()
 
 
 @torch.library.custom_op("capsexp::em_routing", mutates_args=(), device_types="cpu")
@@ -137,12 +144,18 @@ def em_routing_op(
         [T, B, P, 3, Jp].
     """
     given = [poses, weight, activations, beta_u, beta_a, temperatures, initial, child, matrix, offsets]
-    given = [None if one is None else one.contiguous() for one in given]
     outputs = _empty_outputs(poses, weight, temperatures, child, keep)
-    names = [*_FORWARD.split(), *_SAVED.split()]
-    tensors = dict(zip([*_READ.split(), *names], [*given, *outputs], strict=True))
-    options = _options(variance_floor, cost_scale, mean_smoothing, normalisation, detach, keep)
-    _call(library().em_forward, tensors, options)
+    _call(
+        library().em_forward,
+        dict(zip(_READ.split(), given, strict=True)),
+        dict(zip(f"{_FORWARD} {_SAVED}".split(), outputs, strict=True)),
+        normalisation,
+        variance_floor=variance_floor,
+        cost_scale=cost_scale,
+        mean_smoothing=mean_smoothing,
+        detach=detach,
+        keep=keep,
+    )
     return outputs
 
 
@@ -179,15 +192,20 @@ def em_routing_backward_op(
     detach: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of poses, weight, activations, beta_u and beta_a; g_coupling is that of the last R."""
-    read = [poses, weight, activations, beta_u, beta_a, temperatures, initial, child, matrix, offsets]
-    gradients = [g_poses, g_activations, g_coupling]
-    given = [None if one is None else one.contiguous() for one in (*read, *gradients)]
-    outputs = tuple(torch.zeros(one.shape, dtype=one.dtype) for one in read[:5] if one is not None)
-    names = [*_READ.split(), *_BACKWARD.split(), *_SAVED.split()]
-    saved = [coupling, mean, variance, stats]
-    tensors = dict(zip(names, [*given, *outputs, *saved], strict=True))
-    options = _options(variance_floor, cost_scale, mean_smoothing, normalisation, detach, True)
-    _call(library().em_backward, tensors, options)
+    given = [poses, weight, activations, beta_u, beta_a, temperatures, initial, child, matrix, offsets]
+    saved, gradients = [coupling, mean, variance, stats], [g_poses, g_activations, g_coupling]
+    outputs = tuple(one.new_zeros(one.shape) for one in (poses, weight, activations, beta_u, beta_a))
+    _call(
+        library().em_backward,
+        dict(zip(f"{_READ} {_SAVED} {_GIVEN}".split(), [*given, *saved, *gradients], strict=True)),
+        dict(zip(_BACKWARD.split(), outputs, strict=True)),
+        normalisation,
+        variance_floor=variance_floor,
+        cost_scale=cost_scale,
+        mean_smoothing=mean_smoothing,
+        detach=detach,
+        keep=True,
+    )
     return outputs  # type: ignore[return-value]
 
 
@@ -235,7 +253,7 @@ def _empty_outputs(
     positions, places = child.shape
     types, iterations = weight.shape[1], temperatures.shape[0]
     if poses.device.type == "cuda":
-        padded = 1 << (types - 1).bit_length()  # a block of Triton's is a power of two
+        padded = padded_types(types)
     else:
         width = lanes(types, poses.dtype)
         padded = -(-types // width) * width
@@ -252,45 +270,34 @@ def _empty_outputs(
     return tuple(poses.new_empty(shape, dtype=dtype) for shape in shapes)  # type: ignore[return-value]
 
 
-def _options(
-    variance_floor: float,
-    cost_scale: float,
-    mean_smoothing: float,
-    normalisation: str,
-    detach: bool,
-    keep: bool,
-) -> dict[str, int | float]:
-    return {
-        "variance_floor": variance_floor,
-        "cost_scale": cost_scale,
-        "mean_smoothing": mean_smoothing,
-        "normalisation": NORMALISATIONS[normalisation],
-        "detach": detach,
-        "keep": keep,
-        "threads": torch.get_num_threads(),
-    }
-
-
 def _call(
-    function: Callable[..., int], tensors: dict[str, Tensor | None], options: dict[str, int | float]
+    function: Callable[..., int],
+    read: dict[str, Tensor | None],
+    written: dict[str, Tensor],
+    normalisation: str,
+    **options: bool | float,
 ) -> None:
-    shapes = {name: one.shape for name, one in tensors.items() if one is not None}
-    (batch, children, dim), (matrices, types, side, _) = shapes["poses"], shapes["weight"]
-    dtype = tensors["poses"].dtype  # type: ignore[union-attr]
-    counts = {
-        "batch": batch,
-        "children": children,
-        "positions": shapes["child"][0],
-        "places": shapes["child"][1],
-        "types": types,
-        "matrices": matrices,
-        "iterations": shapes["temperatures"][0],
-        "rows": dim // side,
-        "side": side,
-        "lanes": lanes(types, dtype),
-        "doubles": dtype == torch.float64,
-    }
-    pointers = {name: None if one is None else one.data_ptr() for name, one in tensors.items()}
-    problem = _Problem(**counts, **options, **pointers)
+    # Held by name until the call is over: a copy that `contiguous` made lives no longer than its last name.
+    held = {name: one.contiguous() for name, one in read.items() if one is not None} | written
+    poses, weight, child = held["poses"], held["weight"], held["child"]
+    matrices, types, side, _ = weight.shape
+    rows = poses.shape[2] // side
+    problem = _Problem(
+        batch=poses.shape[0],
+        children=poses.shape[1],
+        positions=child.shape[0],
+        places=child.shape[1],
+        types=types,
+        matrices=matrices,
+        iterations=held["temperatures"].shape[0],
+        rows=rows,
+        side=side,
+        lanes=lanes(types, poses.dtype),
+        doubles=poses.dtype == torch.float64,
+        normalisation=NORMALISATIONS.index(normalisation),
+        threads=torch.get_num_threads(),
+        **options,
+        **{name: one.data_ptr() for name, one in held.items()},
+    )
     if function(ctypes.byref(problem)) != 0:
-        raise ValueError(f"em.cpp has no code for poses of {counts['rows']}x{side}")
+        raise ValueError(f"em.cpp has no code for poses of {rows}x{side}")

@@ -19,6 +19,8 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
+from capsexp.ops.kernels.em import padded_types
+
 SMALLEST_MASS = tl.constexpr(1e-8)  # as in capsexp/routing/em.py
 MOST_TYPES = 16  # in a tile: more would leave no room for places
 VOTES = 2048  # in a tile: 16 numbers for each of 128 threads, with two or three such tiles in registers
@@ -495,11 +497,6 @@ class _Layer:
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
-
-
-def padded_types(types: int) -> int:
-    """Jp: types that the saved tensors have room for."""
-    return max(1, triton.next_power_of_2(types))
 
 
 def em_forward(

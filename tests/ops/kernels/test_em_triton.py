@@ -14,7 +14,8 @@ from capsexp.routing.em import em_routing, initial_shares
 
 pytest.importorskip("triton", reason="Triton is not installed: there are builds for Linux alone")
 
-from capsexp.ops.kernels.em_triton import em_backward, em_forward, padded_types
+from capsexp.ops.kernels.em import padded_types
+from capsexp.ops.kernels.em_triton import em_backward, em_forward
 
 STRONG = (0.3, 0.5, 0.4, 0.6)  # activations and their competition count
 OPTIONS = {

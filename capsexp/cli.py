@@ -188,7 +188,9 @@ def _train_in(run: RunDir, composed: DictConfig) -> None:
             figures = "  ".join(f"{name} {value:.4f}" for name, value in status["results"].items())
             print(f"{run.path} is complete: {figures}")
             return
-        train(parts, run, plain)
+        choices = {group: HydraConfig.get().runtime.choices.get(group) for group in config.GROUPS}
+        with run.attempt({group: choice for group, choice in choices.items() if choice}):
+            train(parts, run, plain)
     print(f"run: {run.path}\ncurves: tensorboard --logdir {run.path}")
 
 

@@ -43,6 +43,20 @@ def require_one_of(allowed: Collection[str], **values: str) -> None:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value}")
 
 
+def exit_code(error: BaseException) -> int:
+    """The exit code of a process that this error ends; above 128 for Ctrl-C and signals."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return error.exit_code if isinstance(error, UserError) else 1
+
+
+def is_interruption(error: BaseException) -> bool:
+    """Whether the user or the system asked for this end."""
+    return exit_code(error) > 128
+
+
 class RunStopped(UserError):  # noqa: N818 - a signal or a stop, not always an error
     """A run that ended early for a reason which its message names.
 

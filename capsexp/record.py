@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from tensorboard.plugins.hparams import summary_v2 as hparams_summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, cat
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import make_grid
+from torchvision.utils import make_grid, save_image
 
 from capsexp.errors import UserError
+from capsexp.files import write_whole
+from capsexp.settings import comparable, fingerprint, without
 
+_BEGIN, _END = "events.out.tfevents.0000000000.begin", ".end"
 STATUS = {"completed": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE}
 
 
@@ -41,10 +46,11 @@ class Record:
             raise UserError(f"{metrics} is shorter than when its checkpoint was made")
         self._metrics = open(metrics, "ab")  # noqa: SIM115 - closed in close()
         self._metrics.seek(self._metrics.truncate(length))
+        self._folder = path / "tb"
+        begin_session(path, settings)
         # purge_step=0 on the first start too: the loader in Python judges by the first writer alone.
-        self._writer = SummaryWriter(str(path / "tb"), purge_step=start_step, flush_secs=10)
-        hparams = hparams_summary.hparams_pb(_typed(settings), trial_id=path.name)
-        self._summary(hparams)
+        self._writer = SummaryWriter(str(self._folder), purge_step=start_step, flush_secs=10)
+        self._figures = path / "figures"
         self._repeat(metrics, start_step)
         self._writer.flush()
 
@@ -68,11 +74,13 @@ class Record:
             self._writer.add_scalar(tag, value, step)
 
     def pictures(self, step: int, tag: str, rows: list[Float[Tensor, "N C H W"]]) -> None:
-        """Rows of pictures in [0, 1], one above the other."""
+        """Rows of pictures in [0, 1], one above the other; the newest also as figures/TAG.png."""
         columns = rows[0].shape[0]
         pictures = cat([row.detach().float().cpu().clamp(0, 1) for row in rows])
         grid = make_grid(_visible(pictures), nrow=columns, padding=1, pad_value=0.5)
         self._writer.add_image(tag, grid, step)
+        self._figures.mkdir(exist_ok=True)
+        write_whole(self._figures / f"{tag}.png", lambda file: save_image(grid, file, format="png"))
 
     def length(self) -> int:
         """Bytes of metrics.jsonl so far, safely on disk: part of a checkpoint's state."""
@@ -82,15 +90,10 @@ class Record:
 
     def close(self, status: str) -> None:
         """End the record; `status` is what TensorBoard's HParams table shows (unknown if interrupted)."""
-        if status in STATUS:
-            self._summary(_session_end(STATUS[status]))
         self._writer.close()
         self._metrics.close()
-
-    def _summary(self, summary: Summary) -> None:
-        file = self._writer.file_writer
-        assert file is not None
-        file.add_summary(summary)
+        if status in STATUS:
+            end_session(self._folder.parent, status)
 
 
 def _visible(pictures: Float[Tensor, "N C H W"]) -> Float[Tensor, "N D H W"]:
@@ -109,9 +112,24 @@ def _typed(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _session_end(status: int) -> Summary:
+def begin_session(path: Path, settings: Mapping[str, Any]) -> None:
+    """Let TensorBoard's HParams table show the run in this directory, as one that has not ended.
+
+    TensorBoard believes the first word on a run's settings and on its end. So each has a file of its own,
+    which the next start replaces. The seeds of one setting are one trial, of which the table shows means.
+    """
+    for old in (path / "tb").glob(f"*{_END}"):
+        old.unlink()
+    trial = fingerprint(without(comparable(settings), "seed"))
+    # Read before all others: a name that sorts first. TensorBoard does not go back to an earlier file.
+    _write_event(path / "tb" / _BEGIN, hparams_summary.hparams_pb(_typed(settings), trial_id=trial))
+
+
+def end_session(path: Path, status: str) -> None:
+    """Tell TensorBoard's HParams table how the run in this directory ended: completed or failed."""
+    now = time.time()
     # torch's own add_hparams writes a second run, knows no failure and nothing of crashed runs.
-    end = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
+    end = plugin_data_pb2.SessionEndInfo(status=STATUS[status], end_time_secs=now)
     content = plugin_data_pb2.HParamsPluginData(session_end_info=end, version=metadata.PLUGIN_DATA_VERSION)
     plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=content.SerializeToString())
     value = Summary.Value(
@@ -119,4 +137,18 @@ def _session_end(status: int) -> Summary:
         metadata=SummaryMetadata(plugin_data=plugin),
         tensor=metadata.NULL_TENSOR,
     )
-    return Summary(value=[value])
+    # Read after all others: what a writer of this second wrote is named after its host.
+    _write_event(path / "tb" / f"events.out.tfevents.{int(now):010d}.~{_END}", Summary(value=[value]))
+
+
+def _write_event(path: Path, summary: Summary) -> None:
+    path.parent.mkdir(exist_ok=True)
+    version = Event(wall_time=time.time(), file_version="brain.Event:2")
+    events = [version, Event(wall_time=time.time(), summary=summary)]
+
+    def write(file: Any) -> None:
+        records = RecordWriter(file)
+        for event in events:
+            records.write(event.SerializeToString())
+
+    write_whole(path, write)

@@ -3,8 +3,10 @@
 .hydra/config.yaml  overrides.yaml   the config as composed, and what was typed
 resolved_config.yaml                 the same with every value filled in
 command.txt   env.json  dirty.patch  the command; versions, commit, machine; uncommitted changes
-status.json                          running | completed | failed | interrupted, step, heartbeat
+status.json                          running | completed | failed | interrupted, step, total, heartbeat, best,
+                                     choices (the options of the config's groups), results or error
 metrics.jsonl   train.log   tb/      numbers in full precision; the log; TensorBoard
+figures/                             pictures: NAME.png
 checkpoints/                         see capsexp.checkpoint
 """
 
@@ -20,17 +22,18 @@ import shlex
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from capsexp.errors import UserError
+from capsexp.errors import UserError, exit_code, is_interruption
 from capsexp.files import write_whole
+from capsexp.settings import comparable, differences
 
-# What does not change a run's results, so a resumed run may have it otherwise.
-NOT_COMPARED = ("run", "resume", "output_root", "data_root", "plugins", "device")
+LOCK = "run.lock"
+KEPT = ("started", "resumes", "step", "total", "best")  # of status.json, when another attempt begins
 PACKAGES = ("capsexp", "torch", "torchvision", "hydra-core", "omegaconf", "tensorboard", "numpy")
 
 
@@ -51,12 +54,18 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._status: dict[str, Any] = {}
+        self._resumes = False
         self._written = 0.0
 
     @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def figures(self) -> Path:
+        """Folder of the pictures that were made of this run."""
+        return self.path / "figures"
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
@@ -66,10 +75,8 @@ class RunDir:
             UserError: another process is training in this directory.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "run.lock", "a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with open(self.path / LOCK, "a+") as lock:
+            if not _locked(lock, fcntl.LOCK_EX):
                 lock.seek(0)
                 owner = lock.read() or "another process"
                 raise UserError(f"{self.path} is in use by {owner}: choose another run=DIR") from None
@@ -77,6 +84,44 @@ class RunDir:
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             lock.flush()
             yield
+
+    def is_owned(self) -> bool:
+        """Whether a process is at work here, as far as this machine can see."""
+        try:
+            with open(self.path / LOCK) as lock:
+                return not _locked(lock, fcntl.LOCK_SH)
+        except OSError:
+            return False
+
+    def is_finished(self, config: Mapping[str, Any]) -> bool:
+        """Whether this run, under this very config, was completed."""
+        if self.status().get("status") != "completed":
+            return False
+        try:
+            return comparable(_read_yaml(self.path / "resolved_config.yaml")) == comparable(config)
+        except OSError:
+            return False
+
+    @contextlib.contextmanager
+    def attempt(self, choices: Mapping[str, str]) -> Iterator[None]:
+        """One process's work on the run: if it fails, status.json says how.
+
+        Args:
+            choices: option of each config group, such as model: em_routing.
+        """
+        before = self.status()
+        self._resumes = bool(before)
+        self._status = {"started": time.time(), "resumes": []}
+        self._status |= {key: before[key] for key in KEPT if key in before}
+        owner = {"pid": os.getpid(), "host": socket.gethostname()}
+        self.say("running", **owner, choices=dict(choices))
+        try:
+            yield
+        except BaseException as error:
+            status = "interrupted" if is_interruption(error) else "failed"
+            message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            self.say(status, error=message, exit_code=exit_code(error))
+            raise
 
     def begin(self, config: dict[str, Any], *, resume: str, command: Sequence[str]) -> bool:
         """Write down what is run, or check that it is what was run here before.
@@ -93,7 +138,7 @@ class RunDir:
         stored = self.path / "resolved_config.yaml"
         changes: list[str] = []
         if stored.exists():
-            changes = list(_differences(_comparable(_read_yaml(stored)), _comparable(config)))
+            changes = list(differences(comparable(_read_yaml(stored)), comparable(config)))
         if changes and resume != "force":
             hint = f"{self.path} holds a run with another config: resume=force takes the new one"
             raise UserError(*changes, hint)
@@ -133,27 +178,20 @@ class RunDir:
     def status(self) -> dict[str, Any]:
         """What status.json says; empty when there is none."""
         try:
-            return dict(json.loads((self.path / "status.json").read_text()))
+            found = json.loads((self.path / "status.json").read_text())
         except (OSError, ValueError):
             return {}
+        return found if isinstance(found, dict) else {}
 
-    def start(self, *, step: int) -> None:
-        """Say that this process is at work from a step on, and keep the list of resumes."""
-        before = self.status()
-        resumes = before.get("resumes", [])
-        if before:
-            resumes = [*resumes, {"step": step, "time": time.time()}]
-        started = before.get("started", time.time())
-        self._status = {
-            "started": started,
-            "resumes": resumes,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-        }
-        self.say("running", step=step)
+    def start(self, *, step: int, total: int, best: Mapping[str, Any] | None) -> None:
+        """Say from which step on this attempt works, and keep the list of resumes."""
+        if self._resumes:
+            self._status["resumes"] = [*self._status["resumes"], {"step": step, "time": time.time()}]
+        self.say("running", step=step, total=total, best=best)
 
     def heartbeat(self, step: int) -> None:
-        """Say that the run is alive; at most once in five seconds."""
+        """Say that the run is alive and where it stands; written at most once in five seconds."""
+        self._status["step"] = step
         if time.time() - self._written > 5:
             self.say("running", step=step)
 
@@ -171,27 +209,20 @@ class RunDir:
         write_whole(self.path / name, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
+def _locked(file: IO[str], kind: int) -> bool:
+    """Take the lock of an open file. Who only looks holds it for a moment, so one refusal is not enough."""
+    for _ in range(5):
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.02)
+    return False
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
-
-
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    return dict(_leaves({key: value for key, value in config.items() if key not in NOT_COMPARED}))
-
-
-def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        elif f"{prefix}{key}" != "dataset.root":
-            yield f"{prefix}{key}", value
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            yield f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
 
 
 def _git_state(folder: Path) -> tuple[str | None, str]:

@@ -19,6 +19,11 @@ class State:
         self.best_accuracy = -1.0
         self.best_step: int | None = None
 
+    @property
+    def best(self) -> dict[str, int | float] | None:
+        """The best validation so far: its accuracy and step."""
+        return None if self.best_step is None else {"accuracy": self.best_accuracy, "step": self.best_step}
+
     def note_validation(self, accuracy: float) -> None:
         """Remember the best validation so far; of equals, the first."""
         if accuracy > self.best_accuracy:

@@ -14,7 +14,7 @@ from capsexp import checkpoint
 from capsexp.build import Parts
 from capsexp.capsules import Batch
 from capsexp.data import Batches, Split
-from capsexp.errors import RunStopped
+from capsexp.errors import RunStopped, is_interruption
 from capsexp.evaluate import Loss, autocast, evaluate, figures, inference
 from capsexp.files import write_whole
 from capsexp.profiler import profiler
@@ -65,7 +65,7 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
     # Resume
     if saved is not None:
         state.restore(saved)
-    run.start(step=state.step)
+    run.start(step=state.step, total=total, best=state.best)
     run.write_environment(str(device))
     record = Record(run.path, start_step=state.step, length=state.recorded, settings=config)
     reporter = Reporter(total=total, done=state.step)
@@ -81,6 +81,7 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
         checkpoint.prune(run.checkpoints, keep_last=2, keep_steps=keep, keep_every=settings.keep_every)
 
     def stop_if_asked() -> None:
+        run.heartbeat(state.step)
         if stop.asked():
             if not testing:  # for the test the weights may have gone back to the best
                 save()
@@ -92,7 +93,7 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
         options: dict[str, Any] = {"precision": settings.precision, "at_batch": stop_if_asked}
         return _prefixed(part, evaluate(subject, batches, parts.loss, Step(state.step, total), **options))
 
-    with _closing(run, record, state), stop, reporter, profiler(run.path, settings.profile) as profile:
+    with _closing(record), stop, reporter, profiler(run.path, settings.profile) as profile:
         reporter.say(f"{run.path} on {device}")
         reporter.say(_introduction(model, training, validation, Step(state.step, total)))
         for remark in parts.dataset.remarks():
@@ -125,7 +126,6 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
                     values = {**_prefixed("train", told), **_prefixed("schedule", scheduled)}
                     record.metrics(state.step, values, epoch=state.epoch + 1)
                     record.speed(state.step, {"images_per_second": reporter.images_per_second})
-                    run.heartbeat(state.step)
                 if profile is not None:
                     profile.step()
                 if state.step % settings.save_every == 0:
@@ -139,6 +139,7 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
                 values = mean_figures(validation, "validation")
                 record.metrics(state.step, values, epoch=ended)
                 state.note_validation(values["validation/accuracy"])
+                run.say("running", step=state.step, best=state.best)
                 reporter.say(f"epoch {ended}: {_sentence(values)}")
                 if ended % settings.images_every == 0 or last:
                     _show_reconstructions(record, model, validation, state.step)
@@ -263,16 +264,12 @@ def _show_reconstructions(record: Record, model: nn.Module, batches: Batches, st
 
 
 @contextlib.contextmanager
-def _closing(run: RunDir, record: Record, state: State) -> Iterator[None]:
-    """However the run ends: say so in status.json and in TensorBoard."""
+def _closing(record: Record) -> Iterator[None]:
+    """However the run ends: say so in TensorBoard."""
     try:
         yield
     except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt) or getattr(error, "exit_code", 1) > 128
-        status = "interrupted" if interrupted else "failed"
-        message = str(error) or type(error).__name__
-        run.say(status, step=state.step, error=message, exit_code=getattr(error, "exit_code", 1))
-        record.close(status)
+        record.close("interrupted" if is_interruption(error) else "failed")
         raise
     record.close("completed")
 

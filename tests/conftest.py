@@ -79,7 +79,8 @@ def train_tiny() -> Callable[..., dict[str, float]]:
         directory = RunDir(path)
         with directory.owned():
             directory.begin(settings, resume=settings["resume"], command=["capsexp", "train"])
-            return train(components(settings, plugins=[]), directory, settings)
+            with directory.attempt({}):
+                return train(components(settings, plugins=[]), directory, settings)
 
     return run
 

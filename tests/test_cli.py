@@ -284,7 +284,7 @@ def test_a_bug_keeps_its_traceback_and_its_run_says_failed(tmp_path):
     assert 'buggy.py", line 6, in __call__' in done.stderr
     assert done.stderr.endswith("KeyError: 'a bug'\n")
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert (status["status"], status["error"], status["exit_code"]) == ("failed", "'a bug'", 1)
+    assert (status["status"], status["error"], status["exit_code"]) == ("failed", "KeyError: 'a bug'", 1)
 
 
 # From end to end, on the embedded digits
@@ -319,9 +319,7 @@ def test_training_ends_well_and_says_where_it_is(trained, home):
 def test_a_run_directory_holds_what_it_promises(trained, home):
     run = home / "run"
     names = {path.relative_to(run).parts[0] for path in run.iterdir()} - {"dirty.patch"}
-    promised = (
-        ".hydra resolved_config.yaml command.txt env.json status.json metrics.jsonl train.log tb checkpoints"
-    )
+    promised = ".hydra resolved_config.yaml command.txt env.json status.json metrics.jsonl train.log tb checkpoints figures"
     assert names == {*promised.split(), "run.lock"}
     assert {path.name for path in (run / ".hydra").iterdir()} == {
         "config.yaml",

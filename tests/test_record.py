@@ -8,6 +8,7 @@ import urllib.request
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from capsexp.errors import UserError
@@ -20,9 +21,9 @@ SETTINGS = {
 }
 
 
-def record(path, *, start_step=0, length=0):
+def record(path, *, start_step=0, length=0, **settings):
     path.mkdir(exist_ok=True)
-    return Record(path, start_step=start_step, length=length, settings=SETTINGS)
+    return Record(path, start_step=start_step, length=length, settings=SETTINGS | settings)
 
 
 def test_metrics_keep_every_digit(tmp_path):
@@ -73,6 +74,8 @@ def test_pictures_stand_in_rows(channels, tmp_path):
         EventAccumulator(str(tmp_path / "tb"), size_guidance={"images": 0}).Reload().Images("reconstruction")
     )
     assert (image.height, image.width) == (2 * 6 + 1, 4 * 7 + 1)
+    with Image.open(tmp_path / "figures" / "reconstruction.png") as shown:
+        assert shown.size == (4 * 7 + 1, 2 * 6 + 1)
 
 
 @contextlib.contextmanager
@@ -111,37 +114,45 @@ def until(get_value, accept):
 @pytest.mark.slow
 @pytest.mark.parametrize("loader", ["true", "false"])
 def test_a_server_shows_every_run_once_with_its_true_end_and_no_doubled_steps(loader, tmp_path):
-    for name, end in (("good", "completed"), ("bad", "failed"), ("cut off", "interrupted")):
-        written = record(tmp_path / name)
+    ends = {"good": "completed", "bad": "failed", "cut off": "interrupted", "mended": "failed"}
+    for seed, (name, end) in enumerate(ends.items()):
+        written = record(tmp_path / name, seed=seed)
         written.metrics(1, {"train/loss": 1.0})
         length = written.length()  # a checkpoint, of the same length in each run
         written.metrics(2, {"train/loss": 2.0})
         written.close(end)
+    record(tmp_path / "other", extra="forgotten").close("completed")
     time.sleep(1.1)  # files of one second are read in the order of a counter: as text, 10 before 9
-    resumed = record(tmp_path / "good", start_step=1, length=length)
-    resumed.metrics(2, {"train/loss": 3.0})
-    resumed.close("completed")
+    for name in ("good", "mended"):
+        resumed = record(tmp_path / name, start_step=1, length=length)
+        resumed.metrics(2, {"train/loss": 3.0})
+        resumed.close("completed")
+    record(tmp_path / "other", rate=7).close("completed")
     query = {
         "allowedStatuses": ["STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING", "STATUS_UNKNOWN"],
-        "colParams": [{"hparam": key} for key in ("seed", "model.leaky", "model.rate")],
+        "colParams": [{"hparam": key} for key in ("seed", "model.leaky", "model.rate", "rate", "extra")],
         "startIndex": 0,
         "sliceSize": 100,
     }
     with tensorboard(tmp_path, f"--load_fast={loader}") as get:
         groups = until(
             lambda: get("data/plugin/hparams/session_groups", query).get("sessionGroups", []),
-            lambda found: len(found) == 3,
+            lambda found: sum(len(group["sessions"]) for group in found) == 5,
         )
-        statuses = {group["name"]: group["sessions"][0]["status"] for group in groups}
-        assert statuses["good"] == "STATUS_SUCCESS"
-        assert statuses["bad"] == "STATUS_FAILURE"
-        assert statuses["cut off"] == "STATUS_UNKNOWN"
-        shown = groups[0]["hparams"]
-        assert shown["seed"] == 1
-        assert shown["model.leaky"] is True
-        assert shown["model.rate"] == 0.5
+        other, seeds = sorted(groups, key=lambda group: len(group["sessions"]))
+        assert {session["name"]: session["status"] for session in seeds["sessions"]} == {
+            "good/tb": "STATUS_SUCCESS",
+            "bad/tb": "STATUS_FAILURE",
+            "cut off/tb": "STATUS_UNKNOWN",
+            "mended/tb": "STATUS_SUCCESS",
+        }
+        assert seeds["hparams"]["model.leaky"] is True
+        assert seeds["hparams"]["model.rate"] == 0.5
+        # Resumed under another config, it shows that.
+        assert other["hparams"]["rate"] == 7
+        assert not other["hparams"].get("extra")
         runs = get("data/runs")
-        assert sorted(runs) == ["bad/tb", "cut off/tb", "good/tb"]
+        assert sorted(runs) == ["bad/tb", "cut off/tb", "good/tb", "mended/tb", "other/tb"]
         # Step 1 is the checkpoint's own: dropped with what follows it, and repeated from metrics.jsonl.
         until(
             lambda: get("data/plugin/scalars/scalars?tag=train/loss&run=good/tb"),

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -10,8 +11,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from capsexp import run_dir
-from capsexp.errors import UserError
-from capsexp.run_dir import NOT_COMPARED, RunDir, new_run_dir
+from capsexp.errors import RunStopped, UserError
+from capsexp.run_dir import RunDir, new_run_dir
+from capsexp.settings import NOT_COMPARED
 
 CONFIG = {
     "seed": 0,
@@ -217,64 +219,110 @@ def test_composed_configs_keep_their_interpolations(run):
 # How it stands
 
 
-def test_status_tells_who_is_at_work_and_where(run):
-    assert run.status() == {}
+@pytest.fixture
+def attempt(run):
+    """A started attempt at the run; more of them may follow."""
     run.path.mkdir()
-    run.start(step=0)
-    status = run.status()
-    assert status["status"] == "running"
-    assert (status["step"], status["pid"], status["resumes"]) == (0, os.getpid(), [])
+
+    @contextlib.contextmanager
+    def begun(step=0):
+        again = RunDir(run.path)
+        with again.attempt({"model": "em_routing"}):
+            again.start(step=step, total=9, best=None)
+            yield again
+
+    return begun
+
+
+def test_status_tells_who_is_at_work_and_where(run, attempt):
+    assert run.status() == {}
+    with attempt():
+        status = run.status()
+    assert (status["status"], status["choices"]) == ("running", {"model": "em_routing"})
+    assert (status["step"], status["total"], status["pid"], status["resumes"]) == (0, 9, os.getpid(), [])
     assert status["heartbeat"] >= status["started"]
 
 
-def test_every_resume_is_kept_and_the_first_start_stays(run):
-    run.path.mkdir()
-    run.start(step=0)
-    started = run.status()["started"]
+def test_every_resume_is_kept_and_the_first_start_stays(run, attempt):
+    with attempt():
+        started = run.status()["started"]
     for step in (7, 9):
-        again = RunDir(run.path)
-        again.start(step=step)
-    assert [one["step"] for one in again.status()["resumes"]] == [7, 9]
-    assert again.status()["started"] == started
+        with attempt(step):
+            pass
+    assert [one["step"] for one in run.status()["resumes"]] == [7, 9]
+    assert run.status()["started"] == started
 
 
-def test_the_end_keeps_what_belongs_to_it(run):
-    run.path.mkdir()
-    run.start(step=0)
-    run.say("failed", step=5, error="no", exit_code=1)
-    status = run.status()
-    assert (status["status"], status["step"], status["error"], status["exit_code"]) == ("failed", 5, "no", 1)
+@pytest.mark.parametrize(
+    ("error", "status", "message", "code"),
+    [
+        (UserError("no"), "failed", "no", 2),
+        (RunStopped("not finite", exit_code=1), "failed", "not finite", 1),
+        (RunStopped("SIGTERM", exit_code=143), "interrupted", "SIGTERM", 143),
+        (KeyboardInterrupt(), "interrupted", "KeyboardInterrupt: ", 130),
+        (KeyError("oops"), "failed", "KeyError: 'oops'", 1),
+        (SystemExit(3), "failed", "SystemExit: 3", 3),
+    ],
+)
+def test_the_end_says_how_and_why(error, status, message, code, run, attempt):
+    def end():
+        with attempt() as begun:
+            begun.heartbeat(5)
+            raise error
+
+    with pytest.raises(type(error)):
+        end()
+    told = run.status()
+    assert (told["status"], told["error"], told["exit_code"], told["step"]) == (status, message, code, 5)
 
 
-def test_a_resumed_run_forgets_how_it_ended_before(run):
-    run.path.mkdir()
-    run.start(step=0)
-    run.say("failed", step=5, error="no", exit_code=1)
-    RunDir(run.path).start(step=5)
-    assert "error" not in run.status()
-    assert "exit_code" not in run.status()
+def test_a_resumed_run_forgets_how_it_ended_before(run, attempt):
+    with pytest.raises(UserError), attempt():
+        raise UserError("no")
+    with attempt(step=5):
+        assert "error" not in run.status()
+        assert "exit_code" not in run.status()
 
 
-def test_a_heartbeat_is_written_at_most_once_in_five_seconds(run, monkeypatch):
+def test_a_heartbeat_is_written_at_most_once_in_five_seconds(run, attempt, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(run_dir.time, "time", lambda: now[0])
-    run.path.mkdir()
-    run.start(step=0)
-    now[0] += 4
-    run.heartbeat(1)
-    assert run.status()["step"] == 0
-    now[0] += 2
-    run.heartbeat(2)
+    with attempt() as begun:
+        now[0] += 4
+        begun.heartbeat(1)
+        assert run.status()["step"] == 0
+        now[0] += 2
+        begun.heartbeat(2)
     assert (run.status()["step"], run.status()["heartbeat"]) == (2, 1006.0)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\x80"])
-def test_a_damaged_status_is_none(content, run):
-    run.path.mkdir()
+@pytest.mark.parametrize("content", [b"", b"{", b"\x80", b"[]"])
+def test_a_damaged_status_is_none(content, run, attempt):
     (run.path / "status.json").write_bytes(content)
     assert run.status() == {}
-    run.start(step=3)
-    assert run.status()["resumes"] == []
+    with attempt(step=3):
+        assert run.status()["resumes"] == []
+
+
+def test_a_run_is_owned_while_a_process_is_at_work(run):
+    assert not run.is_owned()
+    with run.owned():
+        assert RunDir(run.path).is_owned()
+    assert not run.is_owned()
+
+
+def test_a_run_is_finished_under_the_config_that_it_was_completed_with(run, attempt, tiny_config):
+    config = tiny_config()
+    assert not run.is_finished(config)
+    run.begin(config, resume="auto", command=["capsexp", "train"])
+    with attempt() as begun:
+        assert not run.is_finished(config)
+        begun.say("completed")
+    assert run.is_finished(config)
+    assert run.is_finished({**config, "resume": "force", "device": {}})
+    assert not run.is_finished({**config, "seed": 7})
+    (run.path / "resolved_config.yaml").unlink()
+    assert not run.is_finished(config)
 
 
 # Where the code and the machine stood

@@ -11,6 +11,7 @@ import torch
 
 from capsexp import checkpoint
 from capsexp.errors import RunStopped, UserError
+from capsexp.run_dir import RunDir
 from capsexp.schedule import Step
 from capsexp.train import gradients
 
@@ -136,7 +137,6 @@ def test_whatever_is_switched_on_survives_a_resume(overrides, tmp_path, monkeypa
 def test_other_networks_go_on_as_if_nothing_had_been(network, tmp_path, monkeypatch, tiny_overrides):
     from capsexp import config
     from capsexp.build import components
-    from capsexp.run_dir import RunDir
     from capsexp.train import train
 
     overrides = [text for text in tiny_overrides if not text.startswith("model.")]
@@ -144,7 +144,7 @@ def test_other_networks_go_on_as_if_nothing_had_been(network, tmp_path, monkeypa
 
     def run(path):
         directory = RunDir(path)
-        with directory.owned():
+        with directory.owned(), directory.attempt({}):
             train(components(settings, plugins=[]), directory, settings)
 
     run(tmp_path / "whole")
@@ -449,10 +449,10 @@ def test_kill_9_at_any_moment_changes_nothing(tmp_path, tiny_overrides):
     while code is None:
         process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         # Steps take milliseconds beside the start of a process: wait for the first sign of this one's work.
-        status = killed / "status.json"
-        begun = status.stat().st_mtime_ns if status.exists() else 0
-        while process.poll() is None and (not status.exists() or status.stat().st_mtime_ns == begun):
+        told = {}
+        while process.poll() is None and ("step" not in told or len(told["resumes"]) < kills):
             time.sleep(0.002)
+            told = RunDir(killed).status()
         if kills % 2 == 0:
             deadline = time.monotonic() + 2
             while process.poll() is None and time.monotonic() < deadline:
@@ -472,7 +472,7 @@ def test_kill_9_at_any_moment_changes_nothing(tmp_path, tiny_overrides):
             assert code == 0, errors.decode()
     assert kills >= 10
     assert inside_a_save >= 3
-    assert len(json.loads(status.read_text())["resumes"]) == kills
+    assert len(RunDir(killed).status()["resumes"]) == kills
     assert_same_run(killed, quiet)
 
 

@@ -319,8 +319,10 @@ def test_training_ends_well_and_says_where_it_is(trained, home):
 def test_a_run_directory_holds_what_it_promises(trained, home):
     run = home / "run"
     names = {path.relative_to(run).parts[0] for path in run.iterdir()} - {"dirty.patch"}
-    promised = ".hydra resolved_config.yaml command.txt env.json status.json metrics.jsonl train.log tb checkpoints figures"
-    assert names == {*promised.split(), "run.lock"}
+    promised = (
+        ".hydra resolved_config.yaml command.txt env.json status.json metrics.jsonl train.log tb checkpoints"
+    )
+    assert names == {*promised.split(), "figures", "run.lock"}
     assert {path.name for path in (run / ".hydra").iterdir()} == {
         "config.yaml",
         "overrides.yaml",
@@ -332,7 +334,7 @@ def test_a_run_directory_holds_what_it_promises(trained, home):
     assert (run / "command.txt").read_text() == "capsexp train trainer=smoke run=run seed=3\n"
     checkpoints = {path.name for path in (run / "checkpoints").iterdir()}
     assert checkpoints == {"step-00000002.pt", "step-00000002.json", "last.pt", "best.pt"}
-    assert len(list((run / "tb").glob("events.out.tfevents.*"))) == 1
+    assert len(list((run / "tb").glob("events.out.tfevents.*"))) == 3  # begin, figures, end
     assert "validation/accuracy" in (run / "train.log").read_text()
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == [1, 2, 2, 2]

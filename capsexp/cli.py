@@ -4,6 +4,7 @@ torch is imported only when work starts, so that `--cfg`, `--info`, `--help` and
 """
 
 import os
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -17,8 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from capsexp import config
 from capsexp.arguments import parse, plugins, quoted, value
-from capsexp.errors import UserError
-from capsexp.run_dir import RunDir, new_run_dir
+from capsexp.errors import JobFailed, UserError
+from capsexp.job_process import WATCHED, end_with_launcher
+from capsexp.naming import new_run_dir, sweep_name
+from capsexp.run_dir import RunDir
 
 COMMANDS = {
     "train": "train a network: capsexp train [GROUP=OPTION] [KEY=VALUE] [-m]",
@@ -73,6 +76,8 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
+    if WATCHED in os.environ:
+        end_with_launcher()
     options, flags, overrides = parse(arguments)
     if _only_shows(options):
         return _hand_over([*flags, *overrides], "train", _nothing)
@@ -86,8 +91,25 @@ def _train(arguments: list[str]) -> int:
         for variant in config.swept_variants(overrides, config_dir=folder):
             _check(config.compose(name, variant, config_dir=folder), overrides)
     _check(composed, overrides).dataset.require_files()
-    where = [*_where(composed, overrides, options), "hydra.output_subdir=null"]
-    return _hand_over([*flags, *overrides, *where], "train", _training_job)
+    words = [*flags, *overrides, "hydra.output_subdir=null"]
+    if options.multirun:
+        return _sweep(_sweep_dir(composed, overrides), words)
+    return _hand_over([*words, *_where(composed, overrides)], "train", _training_job)
+
+
+def _sweep(path: Path, words: Sequence[str]) -> int:
+    """Run the jobs of a sweep by whichever launcher was chosen; the exit code is 1 if any has failed."""
+    from capsexp.sweep import Sweep
+
+    with Sweep(path).held():
+        Sweep(path).begin(shlex.join(_command()))
+        try:
+            _hand_over([*words, f"hydra.sweep.dir={quoted(path)}"], "train", _training_job)
+        except JobFailed:  # told by the launcher, and in the table
+            pass
+        finally:
+            Sweep(path).finish()
+        return 0 if Sweep(path).succeeded() else 1
 
 
 def _eval(arguments: list[str]) -> int:
@@ -158,8 +180,8 @@ def _doctor(arguments: list[str]) -> int:
     return 0
 
 
-def _training_job(composed: DictConfig) -> None:
-    """One training run, in the directory that Hydra was told."""
+def _training_job(composed: DictConfig) -> float | None:
+    """One training run, in the directory that Hydra was told; returns its best validation accuracy."""
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     path = Path(HydraConfig.get().runtime.output_dir)
     if sweeping:
@@ -170,26 +192,29 @@ def _training_job(composed: DictConfig) -> None:
         code = _complain(error)
         if not sweeping or code > 128:  # a signal ends the whole sweep
             raise SystemExit(code) from None
-        raise RuntimeError(f"this job failed: {error}") from error
+        raise JobFailed(*error.problems) from None
+    return RunDir(path).best_accuracy()
 
 
 def _train_in(run: RunDir, composed: DictConfig) -> None:
     from capsexp.build import components
+    from capsexp.memory import told_when_used_up
     from capsexp.train import train
 
     plain = config.plain(composed)
     parts = components(plain, plugins=plugins(HydraConfig.get().overrides.task))
     with run.owned():
-        changed = run.begin(plain, resume=plain["resume"], command=_command())
+        finished = run.is_finished(plain)
+        run.begin(plain, resume=plain["resume"], command=_command())
         hydra_node = {"hydra": HydraConfig.get()}
         run.write_composed(config=composed, hydra=hydra_node, overrides=HydraConfig.get().overrides.task)
-        status = run.status()
-        if status.get("status") == "completed" and not changed:
-            figures = "  ".join(f"{name} {value:.4f}" for name, value in status["results"].items())
+        if finished:
+            figures = "  ".join(f"{name} {value:.4f}" for name, value in run.status()["results"].items())
             print(f"{run.path} is complete: {figures}")
             return
         choices = {group: HydraConfig.get().runtime.choices.get(group) for group in config.GROUPS}
-        with run.attempt({group: choice for group, choice in choices.items() if choice}):
+        attempt = run.attempt({group: choice for group, choice in choices.items() if choice})
+        with attempt, told_when_used_up(batch_size=parts.trainer.batch_size):
             train(parts, run, plain)
     print(f"run: {run.path}\ncurves: tensorboard --logdir {run.path}")
 
@@ -221,21 +246,24 @@ def _check(composed: DictConfig, overrides: Sequence[str]) -> Any:
     return parts
 
 
-def _where(composed: DictConfig, overrides: Sequence[str], options: Namespace) -> list[str]:
-    """Overrides that send the output to a directory which no other run has, unless the user chose one."""
-    given = {text.partition("=")[0] for text in overrides}
-    root = Path(composed.output_root)
-    if options.multirun:
-        if "hydra.sweep.dir" in given:
-            return []
-        return [f"hydra.sweep.dir={quoted(new_run_dir(root / 'sweeps'))}"]
-    if composed.run is not None or "hydra.run.dir" in given:
+def _where(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """Overrides that send a run to a directory which no other run has, unless the user chose one."""
+    if composed.run is not None or "hydra.run.dir" in {text.partition("=")[0] for text in overrides}:
         return []
     choices = composed.hydra.runtime.choices
     folder = choices.get("experiment") or f"{choices['model']}-{choices['dataset']}"
     named = ("model", "dataset", "experiment")  # in the folder's name already
     settings = [text for text in overrides if text.partition("=")[0] not in named]
-    return [f"run={quoted(new_run_dir(root / folder, label='-'.join(settings)))}"]
+    return [f"run={quoted(new_run_dir(Path(composed.output_root) / folder, label='-'.join(settings)))}"]
+
+
+def _sweep_dir(composed: DictConfig, overrides: Sequence[str]) -> Path:
+    """The folder of a sweep: the user's choice, or one that the same command always has."""
+    if composed.hydra.sweep.dir != "auto":
+        return Path(composed.hydra.sweep.dir)
+    constants, swept = config.constants_and_swept(overrides)
+    name = sweep_name(composed.hydra.runtime.choices, constants, swept)
+    return Path(composed.output_root) / "sweeps" / name
 
 
 def _datasets(overrides: Sequence[str], names: Sequence[str] | None) -> dict[str, Any]:
@@ -260,7 +288,7 @@ def _only_shows(options: Namespace) -> bool:
     return bool(options.help or options.hydra_help)
 
 
-def _hand_over(arguments: list[str], config_name: str, job: Callable[[DictConfig], None]) -> int:
+def _hand_over(arguments: list[str], config_name: str, job: Callable[[DictConfig], Any]) -> int:
     sys.argv = [sys.argv[0], *arguments]
     hydra.main(config_path=config.conf_dir(), config_name=config_name, **config.VERSION_BASE)(job)()
     return 0

@@ -7,6 +7,7 @@ of them are reported together, each with the nearest right name.
 import contextlib
 import difflib
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,6 +26,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from capsexp.arguments import value
 from capsexp.errors import UserError
+from capsexp.naming import job_name
 
 GROUPS = ("device", "trainer", "dataset", "routing", "loss", "optimizer", "model", "experiment")
 STORED = "stored"  # name, in every group, of what a run directory's config holds
@@ -32,6 +34,10 @@ HYDRA_1_3 = hydra.__version__ < "1.4"
 VERSION_BASE: dict[str, str] = {"version_base": "1.3"} if HYDRA_1_3 else {}
 REPLACE: dict[str, Any] = {} if HYDRA_1_3 else {"replace": True}  # 1.3 replaces without a word
 FAILURES = (HydraException, OmegaConfBaseException)
+
+# Hydra takes plugins from the package hydra_plugins alone. Ours brings the launcher of sweeps.
+sys.path.append(str(Path(__file__).resolve().parent / "_plugins"))
+OmegaConf.register_new_resolver("capsexp.job_name", job_name, replace=True)
 
 
 def conf_dir() -> str:
@@ -66,7 +72,7 @@ def compose(
         parsed, problems = _parse(overrides)
         problems += [] if sweep else [line for one in parsed for line in _sweep_problems(one)]
         try:
-            composed = _compose(config_name, [_first(one) for one in parsed])
+            composed = _compose(config_name, [_texts(one)[0] for one in parsed])
         except UserError as error:
             raise UserError(*problems, *(_diagnosis(config_name, parsed) or error.problems)) from None
         if problems:
@@ -81,13 +87,20 @@ def swept_variants(overrides: Sequence[str], *, config_dir: str | None) -> list[
     """
     with _searching(config_dir):
         parsed, _ = _parse(overrides)
-        first = [_first(one) for one in parsed]
+        first = [_texts(one)[0] for one in parsed]
         return [
-            [*first[:place], f"{one.get_key_element()}={choice}", *first[place + 1 :]]
+            [*first[:place], text, *first[place + 1 :]]
             for place, one in enumerate(parsed)
-            if one.is_sweep_override()
-            for choice in list(one.sweep_string_iterator())[1:]
+            for text in _texts(one)[1:]
         ]
+
+
+def constants_and_swept(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides with one value, and the keys of those with several."""
+    with _searching(None):
+        parsed, _ = _parse(overrides)
+        constants = [str(one.input_line) for one in parsed if not one.is_sweep_override()]
+        return constants, [one.key_or_group for one in parsed if one.is_sweep_override()]
 
 
 def load_run(overrides: Sequence[str], *, command: str, **extra: Any) -> None:
@@ -192,7 +205,7 @@ def _diagnosis(config_name: str, overrides: list[Override]) -> list[str]:
     """What is wrong with each override by itself."""
     groups = [one for one in overrides if _options(one.key_or_group)]
     problems = [line for one in groups for line in _choice_problems(one)]
-    fitting = [_first(one) for one in groups if not list(_choice_problems(one))]
+    fitting = [_texts(one)[0] for one in groups if not list(_choice_problems(one))]
     try:
         base = _compose(config_name, fitting)
     except UserError as error:
@@ -226,14 +239,25 @@ def _options(group: str) -> list[str]:
 
 
 def _values(override: Override) -> list[Any]:
-    """What the override sets: one value, or all of a sweep."""
-    return list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
-
-
-def _first(override: Override) -> str:
+    """What the override sets: one value, or all of a sweep; of an interval its ends."""
     if not override.is_sweep_override():
-        return str(override.input_line)
-    return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
+        return [override.value()]
+    return list(override.sweep_iterator()) if override.is_discrete_sweep() else _ends(override)
+
+
+def _texts(override: Override) -> list[str]:
+    """The same, as overrides of a single job."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    choices = override.sweep_string_iterator() if override.is_discrete_sweep() else _ends(override)
+    return [f"{override.get_key_element()}={choice}" for choice in choices]
+
+
+def _ends(override: Override) -> list[Any]:
+    """The ends of an interval, in which only a search such as optuna's can choose."""
+    interval = override.value()
+    assert isinstance(interval, IntervalSweep)
+    return [interval.start, interval.end]
 
 
 def _choice_problems(override: Override) -> Iterator[str]:

@@ -54,7 +54,7 @@ def exit_code(error: BaseException) -> int:
 
 def is_interruption(error: BaseException) -> bool:
     """Whether the user or the system asked for this end."""
-    return exit_code(error) > 128
+    return exit_code(error) > 128 or isinstance(error, Preempted)
 
 
 class RunStopped(UserError):  # noqa: N818 - a signal or a stop, not always an error
@@ -68,3 +68,13 @@ class RunStopped(UserError):  # noqa: N818 - a signal or a stop, not always an e
     def __init__(self, problem: str, *, exit_code: int) -> None:
         super().__init__(problem)
         self.exit_code = exit_code
+
+
+class JobFailed(UserError):  # noqa: N818 - the end of a job, told in the table of its sweep
+    """A job of a sweep that did not complete its run."""
+
+    exit_code = 1
+
+
+class Preempted(SystemExit):
+    """The end of a process whose scheduler takes the run away, and may start it again."""

@@ -20,6 +20,7 @@ from capsexp.capsules import Capsules
 from capsexp.data import Batches, Split
 from capsexp.errors import UserError
 from capsexp.evaluate import autocast, inference
+from capsexp.memory import peak_resident
 from capsexp.schedule import Step
 from capsexp.train import gradient_norm, gradients
 
@@ -117,7 +118,7 @@ def peak(variants: Mapping[str, Variant], parts: Mapping[str, Parts]) -> dict[st
         if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)
-    most = torch.cuda.max_memory_allocated() if cuda else _peak_resident()
+    most = torch.cuda.max_memory_allocated() if cuda else peak_resident()
     return {"bytes": most - idle, "seconds": min(seconds)}
 
 
@@ -231,11 +232,6 @@ def _fetch(batches: Batches) -> Callable[[], object]:
 def _resident() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
-
-
-def _peak_resident() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 resolved_config.yaml                 the same with every value filled in
 command.txt   env.json  dirty.patch  the command; versions, commit, machine; uncommitted changes
 status.json                          running | completed | failed | interrupted, step, total, heartbeat, best,
-                                     choices (the options of the config's groups), results or error
+                                     seconds of work, choices (option of each config group), results or error
 metrics.jsonl   train.log   tb/      numbers in full precision; the log; TensorBoard
 figures/                             pictures: NAME.png
 checkpoints/                         see capsexp.checkpoint
@@ -16,8 +16,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
-import secrets
 import shlex
 import socket
 import subprocess
@@ -27,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from capsexp.errors import UserError, exit_code, is_interruption
 from capsexp.files import write_whole
@@ -37,17 +36,6 @@ KEPT = ("started", "resumes", "step", "total", "best")  # of status.json, when a
 PACKAGES = ("capsexp", "torch", "torchvision", "hydra-core", "omegaconf", "tensorboard", "numpy")
 
 
-def new_run_dir(parent: Path, *, label: str = "") -> Path:
-    """Make a directory that no other run has, even one started in the same second."""
-    parent.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-")[:60]
-    while True:
-        name = "-".join(part for part in (time.strftime("%Y%m%d-%H%M%S"), slug, secrets.token_hex(2)) if part)
-        with contextlib.suppress(FileExistsError):
-            (parent / name).mkdir()
-            return parent / name
-
-
 class RunDir:
     """One run's directory, held by one process at a time."""
 
@@ -55,6 +43,7 @@ class RunDir:
         self.path = path
         self._status: dict[str, Any] = {}
         self._resumes = False
+        self._began = time.time()
         self._written = 0.0
 
     @property
@@ -75,14 +64,11 @@ class RunDir:
             UserError: another process is training in this directory.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / LOCK, "a+") as lock:
-            if not _locked(lock, fcntl.LOCK_EX):
-                lock.seek(0)
-                owner = lock.read() or "another process"
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(hold(self.path / LOCK))
+            except LockHeldError as owner:
                 raise UserError(f"{self.path} is in use by {owner}: choose another run=DIR") from None
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
             yield
 
     def is_owned(self) -> bool:
@@ -111,6 +97,7 @@ class RunDir:
         """
         before = self.status()
         self._resumes = bool(before)
+        self._began = time.time() - before.get("seconds", 0)
         self._status = {"started": time.time(), "resumes": []}
         self._status |= {key: before[key] for key in KEPT if key in before}
         owner = {"pid": os.getpid(), "host": socket.gethostname()}
@@ -183,6 +170,24 @@ class RunDir:
             return {}
         return found if isinstance(found, dict) else {}
 
+    def abandon(self, status: str, error: str, *, exit_code: int) -> None:
+        """Say how the run ended, in the place of a process that died without a word."""
+        ending = {"status": status, "error": error, "exit_code": exit_code}
+        self._write_json("status.json", {**self.status(), **ending})
+
+    def best_accuracy(self) -> float | None:
+        """The best validation accuracy so far; None without one. What a search goes by."""
+        return (self.status().get("best") or {}).get("accuracy")
+
+    def overrides(self) -> list[str]:
+        """The overrides that the run was started with, but for its place; empty if they are not known."""
+        try:
+            texts = OmegaConf.to_container(OmegaConf.load(self.path / ".hydra" / "overrides.yaml"))
+        except (OSError, ValueError, YAMLError):
+            return []
+        words = [str(text) for text in texts] if isinstance(texts, list) else []
+        return [text for text in words if not text.startswith("run=")]
+
     def start(self, *, step: int, total: int, best: Mapping[str, Any] | None) -> None:
         """Say from which step on this attempt works, and keep the list of resumes."""
         if self._resumes:
@@ -197,7 +202,8 @@ class RunDir:
 
     def say(self, status: str, **more: Any) -> None:
         """Write status.json: a status, and whatever belongs to it (step, error, exit_code, results)."""
-        self._status |= {"status": status, "heartbeat": time.time(), **more}
+        now = time.time()
+        self._status |= {"status": status, "heartbeat": now, "seconds": now - self._began, **more}
         self._write_json("status.json", self._status)
         self._written = time.time()
 
@@ -207,6 +213,27 @@ class RunDir:
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         write_whole(self.path / name, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+class LockHeldError(Exception):
+    """A lock that another process holds; the message names that process."""
+
+
+@contextlib.contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Hold a lock file. The system lets go of it when this process dies.
+
+    Raises:
+        LockHeldError: another process holds it.
+    """
+    with open(path, "a+") as lock:
+        if not _locked(lock, fcntl.LOCK_EX):
+            lock.seek(0)
+            raise LockHeldError(lock.read() or "another process")
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        yield
 
 
 def _locked(file: IO[str], kind: int) -> bool:

@@ -85,7 +85,7 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
         if stop.asked():
             if not testing:  # for the test the weights may have gone back to the best
                 save()
-            raise stop.reason(state.step, run.path)
+            stop.end(state.step, run.path)
 
     def mean_figures(batches: Batches, part: str) -> dict[str, float]:
         subject = forward if average is None else average.module

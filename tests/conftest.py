@@ -1,7 +1,13 @@
 """What several test files need: tiny runs through the same path that the command line takes."""
 
+import contextlib
 import json
 import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +52,7 @@ def no_stored_options():
         ConfigStore.instance().repo.get(group, {}).pop("stored.yaml", None)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_overrides() -> tuple[str, ...]:
     return TINY
 
@@ -88,3 +94,47 @@ def train_tiny() -> Callable[..., dict[str, float]]:
 @pytest.fixture
 def metrics_of() -> Callable[[Path], list[dict[str, Any]]]:
     return lambda path: [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def serve(logdir, *options):
+    """The server, and a function that gets JSON from it."""
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--port", "0", *options]
+    said = logdir.parent / f"{logdir.name}.log"
+    with open(said, "w") as log:
+        server = subprocess.Popen(command, stderr=log, stdout=log)
+    try:
+        text = poll(said.read_text, lambda text: "http://" in text)
+        address = re.search(r"http://\S+/", text)[0]
+
+        def get(path, body=None):
+            data = None if body is None else json.dumps(body).encode()
+            request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.loads(answer.read())
+
+        yield get
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def poll(get_value, accept, *, seconds=20):
+    """Poll: other processes work in their own time."""
+    deadline = time.monotonic() + seconds
+    while not accept(value := get_value()):
+        assert time.monotonic() < deadline, f"never came: {str(value)[:500]}"
+        time.sleep(0.1)
+    return value
+
+
+@pytest.fixture
+def tensorboard():
+    """`with tensorboard(LOGDIR, *OPTIONS) as get: get("data/runs")`."""
+    return serve
+
+
+@pytest.fixture
+def until():
+    """`until(get_value, accept)` waits for a value that is accepted."""
+    return poll

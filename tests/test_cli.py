@@ -15,6 +15,8 @@ from sklearn.datasets import load_digits
 
 from capsexp import cli
 from capsexp.arguments import parse
+from capsexp.naming import job_name
+from capsexp.run_dir import RunDir
 
 SCRIPT = str(Path(sys.executable).with_name("capsexp"))
 MODULE = (sys.executable, "-m", "capsexp")
@@ -490,17 +492,37 @@ def test_options_may_stand_anywhere_among_overrides(place):
     assert (flags, overrides) == (["-m", "-cn", "own"], ["a=1,2", "b=3"])
 
 
-def test_a_sweep_makes_a_run_for_each_value(capsexp, tmp_path):
-    small = ["trainer=smoke", "trainer.limit_train_batches=1", "trainer.test=none"]
-    code, out, error = capsexp(
-        "train", "routing.iterations=1,2", "-m", *small, f"hydra.sweep.dir={tmp_path}/sweep"
-    )
+def test_another_launcher_uses_the_same_directories_and_skips_what_is_complete(capsexp, tmp_path):
+    small = ["trainer=smoke", "trainer.limit_train_batches=1", "trainer.test=none", "hydra/launcher=basic"]
+    words = ["train", "routing.iterations=1,2", "-m", *small, f"hydra.sweep.dir={tmp_path}/sweep"]
+    code, out, error = capsexp(*words)
     assert (code, error) == (0, "")
     assert "job 0: " in out
-    for job in (0, 1):
-        run = tmp_path / "sweep" / str(job)
-        assert json.loads((run / "status.json").read_text())["status"] == "completed"
-        assert f"routing.iterations={job + 1}" in (run / ".hydra" / "overrides.yaml").read_text()
+    runs = sorted((tmp_path / "sweep").glob("*/tb"))
+    for iterations, run in enumerate((tb.parent for tb in runs), start=1):
+        overrides = (run / ".hydra" / "overrides.yaml").read_text()
+        assert f"routing.iterations={iterations}" in overrides
+        assert run.name == job_name(RunDir(run).overrides())
+        assert RunDir(run).status()["status"] == "completed"
+    assert len(runs) == len(json.loads((tmp_path / "sweep" / "sweep.json").read_text())["jobs"]) == 2
+    code, out, error = capsexp(*words)
+    assert (code, error) == (0, "")
+    assert out.count(" is complete: ") == 2
+
+
+def test_a_job_that_fails_makes_the_sweep_fail_whatever_the_launcher(capsexp, tmp_path):
+    small = ["trainer=smoke", "trainer.limit_train_batches=1", "hydra/launcher=basic"]
+    words = ["train", "-m", "seed=0,1", *small, f"hydra.sweep.dir={tmp_path}/sweep"]
+    (tmp_path / "sweep" / job_name(["seed=0", *small[:2]]) / "checkpoints").mkdir(parents=True)
+    broken = tmp_path / "sweep" / job_name(["seed=0", *small[:2]]) / "checkpoints"
+    for name in ("step-00000001.pt", "step-00000002.pt"):
+        (broken / name).write_bytes(b"")
+    (broken / "step-00000002.json").write_text("{}")
+    code, out, error = capsexp(*words)
+    assert code == 1
+    assert "no usable checkpoint is left in" in error
+    assert re.search(r"seed=0 +│ failed", out)
+    assert re.search(r"seed=1 +│ completed", out)
 
 
 def test_a_wrong_value_in_a_sweep_is_told_before_any_job_runs(capsexp, no_runs):

@@ -1,10 +1,5 @@
-import contextlib
 import json
-import re
-import subprocess
-import sys
 import time
-import urllib.request
 
 import pytest
 import torch
@@ -78,42 +73,11 @@ def test_pictures_stand_in_rows(channels, tmp_path):
         assert shown.size == (4 * 7 + 1, 2 * 6 + 1)
 
 
-@contextlib.contextmanager
-def tensorboard(logdir, *options):
-    """The server, and a function that gets JSON from it."""
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--port", "0", *options]
-    said = logdir.parent / f"{logdir.name}.log"
-    with open(said, "w") as log:
-        server = subprocess.Popen(command, stderr=log, stdout=log)
-    try:
-        text = until(said.read_text, lambda text: "http://" in text)
-        address = re.search(r"http://\S+/", text)[0]
-
-        def get(path, body=None):
-            data = None if body is None else json.dumps(body).encode()
-            request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                return json.loads(answer.read())
-
-        yield get
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def until(get_value, accept):
-    """Poll: the server reads the files in its own time."""
-    for _ in range(200):
-        value = get_value()
-        if accept(value):
-            return value
-        time.sleep(0.1)
-    raise AssertionError(f"never came: {value}")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("loader", ["true", "false"])
-def test_a_server_shows_every_run_once_with_its_true_end_and_no_doubled_steps(loader, tmp_path):
+def test_a_server_shows_every_run_once_with_its_true_end_and_no_doubled_steps(
+    loader, tmp_path, tensorboard, until
+):
     ends = {"good": "completed", "bad": "failed", "cut off": "interrupted", "mended": "failed"}
     for seed, (name, end) in enumerate(ends.items()):
         written = record(tmp_path / name, seed=seed)

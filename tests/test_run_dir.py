@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from omegaconf import OmegaConf
 
 from capsexp import run_dir
 from capsexp.errors import RunStopped, UserError
-from capsexp.run_dir import RunDir, new_run_dir
+from capsexp.run_dir import RunDir
 from capsexp.settings import NOT_COMPARED
 
 CONFIG = {
@@ -37,44 +36,6 @@ def run(tmp_path):
 def begin(run, config=CONFIG, resume="auto"):
     run.path.mkdir(exist_ok=True)
     return run.begin(config, resume=resume, command=COMMAND)
-
-
-# Eight names at most are possible here, so eight directories mean that none was taken twice.
-EIGHT_NAMES = """
-import random, sys, time, secrets
-from pathlib import Path
-from capsexp.run_dir import new_run_dir
-time.strftime = lambda form: "20260101-000000"
-secrets.token_hex = lambda size: random.choice("abcdefgh")
-print(new_run_dir(Path(sys.argv[1]), label="x").name)
-"""
-
-
-def test_eight_processes_in_the_same_second_get_eight_directories(tmp_path):
-    command = [sys.executable, "-c", EIGHT_NAMES, str(tmp_path / "parent")]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(8)]
-    names = {process.communicate()[0].strip() for process in processes}
-    assert names == {f"20260101-000000-x-{letter}" for letter in "abcdefgh"}
-    assert {path.name for path in (tmp_path / "parent").iterdir()} == names
-
-
-def test_eight_threads_in_the_same_second_get_eight_directories(tmp_path, monkeypatch):
-    letters = iter("aabbccddeeffgghh")
-    monkeypatch.setattr(run_dir.time, "strftime", lambda form: "20260101-000000")
-    monkeypatch.setattr(run_dir.secrets, "token_hex", lambda size: next(letters))
-    with ThreadPoolExecutor(8) as pool:
-        paths = list(pool.map(lambda _: new_run_dir(tmp_path), range(8)))
-    assert len({path.name for path in paths}) == 8
-    assert all(path.is_dir() for path in paths)
-
-
-@pytest.mark.parametrize(
-    ("label", "slug"),
-    [("", ""), ("seed=1", "-seed-1"), ("a/../b ${c}='é,'", "-a-..-b-c"), ("x" * 99, "-" + "x" * 60)],
-)
-def test_names_hold_only_what_every_file_system_and_shell_takes(label, slug, tmp_path):
-    name = new_run_dir(tmp_path, label=label).name
-    assert re.fullmatch(r"\d{8}-\d{6}" + re.escape(slug) + "-[0-9a-f]{4}", name)
 
 
 # Who owns it

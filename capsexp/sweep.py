@@ -1,0 +1,156 @@
+"""A sweep's folder: which runs belong to it, where each lives, and how they stand.
+
+NAME-FINGERPRINT/         one run each, named after its overrides, not after its number
+sweep.json  results.csv   the runs with their overrides and ends; what `capsexp compare` shows of them
+multirun.yaml             Hydra's own note of the sweep
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from capsexp.errors import UserError
+from capsexp.files import write_whole
+from capsexp.naming import job_name
+from capsexp.run_dir import LockHeldError, RunDir, hold
+
+COLOURS = {"completed": "green", "failed": "red", "running": "cyan", "interrupted": "yellow"}
+
+
+class Job(NamedTuple):
+    """One run of a sweep as it stands."""
+
+    name: str
+    overrides: list[str]
+    status: Mapping[str, Any]
+    """What its status.json says; empty for a job that waits."""
+
+    @property
+    def state(self) -> str:
+        """`waiting`, or the status."""
+        return str(self.status.get("status", "waiting"))
+
+
+class Sweep:
+    """The folder, and the jobs that were asked for so far."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.command = ""
+        self._asked: dict[str, list[str]] = {}
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            told = json.loads((path / "sweep.json").read_text())
+            self.command = str(told["command"])
+            self._asked = {name: [*map(str, job["overrides"])] for name, job in told["jobs"].items()}
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep every other sweep out of this folder.
+
+        Raises:
+            UserError: another one is at work in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(hold(self.path / "sweep.lock"))
+            except LockHeldError as owner:
+                where = "hydra.sweep.dir=DIR starts one elsewhere"
+                raise UserError(f"this sweep is already at work in {self.path} ({owner}): {where}") from None
+            yield
+
+    def ask(self, overrides: Sequence[str]) -> RunDir:
+        """The directory of a job, which from now on belongs to the sweep."""
+        name = job_name(overrides)
+        self._asked.setdefault(name, list(overrides))
+        return RunDir(self.path / name)
+
+    def jobs(self) -> list[Job]:
+        """All jobs, in the order of asking; those of another launcher by what lies in the folder."""
+        asked = dict(self._asked)
+        for status in sorted(self.path.glob("*/status.json")):
+            asked.setdefault(status.parent.name, RunDir(status.parent).overrides())
+        return [Job(name, texts, RunDir(self.path / name).status()) for name, texts in asked.items()]
+
+    def succeeded(self) -> bool:
+        """Whether every job is complete."""
+        return all(job.state == "completed" for job in self.jobs())
+
+    def begin(self, command: str) -> None:
+        """Write down which command is at work."""
+        self.command = command
+        self.write()
+
+    def finish(self) -> None:
+        """Write and print how all jobs stand."""
+        self.write()
+        if jobs := self.jobs():
+            Console().print(table(jobs))
+        print(f"sweep: {self.path}\ncurves: tensorboard --logdir {self.path}")
+
+    def write(self) -> None:
+        """Write sweep.json."""
+        jobs = {job.name: {"overrides": job.overrides, **_summary(job.status)} for job in self.jobs()}
+        content = {"command": self.command, "written": time.time(), "jobs": jobs}
+        write_whole(self.path / "sweep.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+def told_apart(overrides: Sequence[Sequence[str]]) -> list[str]:
+    """What each job has and not all have, with short keys; of a single job, everything."""
+    common = set.intersection(*map(set, overrides)) if len(overrides) > 1 else set()
+    return [" ".join(_short(text) for text in one if text not in common) or "as it is" for one in overrides]
+
+
+def table(jobs: Sequence[Job], *, rows: int | None = None) -> Table:
+    """The jobs with what tells them apart, and how they stand.
+
+    Args:
+        jobs: all of a sweep.
+        rows: at most so many, of the jobs that are at work or failed first; None for all.
+    """
+    shown = sorted(jobs, key=lambda job: job.state not in ("running", "failed"))[:rows] if rows else jobs
+    told = Table(Column("job", overflow="fold"), "status", "step", "best validation", "test", "time", "")
+    names = dict(zip((job.name for job in jobs), told_apart([job.overrides for job in jobs]), strict=True))
+    for job in sorted(shown, key=jobs.index):
+        status, colour = job.status, COLOURS.get(job.state, "dim")
+        test = status.get("results", {}).get("test/accuracy") if job.state == "completed" else None
+        told.add_row(
+            Text(names[job.name]),
+            Text(job.state, colour),
+            f"{status['step']}/{status['total']}" if "total" in status and "step" in status else "",
+            _percent((status.get("best") or {}).get("accuracy")),
+            _percent(test),
+            f"{status['seconds']:.0f} s" if "seconds" in status else "",
+            Text(_failure(status)),
+        )
+    if len(shown) < len(jobs):
+        states = [job.state for job in jobs]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        told.caption = f"{len(jobs)} jobs: {counts}"
+    return told
+
+
+def _short(override: str) -> str:
+    key, equals, value = override.partition("=")
+    return f"{key.rpartition('.')[2]}{equals}{value}"
+
+
+def _summary(status: Mapping[str, Any]) -> dict[str, Any]:
+    kept = ("status", "step", "total", "best", "results", "seconds", "error", "exit_code")
+    return {key: status[key] for key in kept if key in status}
+
+
+def _failure(status: Mapping[str, Any]) -> str:
+    lines = str(status.get("error", "")).splitlines()
+    return lines[0][:200] if lines and status.get("status") == "failed" else ""
+
+
+def _percent(accuracy: float | None) -> str:
+    return "" if accuracy is None else f"{100 * accuracy:.2f} %"

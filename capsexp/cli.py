@@ -107,6 +107,10 @@ def _sweep(path: Path, words: Sequence[str]) -> int:
             _hand_over([*words, f"hydra.sweep.dir={quoted(path)}"], "train", _training_job)
         except JobFailed:  # told by the launcher, and in the table
             pass
+        except ValueError as error:
+            if "No trials are completed" not in str(error):
+                raise
+            raise UserError(f"{error} A trial needs a validation accuracy: dataset.validation > 0") from None
         finally:
             Sweep(path).finish()
         return 0 if Sweep(path).succeeded() else 1

@@ -19,7 +19,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
@@ -29,6 +29,7 @@ from capsexp.errors import UserError
 from capsexp.naming import job_name
 
 GROUPS = ("device", "trainer", "dataset", "routing", "loss", "optimizer", "model", "experiment")
+EXTRAS = {"submitit": "slurm", "ray": "ray", "optuna": "optuna"}  # by what Hydra's plugins call themselves
 STORED = "stored"  # name, in every group, of what a run directory's config holds
 HYDRA_1_3 = hydra.__version__ < "1.4"
 VERSION_BASE: dict[str, str] = {"version_base": "1.3"} if HYDRA_1_3 else {}
@@ -197,6 +198,9 @@ def _searching(config_dir: str | None) -> Iterator[None]:
 def _compose(config_name: str, overrides: list[str]) -> DictConfig:
     try:
         return hydra.compose(config_name, overrides, return_hydra_config=True)
+    except MissingConfigException as error:
+        missing = str(error.missing_cfg_file).rpartition("/")[2]
+        raise UserError(_one_line(error) + _installation(missing, [])) from None
     except (*FAILURES, ValueError) as error:  # ValueError: a group given something that is no name
         raise UserError(_one_line(error)) from None
 
@@ -265,7 +269,16 @@ def _choice_problems(override: Override) -> Iterator[str]:
     for choice in [] if override.is_delete() else _values(override):
         if not isinstance(choice, list) and choice not in options:
             name = "null" if choice is None else str(choice)
-            yield f"{override.key_or_group}={name}: no such option{nearest(name, options)}"
+            hint = _installation(name, options) or nearest(name, options)
+            yield f"{override.key_or_group}={name}: no such option{hint}"
+
+
+def _installation(name: str, options: Sequence[str]) -> str:
+    """How to get the plugin that an option of Hydra's belongs to; empty if it is there, or not known."""
+    for start, extra in EXTRAS.items():
+        if name.startswith(start) and not any(option.startswith(start) for option in options):
+            return f": it comes with pip install 'capsexp[{extra}]'"
+    return ""
 
 
 def _key_problems(override: Override, base: DictConfig) -> Iterator[str]:

@@ -152,8 +152,10 @@ def launch(
     """
     sweep = Sweep(Path(master.hydra.sweep.dir))
     overrides = [_of_the_job(words) for words in job_overrides]
-    names = told_apart(overrides)
-    asked = [Job(name, words, sweep.ask(words)) for name, words in zip(names, overrides, strict=True)]
+    runs = [sweep.ask(words) for words in overrides]
+    known = sweep.jobs()
+    names = dict(zip((job.name for job in known), told_apart([job.overrides for job in known]), strict=True))
+    asked = [Job(names[run.path.name], words, run) for words, run in zip(overrides, runs, strict=True)]
     jobs = {job.run.path: job for job in asked}  # the same settings twice are one job
     slots = slots_for(n_jobs, device=OmegaConf.select(master, "device.name"))
     with StopSignal() as stop, _telling(sweep) as say:

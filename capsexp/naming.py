@@ -37,7 +37,9 @@ def sweep_name(choices: Mapping[str, str], constants: Sequence[str], swept: Sequ
         constants: overrides with one value.
         swept: keys of the overrides with several.
     """
-    constants, swept = sorted(filter(_counts, constants)), sorted(swept)
+    # Another sweeper asks for other jobs; of Hydra's own settings that alone makes another sweep.
+    constants = sorted(text for text in constants if _counts(text) or _key(text) == "hydra/sweeper")
+    swept = sorted(swept)
     groups = ("experiment",) if choices.get("experiment") else ("model", "dataset")
     label = [choices[group] for group in groups if group not in swept]
     label += [key.rpartition(".")[2] for key in swept]

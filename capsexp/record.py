@@ -101,15 +101,19 @@ def _visible(pictures: Float[Tensor, "N C H W"]) -> Float[Tensor, "N D H W"]:
     return pictures if pictures.shape[1] in (1, 3) else pictures[:, :1]
 
 
-def _typed(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flat keys with the types that the HParams table knows; unset values are left out."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _typed(value, f"{prefix}{key}.")
-        elif value is not None:
-            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
-    return flat
+def _typed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the types that the HParams table knows; unset values are left out."""
+    return {
+        key: value if isinstance(value, bool | int | float | str) else str(value)
+        for key, value in settings.items()
+        if value is not None and not key.endswith("_partial_") and not _is_copy(key, settings)
+    }
+
+
+def _is_copy(key: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a setting stands elsewhere too, as model.routing.iterations does."""
+    rest = key.partition(".")[2]
+    return rest in settings and settings[rest] == settings[key]
 
 
 def begin_session(path: Path, settings: Mapping[str, Any]) -> None:
@@ -120,9 +124,10 @@ def begin_session(path: Path, settings: Mapping[str, Any]) -> None:
     """
     for old in (path / "tb").glob(f"*{_END}"):
         old.unlink()
-    trial = fingerprint(without(comparable(settings), "seed"))
+    compared = comparable(settings)
+    trial = fingerprint(without(compared, "seed"))
     # Read before all others: a name that sorts first. TensorBoard does not go back to an earlier file.
-    _write_event(path / "tb" / _BEGIN, hparams_summary.hparams_pb(_typed(settings), trial_id=trial))
+    _write_event(path / "tb" / _BEGIN, hparams_summary.hparams_pb(_typed(compared), trial_id=trial))
 
 
 def end_session(path: Path, status: str) -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 
 from capsexp.errors import UserError
 from capsexp.record import Record
@@ -48,6 +49,19 @@ def test_what_stands_after_the_checkpoint_is_cut_off(tmp_path):
 def test_a_shorter_file_than_the_checkpoint_knows_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"metrics\.jsonl is shorter than when its checkpoint was made"):
         record(tmp_path, start_step=1, length=10)
+
+
+def test_the_table_of_settings_has_each_once_and_typed(tmp_path):
+    routing = {"iterations": 3, "_partial_": True}
+    record(tmp_path, routing=routing, model={"routing": routing, "padding": None}, data_root="/x").close(
+        "completed"
+    )
+    content = EventAccumulator(str(tmp_path / "tb")).Reload().SummaryMetadata(metadata.SESSION_START_INFO_TAG)
+    told = metadata.parse_session_start_info_plugin_data(content.plugin_data.content).hparams
+    assert {key: value.WhichOneof("kind") for key, value in told.items()} == {
+        "seed": "number_value",
+        "routing.iterations": "number_value",
+    }
 
 
 def test_speed_goes_to_tensorboard_alone(tmp_path):

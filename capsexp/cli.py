@@ -13,12 +13,14 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from capsexp import config
 from capsexp.arguments import parse, plugins, quoted, value
 from capsexp.errors import JobFailed, UserError
+from capsexp.files import make_folder
 from capsexp.job_process import WATCHED, end_with_launcher
 from capsexp.naming import new_run_dir, sweep_name
 from capsexp.run_dir import RunDir
@@ -107,6 +109,9 @@ def _sweep(path: Path, words: Sequence[str]) -> int:
             _hand_over([*words, f"hydra.sweep.dir={quoted(path)}"], "train", _training_job)
         except JobFailed:  # told by the launcher, and in the table
             pass
+        except InstantiationException as error:  # of a launcher or sweeper, by its settings
+            key = str(error).rpartition("full_key: ")[2]
+            raise UserError(f"{key}: {error.__cause__ or error}") from None
         except ValueError as error:
             if "No trials are completed" not in str(error):
                 raise
@@ -252,6 +257,8 @@ def _check(composed: DictConfig, overrides: Sequence[str]) -> Any:
 
 def _where(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
     """Overrides that send a run to a directory which no other run has, unless the user chose one."""
+    if composed.run is not None:
+        make_folder(Path(composed.run))  # Hydra would do it, and could not say in one line why not
     if composed.run is not None or "hydra.run.dir" in {text.partition("=")[0] for text in overrides}:
         return []
     choices = composed.hydra.runtime.choices

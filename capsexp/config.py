@@ -161,7 +161,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
             raise UserError(*(f"{key} has no value yet: set {key}=…" for key in missing))
         resolved = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(_one_line(error)) from None
+        raise UserError(one_line(error)) from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 
@@ -178,6 +178,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f": did you mean {close[0]!r}?"
     return f"; there is {', '.join(known)}" if len(known) <= 20 else ""
+
+
+def one_line(error: BaseException) -> str:
+    """Hydra's message without its hints for developers; often the cause says what is wrong."""
+    texts = [str(error), str(error.__cause__ or "")]
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    noise = ("full_key", "object_type", "provider=", "Config search path")
+    return " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
 
 
 @contextlib.contextmanager
@@ -200,9 +208,9 @@ def _compose(config_name: str, overrides: list[str]) -> DictConfig:
         return hydra.compose(config_name, overrides, return_hydra_config=True)
     except MissingConfigException as error:
         missing = str(error.missing_cfg_file).rpartition("/")[2]
-        raise UserError(_one_line(error) + _installation(missing, [])) from None
+        raise UserError(one_line(error) + _installation(missing, [])) from None
     except (*FAILURES, ValueError) as error:  # ValueError: a group given something that is no name
-        raise UserError(_one_line(error)) from None
+        raise UserError(one_line(error)) from None
 
 
 def _diagnosis(config_name: str, overrides: list[Override]) -> list[str]:
@@ -228,7 +236,7 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
                 raise HydraException("no key")
             parsed.append(one)
         except FAILURES as error:
-            problems.append(f"cannot read {text!r}: {_one_line(error)}; an override reads KEY=VALUE")
+            problems.append(f"cannot read {text!r}: {one_line(error)}; an override reads KEY=VALUE")
     return parsed, problems
 
 
@@ -295,11 +303,3 @@ def _flat(node: Any, prefix: str = "") -> Iterator[str]:
         for key, value in node.items():
             yield f"{prefix}{key}"
             yield from _flat(value, f"{prefix}{key}.")
-
-
-def _one_line(error: BaseException) -> str:
-    """Hydra's message without its hints for developers; often the cause says what is wrong."""
-    texts = [str(error), str(error.__cause__ or "")]
-    lines = [line.strip() for text in texts for line in text.splitlines()]
-    noise = ("full_key", "object_type", "provider=", "Config search path")
-    return " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from capsexp.errors import UserError
+
 
 def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
     """Write a file so that it appears under its name complete and on disk, or not at all."""
@@ -18,6 +20,18 @@ def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
     except BaseException:
         new.unlink(missing_ok=True)
         raise
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those that it lies in.
+
+    Raises:
+        UserError: that cannot be done.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write into {path}: {error.strerror}") from None
 
 
 def put_in_place(source: Path, target: Path) -> None:

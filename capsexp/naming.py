@@ -7,14 +7,19 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from capsexp.files import make_folder
 from capsexp.settings import NOT_COMPARED, fingerprint
 
 LONGEST_LABEL = 80
 
 
 def new_run_dir(parent: Path, *, label: str = "") -> Path:
-    """Make a directory that no other run has, even one started in the same second."""
-    parent.mkdir(parents=True, exist_ok=True)
+    """Make a directory that no other run has, even one started in the same second.
+
+    Raises:
+        UserError: nothing can be made there.
+    """
+    make_folder(parent)
     slug = _slug(label)[:60]
     while True:
         name = "-".join(part for part in (time.strftime("%Y%m%d-%H%M%S"), slug, secrets.token_hex(2)) if part)

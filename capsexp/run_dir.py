@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from capsexp.errors import UserError, exit_code, is_interruption
-from capsexp.files import write_whole
+from capsexp.files import make_folder, write_whole
 from capsexp.settings import comparable, differences
 
 LOCK = "run.lock"
@@ -63,7 +63,6 @@ class RunDir:
         Raises:
             UserError: another process is training in this directory.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(hold(self.path / LOCK))
@@ -221,11 +220,13 @@ class LockHeldError(Exception):
 
 @contextlib.contextmanager
 def hold(path: Path) -> Iterator[None]:
-    """Hold a lock file. The system lets go of it when this process dies.
+    """Hold a lock file, in a folder that is made if need be. The system lets go of it when this process dies.
 
     Raises:
         LockHeldError: another process holds it.
+        UserError: the folder cannot be made.
     """
+    make_folder(path.parent)
     with open(path, "a+") as lock:
         if not _locked(lock, fcntl.LOCK_EX):
             lock.seek(0)

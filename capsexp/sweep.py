@@ -57,7 +57,6 @@ class Sweep:
         Raises:
             UserError: another one is at work in it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(hold(self.path / "sweep.lock"))
@@ -91,8 +90,9 @@ class Sweep:
     def finish(self) -> None:
         """Write and print how all jobs stand."""
         self.write()
-        if jobs := self.jobs():
-            Console().print(table(jobs))
+        if not (jobs := self.jobs()):
+            return
+        Console().print(table(jobs))
         print(f"sweep: {self.path}\ncurves: tensorboard --logdir {self.path}")
 
     def write(self) -> None:

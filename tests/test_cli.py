@@ -207,6 +207,14 @@ def test_completion_of_a_groups_keys_and_of_all_experiments(capsexp):
             ["--experimental-rerun is switched off: it loads a pickle; use run=DIR"],
         ),
         (["train", "-m", "--cfg", "job"], ["--cfg and --info show one run: leave -m out"]),
+        (
+            ["train", "-m", "seed=0", "hydra.sweep.dir=/dev/null/x"],
+            ["cannot write into /dev/null/x: Not a directory"],
+        ),
+        (
+            ["train", "-m", "seed=0", "hydra/launcher=proces"],
+            ["hydra/launcher=proces: no such option: did you mean 'process'?"],
+        ),
         (["train", "-m", "seed=0,x"], ["seed: must be an integer >= 0, got 'x'"]),
         (["train", "-m", "routing.iterations=1,2,0"], ["routing: iterations must be >= 1, got 0"]),
         (

@@ -18,12 +18,12 @@ class ProcessLauncher(Launcher):
         n_jobs: jobs at a time; None is one for each GPU, or one.
 
     Raises:
-        ValueError: n_jobs < 1.
+        ValueError: n_jobs is no number >= 1.
     """
 
     def __init__(self, *, n_jobs: int | None) -> None:
-        if n_jobs is not None and n_jobs < 1:
-            raise ValueError(f"n_jobs must be >= 1, got {n_jobs}")
+        if n_jobs is not None and not (isinstance(n_jobs, int) and n_jobs >= 1):
+            raise ValueError(f"n_jobs must be an integer >= 1 or null, got {n_jobs!r}")
         self.n_jobs = n_jobs
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:

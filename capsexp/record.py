@@ -106,14 +106,15 @@ def _typed(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value if isinstance(value, bool | int | float | str) else str(value)
         for key, value in settings.items()
-        if value is not None and not key.endswith("_partial_") and not _is_copy(key, settings)
+        if value is not None and _is_telling(key, settings)
     }
 
 
-def _is_copy(key: str, settings: Mapping[str, Any]) -> bool:
-    """Whether a setting stands elsewhere too, as model.routing.iterations does."""
-    rest = key.partition(".")[2]
-    return rest in settings and settings[rest] == settings[key]
+def _is_telling(key: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a setting belongs in the table: no class of a part, no copy such as model.routing.iterations."""
+    _, _, rest = key.partition(".")
+    copied = rest in settings and settings[rest] == settings[key]
+    return not copied and not key.endswith("_partial_") and not rest.endswith("._target_")
 
 
 def begin_session(path: Path, settings: Mapping[str, Any]) -> None:

@@ -52,7 +52,7 @@ def test_a_shorter_file_than_the_checkpoint_knows_is_refused(tmp_path):
 
 
 def test_the_table_of_settings_has_each_once_and_typed(tmp_path):
-    routing = {"iterations": 3, "_partial_": True}
+    routing = {"iterations": 3, "_partial_": True, "_target_": "EM", "part": {"_target_": "Part"}}
     record(tmp_path, routing=routing, model={"routing": routing, "padding": None}, data_root="/x").close(
         "completed"
     )
@@ -61,6 +61,7 @@ def test_the_table_of_settings_has_each_once_and_typed(tmp_path):
     assert {key: value.WhichOneof("kind") for key, value in told.items()} == {
         "seed": "number_value",
         "routing.iterations": "number_value",
+        "routing._target_": "string_value",
     }
 
 

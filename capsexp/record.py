@@ -111,7 +111,7 @@ def _typed(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_telling(key: str, settings: Mapping[str, Any]) -> bool:
-    """Whether a setting belongs in the table: no class of a part, no copy such as model.routing.iterations."""
+    """Whether a setting is for the table: no class of a part, no copy as model.routing.iterations is."""
     _, _, rest = key.partition(".")
     copied = rest in settings and settings[rest] == settings[key]
     return not copied and not key.endswith("_partial_") and not rest.endswith("._target_")

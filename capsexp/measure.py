@@ -20,8 +20,8 @@ from capsexp.capsules import Capsules
 from capsexp.data import Batches, Split
 from capsexp.errors import UserError
 from capsexp.evaluate import autocast, inference
+from capsexp.gradients import gradient_norm, gradients
 from capsexp.schedule import Step
-from capsexp.train import gradient_norm, gradients
 
 WARM_UP, REPEATS = 2, 9
 MEMORY_STEPS = 3

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from capsexp.errors import RunStopped
+from capsexp.parallel import ALONE, Processes
 
 
 class StopSignal:
@@ -13,18 +14,21 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.agreed = 0
         self._before: dict[int, Any] = {}
 
-    def asked(self) -> bool:
-        """Whether a signal came."""
-        return self.number is not None
+    def asked(self, processes: Processes = ALONE) -> bool:
+        """Whether a signal came, to this process or to another of the run."""
+        # Another's signal is not noted as ours: ours, still to come, would count as the second Ctrl-C.
+        self.agreed = processes.largest(self.number or 0)
+        return self.agreed > 0
 
     def reason(self, step: int, path: Path) -> RunStopped:
         """The error to end a run with: exit code 130 after Ctrl-C, 143 after SIGTERM."""
-        assert self.number is not None
-        name = signal.Signals(self.number).name
+        assert self.agreed
+        name = signal.Signals(self.agreed).name
         line = f"{name}: stopped at step {step}; the same command with run={path} goes on"
-        return RunStopped(line, exit_code=128 + self.number)
+        return RunStopped(line, exit_code=128 + self.agreed)
 
     def __enter__(self) -> "StopSignal":
         for number in (signal.SIGINT, signal.SIGTERM):

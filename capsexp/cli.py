@@ -24,6 +24,7 @@ from capsexp.files import make_folder
 from capsexp.job_process import WATCHED, end_with_launcher
 from capsexp.naming import new_run_dir, sweep_name
 from capsexp.run_dir import RunDir
+from capsexp.torchrun import as_one, launcher, one_of_several, one_voice, processes
 
 COMMANDS = {
     "train": "train a network: capsexp train [GROUP=OPTION] [KEY=VALUE] [-m]",
@@ -43,6 +44,8 @@ def main() -> int:
     # A bug keeps its whole traceback; what a user can mend is told by UserError.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
+        if one_of_several():
+            return as_one(lambda: _dispatch(sys.argv[1:]), _complain)
         return _dispatch(sys.argv[1:])
     except UserError as error:
         return _complain(error)
@@ -66,6 +69,8 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{config.nearest(command, COMMANDS)}")
+    if command != "train" and one_of_several():
+        raise UserError(f"capsexp {command} works in one process: start it without torchrun")
     run: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "eval": _eval,
@@ -88,14 +93,23 @@ def _train(arguments: list[str]) -> int:
     if options.cfg or options.info:
         return _hand_over([*flags, *overrides], "train", _nothing)
     if options.multirun:
+        if one_of_several():
+            raise UserError("a sweep starts its runs by itself: start it without torchrun")
         if composed.run is not None:
             raise UserError("run: a sweep makes a directory for each of its runs; choose hydra.sweep.dir=DIR")
         for variant in config.swept_variants(overrides, config_dir=folder):
             _check(config.compose(name, variant, config_dir=folder), overrides)
-    _check(composed, overrides).dataset.require_files()
+    parts = _check(composed, overrides)
+    parts.dataset.require_files()
     words = [*flags, *overrides, "hydra.output_subdir=null"]
     if options.multirun:
         return _sweep(_sweep_dir(composed, overrides), words)
+    if one_of_several():
+        from capsexp.parallel import check
+
+        check(parts, processes())
+        if not processes().lead:
+            return _follow(parts, config.plain(composed))
     return _hand_over([*words, *_where(composed, overrides)], "train", _training_job)
 
 
@@ -196,7 +210,8 @@ def _training_job(composed: DictConfig) -> float | None:
     if sweeping:
         print(f"\njob {HydraConfig.get().job.num}: {' '.join(HydraConfig.get().overrides.task)}", flush=True)
     try:
-        _train_in(RunDir(path), composed)
+        with one_voice(_complain):  # here: Hydra would add a line of its own
+            _train_in(RunDir(path), composed)
     except UserError as error:
         code = _complain(error)
         if not sweeping or code > 128:  # a signal ends the whole sweep
@@ -217,6 +232,7 @@ def _train_in(run: RunDir, composed: DictConfig) -> None:
         run.begin(plain, resume=plain["resume"], command=_command())
         hydra_node = {"hydra": HydraConfig.get()}
         run.write_composed(config=composed, hydra=hydra_node, overrides=HydraConfig.get().overrides.task)
+        processes().from_lead(lambda: None if finished else run.path)
         if finished:
             figures = "  ".join(f"{name} {value:.4f}" for name, value in run.status()["results"].items())
             print(f"{run.path} is complete: {figures}")
@@ -224,8 +240,20 @@ def _train_in(run: RunDir, composed: DictConfig) -> None:
         choices = {group: HydraConfig.get().runtime.choices.get(group) for group in config.GROUPS}
         attempt = run.attempt({group: choice for group, choice in choices.items() if choice})
         with attempt, told_when_used_up(batch_size=parts.trainer.batch_size):
-            train(parts, run, plain)
+            train(parts, run, plain, processes())
     print(f"run: {run.path}\ncurves: tensorboard --logdir {run.path}")
+
+
+def _follow(parts: Any, plain: dict[str, Any]) -> int:
+    """Train beside the lead, which alone writes into the directory, unless the run there is complete."""
+    from capsexp.memory import told_when_used_up
+    from capsexp.train import train
+
+    path = processes().from_lead(lambda: None)
+    if path is not None:
+        with told_when_used_up(batch_size=parts.trainer.batch_size):
+            train(parts, RunDir(path, writes=False), plain, processes())
+    return 0
 
 
 def _evaluation_job(composed: DictConfig) -> None:
@@ -328,7 +356,7 @@ _argv = tuple(sys.argv)
 
 def _command() -> list[str]:
     """The command as it was typed."""
-    return ["capsexp", *_argv[1:]]
+    return [*launcher(), "capsexp", *_argv[1:]]
 
 
 def _version() -> str:

@@ -20,6 +20,7 @@ from capsexp.capsules import Batch, Output, Routed
 from capsexp.data import Batches
 from capsexp.errors import UserError
 from capsexp.ops.entropy import coupling_entropy
+from capsexp.parallel import ALONE, Processes
 from capsexp.schedule import Step
 from capsexp.state import trained_weights
 
@@ -46,6 +47,7 @@ def evaluate(
     *,
     precision: torch.dtype = torch.float32,
     at_batch: Callable[[], None] = lambda: None,
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
     """Means over all pictures of a split, and over the crops of each where the data set has several.
 
@@ -56,6 +58,7 @@ def evaluate(
         step: where the training stands, for the loss's schedules.
         precision: of autocast; float32 for none.
         at_batch: called before each batch; may raise to break off.
+        processes: share the pictures of each batch.
 
     Returns:
         What `figures` tells. With several crops a picture's class is the one that they agree on best.
@@ -66,10 +69,11 @@ def evaluate(
         for views in batches.views():
             at_batch()
             size = len(views[0].labels)
-            for name, value in _figures_over(views, model, loss, step, precision).items():
-                sums[name] += value * size
+            slices, (share, *_) = zip(*map(processes.slice_of, views), strict=True)
+            for name, value in _figures_over(slices, model, loss, step, precision).items():
+                sums[name] += value * (share * size)
             count += size
-    return {name: total / count for name, total in sums.items()}
+    return {name: total / count for name, total in processes.sum(sums).items()}
 
 
 def _figures_over(

@@ -20,9 +20,9 @@ from capsexp.capsules import Capsules
 from capsexp.data import Batches, Split
 from capsexp.errors import UserError
 from capsexp.evaluate import autocast, inference
+from capsexp.gradients import gradient_norm, gradients
 from capsexp.memory import peak_resident
 from capsexp.schedule import Step
-from capsexp.train import gradient_norm, gradients
 
 WARM_UP, REPEATS = 2, 9
 MEMORY_STEPS = 3

@@ -7,7 +7,13 @@ from collections.abc import Iterator
 
 import torch
 
-from capsexp.errors import RunStopped
+from capsexp.errors import UserError
+
+
+class MemoryUsedUpError(UserError):
+    """An allocator had no more to give."""
+
+    exit_code = 1
 
 
 def peak_resident() -> int:
@@ -21,7 +27,7 @@ def told_when_used_up(*, batch_size: int) -> Iterator[None]:
     """Turn the error of an allocator into one that says what to lower.
 
     Raises:
-        RunStopped: memory is used up; the message has the peak and the settings that count.
+        MemoryUsedUpError: memory is used up; the message has the peak and the settings that count.
     """
     try:
         yield
@@ -30,10 +36,9 @@ def told_when_used_up(*, batch_size: int) -> Iterator[None]:
             raise
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident()
         wish = " ".join(str(error).split())[:200] or type(error).__name__
-        raise RunStopped(
+        raise MemoryUsedUpError(
             f"out of memory at trainer.batch_size={batch_size}, with a peak of {peak / 2**20:,.0f} MiB: "
-            f"lower it, or split its batches with trainer.accumulate=2; the allocator says: {wish}",
-            exit_code=1,
+            f"lower it, or split its batches with trainer.accumulate=2; the allocator says: {wish}"
         ) from None
 
 

@@ -96,6 +96,26 @@ class Record:
             end_session(self._folder.parent, status)
 
 
+class NoRecord:
+    """In the place of a `Record` where another process of the run keeps it."""
+
+    def metrics(self, step: int, values: Mapping[str, float], **position: int) -> None:
+        """Nothing."""
+
+    def speed(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def pictures(self, step: int, tag: str, rows: list[Float[Tensor, "N C H W"]]) -> None:
+        """Nothing."""
+
+    def length(self) -> int:
+        """Of nothing: 0."""
+        return 0
+
+    def close(self, status: str) -> None:
+        """Nothing."""
+
+
 def _visible(pictures: Float[Tensor, "N C H W"]) -> Float[Tensor, "N D H W"]:
     """Grey or colour as it is; of other channel counts, such as stereo pairs, the first channel."""
     return pictures if pictures.shape[1] in (1, 3) else pictures[:, :1]

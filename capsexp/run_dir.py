@@ -37,10 +37,15 @@ PACKAGES = ("capsexp", "torch", "torchvision", "hydra-core", "omegaconf", "tenso
 
 
 class RunDir:
-    """One run's directory, held by one process at a time."""
+    """One run's directory, held by one process at a time.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: the directory.
+        writes: False in a process that trains beside the one that holds the directory: it leaves no trace.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self._writes = path, writes
         self._status: dict[str, Any] = {}
         self._resumes = False
         self._began = time.time()
@@ -145,6 +150,8 @@ class RunDir:
 
     def write_environment(self, device: str) -> None:
         """Write env.json, and dirty.patch when the code is a checkout with uncommitted changes."""
+        if not self._writes:
+            return
         commit, patch = _git_state(Path(__file__).resolve().parent.parent)
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         machine = {
@@ -206,12 +213,17 @@ class RunDir:
         self._write_json("status.json", self._status)
         self._written = time.time()
 
+    def report(self, name: str, content: dict[str, Any]) -> None:
+        """Write NAME.json for the user to read."""
+        self._write_json(f"{name}.json", content)
+
     def _write_yaml(self, name: str, content: Any) -> None:
         text = OmegaConf.to_yaml(OmegaConf.create(content))
         write_whole(self.path / name, lambda file: file.write(text.encode()))
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        write_whole(self.path / name, lambda file: file.write(json.dumps(content, indent=1).encode()))
+        if self._writes:
+            write_whole(self.path / name, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
 class LockHeldError(Exception):

@@ -1,5 +1,6 @@
 """What a resumed run has to get back."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,34 +30,56 @@ class State:
         if accuracy > self.best_accuracy:
             self.best_accuracy, self.best_step = accuracy, self.step
 
-    def captured(self) -> dict[str, Any]:
-        """The state as plain values and tensors."""
+    def captured(self, randoms: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The state as plain values and tensors.
+
+        Args:
+            randoms: `random_state` of every process of the run, by rank.
+        """
         numbers = ("step", "epoch", "batch", "recorded", "best_accuracy", "best_step")
         return {
             **{name: getattr(self, name) for name in numbers},
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
-            # Dropout draws from the global generators. Order and augmentation follow from seed and epoch.
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            **randoms[0],
+            **({"random_others": list(randoms[1:])} if len(randoms) > 1 else {}),
         }
 
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Take over what `captured` returned."""
+    def restore(self, saved: dict[str, Any], *, rank: int = 0) -> None:
+        """Take over what `captured` returned, in the process of this rank.
+
+        A process that had none of its rank before it keeps its random state.
+        """
         self.restore_weights(saved)
         self.optimizer.load_state_dict(saved["optimizer"])
         for name in ("step", "epoch", "batch", "recorded", "best_accuracy", "best_step"):
             setattr(self, name, saved[name])
-        torch.set_rng_state(saved["random"])
-        if torch.cuda.is_available() and saved["random_cuda"]:
-            torch.cuda.set_rng_state_all(saved["random_cuda"])
+        if rank < processes_of(saved):
+            _restore_random(saved if rank == 0 else saved["random_others"][rank - 1])
 
     def restore_weights(self, saved: dict[str, Any]) -> None:
         """Take over the weights, and their moving average, alone."""
         self.model.load_state_dict(saved["model"])
         if self.average is not None:
             self.average.load_state_dict(saved["average"])
+
+
+def random_state() -> dict[str, Any]:
+    """The global generators, which dropout draws from. Order and augmentation follow from seed and epoch."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"random": torch.get_rng_state(), "random_cuda": cuda}
+
+
+def processes_of(saved: dict[str, Any]) -> int:
+    """How many processes the run had when this was captured."""
+    return 1 + len(saved.get("random_others", ()))
+
+
+def _restore_random(saved: dict[str, Any]) -> None:
+    torch.set_rng_state(saved["random"])
+    if torch.cuda.is_available() and saved["random_cuda"]:
+        torch.cuda.set_rng_state_all(saved["random_cuda"])
 
 
 def trained_weights(saved: dict[str, Any]) -> dict[str, Any]:

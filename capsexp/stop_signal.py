@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from capsexp.errors import Preempted, RunStopped
+from capsexp.parallel import ALONE, Processes
 
 # The user signals are how a cluster's scheduler says that the time is nearly up.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -17,17 +18,19 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.agreed = 0
         self._before: dict[int, Any] = {}
 
-    def asked(self) -> bool:
-        """Whether a signal came."""
-        return self.number is not None
+    def asked(self, processes: Processes = ALONE) -> bool:
+        """Whether a signal came, to this process or to another of the run."""
+        # Another's signal is not noted as ours: ours, still to come, would count as the second Ctrl-C.
+        self.agreed = processes.largest(self.number or 0)
+        return self.agreed > 0
 
     @property
     def exit_code(self) -> int:
         """Of a process that ends for the signal: 130 after Ctrl-C, 143 after SIGTERM."""
-        assert self.number is not None
-        return 128 + self.number
+        return 128 + self.agreed
 
     def end(self, step: int, path: Path) -> None:
         """End a run that has saved what it has, or let it go on if the signal is a scheduler's to judge.
@@ -36,8 +39,7 @@ class StopSignal:
             RunStopped: the signal was ours.
             Preempted: a scheduler that had put up its own handler, such as submitit, takes the run away.
         """
-        assert self.number is not None
-        number, self.number = self.number, None
+        number, self.number = self.agreed, None
         theirs = self._before.get(number)
         if callable(theirs) and theirs is not signal.default_int_handler:
             with _as_preemption():

@@ -1,7 +1,7 @@
 """The training loop."""
 
 import contextlib
-import json
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,29 +13,32 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from capsexp import checkpoint
 from capsexp.build import Parts
 from capsexp.capsules import Batch
-from capsexp.data import Batches, Split
+from capsexp.data import Batches, Split, derive_seed
 from capsexp.errors import RunStopped, is_interruption
-from capsexp.evaluate import Loss, autocast, evaluate, figures, inference
-from capsexp.files import write_whole
+from capsexp.evaluate import evaluate, inference
+from capsexp.gradients import gradient_norm, gradients
+from capsexp.parallel import ALONE, Processes
 from capsexp.profiler import profiler
 from capsexp.progress import Reporter
-from capsexp.record import Record
+from capsexp.record import NoRecord, Record
 from capsexp.run_dir import RunDir
 from capsexp.schedule import Step
-from capsexp.state import State
+from capsexp.state import State, processes_of, random_state
 from capsexp.stop_signal import StopSignal
-from capsexp.trainer import Trainer
 
 SHOWN = 16  # pictures whose reconstruction goes to TensorBoard
 
 
-def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, float]:
+def train(
+    parts: Parts, run: RunDir, config: Mapping[str, Any], processes: Processes = ALONE
+) -> dict[str, float]:
     """Train a network in a run directory, from its last checkpoint if there is one, and test it once.
 
     Args:
         parts: what `capsexp.build.components` returned.
-        run: the directory, owned by this process.
+        run: the directory, owned by this process or by the lead, which alone writes there.
         config: the plain config, for TensorBoard's table.
+        processes: those that train together; each calls this function and shares every batch.
 
     Returns:
         The test figures, such as `test/accuracy`, or the last validation's with `trainer.test=none`.
@@ -55,26 +58,34 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
     # Network, optimiser
     model = parts.new_model().to(device.torch_device, memory_format=device.memory_format)
     optimizer = parts.new_optimizer(model.parameters(), lr=parts.learning_rate(Step(0, total)))
-    saved = checkpoint.newest(run.checkpoints, tell=lambda line: print(line, flush=True))
+    tell = functools.partial(print, flush=True)
+    saved = processes.from_lead(lambda: checkpoint.newest(run.checkpoints, tell=tell))
     if saved is None:
         _calibrate(model, training)
+    processes.align(model)
     average = _moving_average(model, settings.ema_decay)
     state = State(model, optimizer, average)
     forward: nn.Module = torch.compile(model) if settings.compile else model  # type: ignore[assignment]
 
     # Resume
+    if processes.rank > 0:  # dropout: other pictures, other masks
+        torch.manual_seed(derive_seed(parts.seed, saved["step"] if saved else 0, processes.rank, "process"))
     if saved is not None:
-        state.restore(saved)
+        state.restore(saved, rank=processes.rank)
     run.start(step=state.step, total=total, best=state.best)
-    run.write_environment(str(device))
-    record = Record(run.path, start_step=state.step, length=state.recorded, settings=config)
+    run.write_environment(f"{device}{processes}")
+    beginning: dict[str, Any] = {"start_step": state.step, "length": state.recorded, "settings": config}
+    record = Record(run.path, **beginning) if processes.lead else NoRecord()
     reporter = Reporter(total=total, done=state.step)
     stop, testing = StopSignal(), False
 
     def save() -> None:
         reporter.pause()
         state.recorded = record.length()
-        checkpoint.save(run.checkpoints, state.captured(), step=state.step)
+        randoms = processes.gather(random_state())
+        if not processes.lead:
+            return
+        checkpoint.save(run.checkpoints, state.captured(randoms), step=state.step)
         if state.best_step is not None:
             checkpoint.point(run.checkpoints, "best", state.best_step)
         keep = [] if state.best_step is None else [state.best_step]
@@ -82,7 +93,7 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
 
     def stop_if_asked() -> None:
         run.heartbeat(state.step)
-        if stop.asked():
+        if stop.asked(processes):
             if not testing:  # for the test the weights may have gone back to the best
                 save()
             stop.end(state.step, run.path)
@@ -90,11 +101,16 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
     def mean_figures(batches: Batches, part: str) -> dict[str, float]:
         subject = forward if average is None else average.module
         advance(subject, Step(state.step, total))
-        options: dict[str, Any] = {"precision": settings.precision, "at_batch": stop_if_asked}
+        options: dict[str, Any] = {"precision": settings.precision, "processes": processes}
+        options["at_batch"] = stop_if_asked
         return _prefixed(part, evaluate(subject, batches, parts.loss, Step(state.step, total), **options))
 
-    with _closing(record), stop, reporter, profiler(run.path, settings.profile) as profile:
-        reporter.say(f"{run.path} on {device}")
+    profiled = settings.profile and processes.lead
+    with _closing(record), stop, reporter, profiler(run.path, profiled) as profile:
+        reporter.say(f"{run.path} on {device}{processes}")
+        if saved is not None and processes_of(saved) != processes.size:
+            change = f"was {processes_of(saved)}, is {processes.size}"
+            reporter.say(f"number of processes: {change}; the run goes on, but not bit for bit")
         reporter.say(_introduction(model, training, validation, Step(state.step, total)))
         for remark in parts.dataset.remarks():
             reporter.say(remark)
@@ -110,7 +126,8 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
                 logged = (state.step + 1) % settings.log_every == 0 or state.step + 1 == total
-                told = gradients(forward, parts.loss, batch, step, settings, layers=logged)
+                options = {"layers": logged, "processes": processes}
+                told = gradients(forward, parts.loss, batch, step, settings, **options)
                 told["gradient_norm"] = gradient_norm(model, settings.grad_clip)
                 _refuse_non_finite(told, batch, state.step, run)
                 optimizer.step()
@@ -151,7 +168,9 @@ def train(parts: Parts, run: RunDir, config: Mapping[str, Any]) -> dict[str, flo
         results = {"validation/best_accuracy": state.best_accuracy} if state.best_step is not None else {}
         if settings.test != "none":
             if settings.test == "best" and state.best_step is not None:
-                state.restore_weights(checkpoint.load(run.checkpoints / "best.pt"))
+                state.restore_weights(
+                    processes.from_lead(lambda: checkpoint.load(run.checkpoints / "best.pt"))
+                )
             test = parts.batches(parts.dataset.read("test"), limit=settings.limit_eval_batches)
             results |= mean_figures(test, "test")
             reporter.say(f"test set, {test.visited} pictures: {_sentence(results)}")
@@ -204,48 +223,13 @@ def _moving_average(model: nn.Module, decay: float | None) -> AveragedModel | No
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
 
 
-def gradients(
-    model: nn.Module, loss: Loss, batch: Batch, step: Step, settings: Trainer, *, layers: bool = True
-) -> dict[str, float]:
-    """Leave the gradient of the batch's mean loss in the parameters; return the batch's `figures`."""
-    model.zero_grad(set_to_none=True)
-    told: dict[str, float] = {}
-    for part in _parts_of(batch, settings.accumulate):
-        share = len(part.labels) / len(batch.labels)
-        with autocast(part.images.device, settings.precision):
-            output = model(part.images, part.labels)
-            terms = loss(output, part, step)
-        total = torch.stack(list(terms.values())).sum()
-        (total * share if share < 1 else total).backward()
-        for name, value in figures(output, part, terms, layers=layers).items():
-            told[name] = told.get(name, 0.0) + share * value
-    return told
-
-
-def _parts_of(batch: Batch, count: int) -> Iterator[Batch]:
-    if count == 1:
-        yield batch
-    else:
-        size = math.ceil(len(batch.labels) / count)
-        yield from (Batch(*fields) for fields in zip(*(field.split(size) for field in batch), strict=True))
-
-
-def gradient_norm(model: nn.Module, largest: float | None) -> float:
-    """Norm of the whole gradient, before it is cut to `largest`."""
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if largest is not None:
-        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
-    return norm.item()
-
-
 def _refuse_non_finite(told: dict[str, float], batch: Batch, step: int, run: RunDir) -> None:
     """End the run before a loss or gradient that is no number reaches the weights."""
     wrong = {name: str(value) for name, value in told.items() if not math.isfinite(value)}
     if not wrong:
         return
     report = {"step": step, "values": wrong, "indices": batch.indices.tolist()}
-    write_whole(run.path / "non_finite.json", lambda file: file.write(json.dumps(report).encode()))
+    run.report("non_finite", report)
     good = checkpoint.saved(run.checkpoints)
     kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
     names = ", ".join(f"{name} is {value}" for name, value in wrong.items())
@@ -254,7 +238,7 @@ def _refuse_non_finite(told: dict[str, float], batch: Batch, step: int, run: Run
     raise RunStopped(f"step {step}: {names}, with {where}; {kept}", exit_code=1)
 
 
-def _show_reconstructions(record: Record, model: nn.Module, batches: Batches, step: int) -> None:
+def _show_reconstructions(record: Record | NoRecord, model: nn.Module, batches: Batches, step: int) -> None:
     """Pictures above what the network makes of them, by the class that it takes them for."""
     batch = next(batches.in_order())
     with inference(model):
@@ -264,7 +248,7 @@ def _show_reconstructions(record: Record, model: nn.Module, batches: Batches, st
 
 
 @contextlib.contextmanager
-def _closing(record: Record) -> Iterator[None]:
+def _closing(record: Record | NoRecord) -> Iterator[None]:
     """However the run ends: say so in TensorBoard."""
     try:
         yield

@@ -3,8 +3,7 @@ import re
 import pytest
 import torch
 
-from capsexp.errors import RunStopped
-from capsexp.memory import peak_resident, told_when_used_up
+from capsexp.memory import MemoryUsedUpError, peak_resident, told_when_used_up
 
 
 @pytest.mark.parametrize(
@@ -17,7 +16,7 @@ from capsexp.memory import peak_resident, told_when_used_up
 )
 def test_an_allocators_error_says_what_to_lower(ask):
     told = r"^out of memory at trainer\.batch_size=64, with a peak of [\d,]+ MiB: lower it, or split "
-    with pytest.raises(RunStopped, match=told) as caught, told_when_used_up(batch_size=64):
+    with pytest.raises(MemoryUsedUpError, match=told) as caught, told_when_used_up(batch_size=64):
         ask()
     assert caught.value.exit_code == 1
     assert "\n" not in str(caught.value)

@@ -30,6 +30,9 @@ COMMANDS = {
     "train": "train a network: capsexp train [GROUP=OPTION] [KEY=VALUE] [-m]",
     "eval": "evaluate a trained run: capsexp eval run=DIR [part=test|validation|train] [KEY=VALUE]",
     "predict": "classify pictures: capsexp predict run=DIR FILES… [KEY=VALUE]",
+    "runs": "the runs there are: capsexp runs [DIRS] [FILTERS]",
+    "compare": "what sets runs apart, beside their figures: capsexp compare [DIRS] [FILTERS] [OPTIONS]",
+    "report": "runs, curves and pictures as one page: capsexp report [DIRS] [FILTERS] -o report.html",
     "data": "data sets: capsexp data list|prepare|verify [NAMES…] [data_root=DIR]",
     "bench": "speed and memory beside plain routing: capsexp bench [KEY=VALUE] [compiled=true] [growth=PNG]",
     "doctor": "versions, devices, data sets, compiler, and what each would enable",
@@ -71,6 +74,10 @@ def _dispatch(arguments: list[str]) -> int:
         raise UserError(f"unknown command {command!r}{config.nearest(command, COMMANDS)}")
     if command != "train" and one_of_several():
         raise UserError(f"capsexp {command} works in one process: start it without torchrun")
+    if command in ("runs", "compare", "report"):
+        from capsexp import browse
+
+        return browse.run(command, rest, COMMANDS[command])
     run: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "eval": _eval,

@@ -1,6 +1,7 @@
 """What a user can put right: told in one line, without a traceback."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
 
 class UserError(Exception):
@@ -15,6 +16,26 @@ class UserError(Exception):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+@dataclass
+class Notes:
+    """What is told after the work, because it need not end it."""
+
+    mistakes: list[str] = field(default_factory=list)
+    """Of the user; the exit code is 2."""
+    blemishes: list[str] = field(default_factory=list)
+    """Of what was found; the exit code stays 0."""
+
+    def mistake(self, line: str) -> None:
+        """Note what the user can put right, once."""
+        if line not in self.mistakes:
+            self.mistakes.append(line)
+
+    def blemish(self, line: str) -> None:
+        """Note what is not as it should be, once."""
+        if line not in self.blemishes:
+            self.blemishes.append(line)
 
 
 def require_at_least_1(**values: int | Sequence[int] | None) -> None:

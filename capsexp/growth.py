@@ -10,6 +10,7 @@ from rich.table import Table
 from capsexp.bench import NETWORK, processor, variants_of
 from capsexp.errors import UserError
 from capsexp.measure import changed, in_process
+from capsexp.picture_file import require_picture_file
 
 BATCHES = (8, 16, 32, 64, 128)
 ITERATIONS = (1, 2, 3, 4, 5)
@@ -31,7 +32,7 @@ def growth(config: Config, file: Path, *, plugins: Sequence[str]) -> None:
     """
     if len(names := list(variants_of(config, routed=False, compiled=False))) < 2:
         raise UserError("growth: this routing has one implementation only, so there is nothing to compare")
-    _require_format(file)
+    require_picture_file(file, option="growth")
     console = Console(soft_wrap=True)
     table = Table("along", "value", *(f"{name}, {what}" for name in names for what in ("s/step", "MiB")))
     measured: dict[str, list[tuple[int | float, dict[str, Any]]]] = {}
@@ -97,16 +98,6 @@ def draw(
     plots[1][0].set_ylabel("peak memory, MiB")
     plots[0][0].legend()
     figure.savefig(file, dpi=110)
-
-
-def _require_format(file: Path) -> None:
-    from matplotlib.figure import Figure
-
-    known = Figure().canvas.get_supported_filetypes()
-    if file.suffix.removeprefix(".") not in known:
-        raise UserError(f"growth: must be a picture file ({', '.join(sorted(known))}), got {file}")
-    if not file.absolute().parent.is_dir():
-        raise UserError(f"growth: there is no folder {file.absolute().parent}")
 
 
 def _with_side(config: Config, key: str, size: int) -> Config:

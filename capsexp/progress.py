@@ -63,7 +63,7 @@ class Reporter:
         elif time.monotonic() - self._last_line >= EVERY_SECONDS or step == self._total:
             self._last_line = time.monotonic()
             left = self._speed.seconds_per_step * (self._total - step)
-            self.say(f"epoch {epoch}/{epochs}  step {step}/{self._total}  {text}  {_clock(left)} left")
+            self.say(f"epoch {epoch}/{epochs}  step {step}/{self._total}  {text}  {clock(left)} left")
 
     def pause(self) -> None:
         """Leave the time until the next step out of the speed: something else is done in it."""
@@ -110,7 +110,8 @@ def _bar(console: Console) -> Progress:
     )
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds, and hours if there are any."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

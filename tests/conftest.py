@@ -1,6 +1,7 @@
 """What several test files need: tiny runs through the same path that the command line takes."""
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 # Tests are many small operations: with more threads they wait for each other, most of all on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -138,3 +140,61 @@ def tensorboard():
 def until():
     """`until(get_value, accept)` waits for a value that is accepted."""
     return poll
+
+
+# For runs that are written instead of trained: a few settings, and a part that repeats within another.
+SETTINGS = {
+    "run": "here",
+    "device": {"name": "cpu"},
+    "dataset": {"_target_": "capsexp.dataset.digits.Digits", "validation": 0.1},
+    "routing": {"iterations": 3, "bias": False},
+    "optimizer": {"lr": {"start": 0.001}, "weight_decay": 0.0},
+    "loss": {"weight_decay": 0.0},
+    "model": {"conv_channels": 8, "decoder": {"hidden": [8, 8]}, "routing": {"iterations": 3, "bias": False}},
+    "trainer": {"test": "best"},
+    "seed": 0,
+}
+
+
+def changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A config with one dotted key set anew, its copy within the model too."""
+    first, _, rest = key.partition(".")
+    config = {**config, first: changed(config.get(first, {}), rest, value) if rest else value}
+    if first == "routing" and "model" in config:
+        config["model"] = {**config["model"], "routing": config["routing"]}
+    return config
+
+
+@pytest.fixture
+def write_run(tmp_path) -> Callable[..., Path]:
+    """Write a run's files: `write_run("a", {"seed": 1}, validation=[0.5, 0.6], test=0.6)`."""
+
+    def write(name: str, settings: dict[str, Any] | None = None, **told: Any) -> Path:
+        path = tmp_path / name
+        path.mkdir(parents=True, exist_ok=True)
+        config = told.pop("config", SETTINGS)
+        for key, value in (settings or {}).items():
+            config = changed(config, key, value)
+        validation, test = told.pop("validation", []), told.pop("test", None)
+        lines = [
+            {"step": 10 * number, "epoch": number, "train/loss": 1 / number, "train/accuracy": 0.5}
+            for number in range(1, 4)
+        ]
+        lines += [
+            {"step": 10 * number, "epoch": number, "validation/accuracy": value}
+            for number, value in enumerate(validation, 1)
+        ]
+        version = told.pop("version", importlib.metadata.version("capsexp"))
+        status = {"status": "completed", "started": 1e9, "heartbeat": 1e9 + 60, "seconds": 60.0}
+        status |= {"step": 30, "total": 30, "choices": {"model": "small", "dataset": "digits"}}
+        if validation:
+            status["best"] = {"accuracy": max(validation), "step": 10}
+        if test is not None:
+            status["results"] = {"test/accuracy": test}
+        (path / "status.json").write_text(json.dumps(status | told))
+        (path / "resolved_config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+        (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (path / "env.json").write_text(json.dumps({"versions": {"capsexp": version}}))
+        return path
+
+    return write

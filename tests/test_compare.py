@@ -1,0 +1,185 @@
+import math
+
+import numpy as np
+import pytest
+
+from capsexp.compare import Spread, compare, spread, told_apart
+from capsexp.errors import Notes
+from capsexp.runs import find_all, read_all
+
+VALIDATION, TEST = "validation/best_accuracy", "test/accuracy"
+
+
+@pytest.fixture
+def notes():
+    return Notes()
+
+
+@pytest.fixture
+def sweep(write_run, tmp_path):
+    """Two settings of three seeds each; the last run failed early, the one before it has no test."""
+    for iterations in (1, 3):
+        for seed in range(3):
+            failed = {"status": "failed", "error": "X"} if (iterations, seed) == (3, 2) else {}
+            test = None if iterations == 3 and seed else 0.3 + 0.01 * iterations + 0.001 * seed**2
+            validation = [0.1, 0.4 + 0.01 * iterations + 0.002 * seed**2]
+            settings = {"routing.iterations": iterations, "seed": seed}
+            write_run(f"{iterations}-{seed}", settings, validation=validation, test=test, **failed)
+    return read_all(find_all([tmp_path], Notes()), Notes())
+
+
+def column(comparison, name):
+    return [row.cells.get(name) for row in comparison.rows]
+
+
+def names(comparison):
+    return [row.runs[0].path.name for row in comparison.rows]
+
+
+def test_rows_are_runs_beside_their_figures(sweep, notes):
+    found = compare(sweep, notes)
+    titles = [column.title for column in found.columns]
+    assert titles == ["iterations", "seed", "validation", "test", "steps", "time", "status", "run"]
+    assert names(found) == ["3-2", "3-1", "3-0", "1-2", "1-1", "1-0"]
+    assert column(found, "routing.iterations") == [3, 3, 3, 1, 1, 1]
+    assert column(found, VALIDATION)[0] == max(run.best for run in sweep)
+    assert column(found, TEST)[:2] == [None, None]
+    assert column(found, "status") == ["failed", *["finished"] * 5]
+    assert (found.order.title, found.descending, found.grouped_by) == ("validation", True, ())
+    assert notes == Notes()
+
+
+def test_means_over_seeds_are_numpys(sweep, notes):
+    found = compare(sweep, notes, group_by=["seed"])
+    assert found.grouped_by == ("seed",)
+    assert column(found, "routing.iterations") == [3, 1]
+    for row in found.rows:
+        for name, values in (
+            (VALIDATION, [run.best for run in row.runs]),
+            (TEST, [run.test for run in row.runs]),
+        ):
+            there = np.array([value for value in values if value is not None])
+            told = row.cells[name]
+            assert told.n == len(there)
+            assert told.mean == pytest.approx(there.mean(), rel=1e-12)
+            if told.n > 1:
+                assert told.sd == pytest.approx(there.std(ddof=1), rel=1e-12)
+    assert (found.rows[0].cells[TEST].n, found.rows[0].cells[TEST].sd) == (1, None)
+    assert column(found, "status") == ["2 finished, 1 failed", "3 finished"]
+    assert notes == Notes()
+
+
+def test_means_over_all_that_differs_are_one_row(sweep, notes):
+    for over in (["seed", "iterations"], ["seed", "routing"]):
+        (row,) = compare(sweep, notes, group_by=over).rows
+        assert row.cells[VALIDATION].n == 6
+        assert told_apart(row, compare(sweep, notes, group_by=over).columns) == ""
+
+
+def test_runs_whose_settings_differ_otherwise_are_not_averaged(sweep, write_run, notes, tmp_path):
+    write_run("odd", {"routing.iterations": 3, "model.decoder.hidden": [9]}, validation=[0.9])
+    runs = read_all(find_all([tmp_path], notes), notes)
+    assert sorted(len(row.runs) for row in compare(runs, notes, group_by=["seed"]).rows) == [1, 3, 3]
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0, 4.0], [1e200, -1e200], [1.0, math.inf], [math.inf, -math.inf]])
+def test_the_spread_of_any_values_is_numpys(values):
+    with np.errstate(all="ignore"):
+        expected = np.mean(values), np.std(values, ddof=1)
+    told = spread(values)
+    np.testing.assert_allclose([told.mean, told.sd], expected)
+
+
+def test_last_values_of_tags_become_columns(sweep, notes):
+    found = compare(sweep, notes, show=["train/loss", "validation/accuracy", TEST])
+    titles = [column.title for column in found.columns]
+    assert titles[-4:] == ["train/loss", "validation/accuracy", "status", "run"]
+    assert column(found, "train/loss") == [1 / 3] * 6
+    assert column(compare(sweep, notes, show=["train/loss"], group_by=["seed"]), "train/loss")[0] == Spread(
+        1 / 3, 0.0, 3
+    )
+    assert notes == Notes()
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [
+        ("validation", "3-2", "1-0"),
+        (VALIDATION, "3-2", "1-0"),
+        ("test", "3-0", "3-2"),
+        ("seed", "1-0", "3-2"),
+        ("iterations", "1-0", "3-2"),
+        ("routing.iterations", "1-0", "3-2"),
+        ("status", "3-2", "3-1"),
+        ("run", "1-0", "3-2"),
+        ("validation/accuracy", "3-2", "1-0"),
+    ],
+)
+def test_rows_are_sorted_by_any_column_with_the_best_figures_first(name, first, last, sweep, notes):
+    found = compare(sweep, notes, sort_by=name)
+    assert (names(found)[0], names(found)[-1]) == (first, last)
+    assert notes == Notes()
+
+
+def test_a_row_without_the_value_comes_last_in_either_order(sweep, notes):
+    for descending in (True, False):
+        assert names(compare(sweep, notes, sort_by="test", descending=descending))[-2:] == ["3-1", "3-2"]
+    assert names(compare(sweep, notes, sort_by="test", descending=False))[0] == "1-0"
+    assert names(compare(sweep, notes, sort_by="seed", descending=True))[0] == "1-2"
+
+
+def test_losses_are_best_when_small_and_what_is_no_number_is_worst(write_run, notes, tmp_path):
+    for name, loss in {"a": "0.5", "b": "NaN", "c": "0.25"}.items():
+        (write_run(name) / "metrics.jsonl").write_text(f'{{"step": 1, "x/loss": {loss}}}\n')
+    runs = read_all(find_all([tmp_path], notes), notes)
+    assert names(compare(runs, notes, sort_by="x/loss")) == ["c", "a", "b"]
+
+
+def test_what_is_sorted_by_is_shown(sweep, notes):
+    for name in ("train/accuracy", "conv_channels", "dataset"):
+        assert name in [column.title for column in compare(sweep, notes, sort_by=name).columns]
+
+
+def test_numbers_are_sorted_before_words(write_run, notes, tmp_path):
+    for name, value in {"a": "none", "b": 10, "c": 9, "d": None}.items():
+        write_run(name, {"loss.margin": value})
+    runs = read_all(find_all([tmp_path], notes), notes)
+    assert names(compare(runs, notes, sort_by="margin")) == ["c", "b", "a", "d"]
+
+
+def test_failed_and_died_runs_can_be_hidden(sweep, write_run, notes, tmp_path):
+    write_run("died", status="running", host="elsewhere")
+    runs = read_all(find_all([tmp_path], notes), notes)
+    found = compare(runs, notes, hide_failed=True)
+    assert {run.status for row in found.rows for run in row.runs} == {"finished"}
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        ({"show": ["train/los"]}, "--show: no run has the figure 'train/los': did you mean 'train/loss'?"),
+        (
+            {"sort_by": "train/los"},
+            "--sort-by: no run has the figure 'train/los': did you mean 'train/loss'?",
+        ),
+        ({"sort_by": "sed"}, "--sort-by: unknown key 'sed': did you mean 'seed'?"),
+        ({"sort_by": "validaton"}, "--sort-by: unknown key 'validaton': did you mean 'validation'?"),
+        (
+            {"sort_by": "weight_decay"},
+            "--sort-by: 'weight_decay' may be optimizer.weight_decay or loss.weight_decay: write more of it",
+        ),
+        ({"group_by": ["sed"]}, "--group-by: unknown key 'sed': did you mean 'seed'?"),
+        ({"group_by": ["seed"], "sort_by": "seed"}, "--sort-by: seed: the rows are means over it"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_told_and_the_rest_is_done(wishes, message, sweep, notes):
+    found = compare(sweep, notes, **wishes)
+    assert notes.mistakes == [message]
+    assert len(found.rows) == (2 if wishes.get("group_by") == ["seed"] else 6)
+    assert found.order.title == "validation"
+
+
+def test_no_runs_are_an_empty_table(notes):
+    found = compare([], notes, show=["x/y"], sort_by="z", group_by=["w"])
+    assert found.rows == []
+    assert notes == Notes()

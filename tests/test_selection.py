@@ -1,0 +1,98 @@
+import pytest
+
+from capsexp.errors import Notes
+from capsexp.selection import select
+
+
+@pytest.fixture
+def notes():
+    return Notes()
+
+
+@pytest.fixture
+def root(write_run, tmp_path):
+    """Runs a, b, c with 1, 3, 3 iterations; c failed."""
+    write_run("a", {"routing.iterations": 1, "seed": 0})
+    write_run(
+        "b", {"routing.iterations": 3, "seed": 1, "model.decoder.hidden": [4, 4], "optimizer.lr.start": 1e-06}
+    )
+    other = {"model": "large", "dataset": "mnist", "experiment": "quickstart"}
+    write_run("c", {"routing.iterations": 3, "seed": 2, "routing.bias": True}, status="failed", choices=other)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("filters", "left"),
+    [
+        ([], "abc"),
+        (["iterations=3"], "bc"),
+        (["routing.iterations=1,3"], "abc"),
+        (["model.routing.iterations=1"], "a"),
+        (["iterations=3.0", "seed=1"], "b"),
+        (["seed=0,2"], "ac"),
+        (["hidden=[4,4],[9]"], "b"),
+        (["hidden=[4, 4]"], "b"),
+        (["lr.start=1e-6"], "b"),
+        (["bias=true"], "c"),
+        (["model=large"], "c"),
+        (["model=small", "dataset=digits"], "ab"),
+        (["experiment=quickstart"], "c"),
+        (["status=failed"], "c"),
+        (["status=finished,failed"], "abc"),
+    ],
+)
+def test_filters_choose_runs(filters, left, root, notes):
+    assert "".join(run.path.name for run in select([str(root), *filters], notes)) == left
+    assert notes == Notes()
+
+
+def test_a_null_is_a_value_and_a_missing_setting_is_none(write_run, tmp_path, notes):
+    write_run("a", {"loss.margin": None})
+    write_run("b")
+    assert [run.path.name for run in select([str(tmp_path), "margin=null"], notes)] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("iteratons=3", "unknown key 'iteratons': did you mean 'routing.iterations'?"),
+        (
+            "weight_decay=0",
+            "'weight_decay' may be optimizer.weight_decay or loss.weight_decay: write more of it",
+        ),
+        ("status=finishd", "unknown status 'finishd': did you mean 'finished'?"),
+    ],
+)
+def test_a_filter_that_cannot_be_understood_is_told_and_lets_all_runs_pass(word, message, root, notes):
+    assert len(select([str(root), word], notes)) == 3
+    assert notes.mistakes == [f"{word}: {message}"]
+
+
+def test_a_value_that_no_run_has_is_told(root, notes):
+    assert select([str(root), "seed=7"], notes) == []
+    assert select([str(root), "status=died"], notes) == []
+    assert select([str(root), "seed=0", "model=large"], notes) == []
+    assert notes.blemishes == [
+        "no run has seed=7; there is 0, 1, 2",
+        "no run has status=died",
+        "no run has seed=0 and model=large",
+    ]
+    assert notes.mistakes == []
+
+
+def test_a_word_with_an_equals_sign_may_be_a_directory(write_run, notes, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    write_run("seed=1", {"seed": 1})
+    write_run("other")
+    assert [str(run.path) for run in select(["seed=1"], notes)] == ["seed=1"]
+
+
+def test_without_a_directory_the_output_root_is_meant(root, notes, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CAPSEXP_OUTPUTS", str(root))
+    assert len(select(["iterations=3"], notes)) == 2
+    assert notes == Notes()
+    monkeypatch.delenv("CAPSEXP_OUTPUTS")
+    assert select(["iterations=3"], notes) == []
+    assert notes.blemishes == ["outputs: no runs yet; `capsexp train` makes one"]
+    assert notes.mistakes == []

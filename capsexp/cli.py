@@ -11,20 +11,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from capsexp import config
 from capsexp.arguments import parse, plugins, quoted, value
 from capsexp.errors import JobFailed, UserError
 from capsexp.files import make_folder
-from capsexp.job_process import WATCHED, end_with_launcher
+from capsexp.jobs import (
+    checked,
+    complain,
+    evaluation_job,
+    follow,
+    hand_over,
+    nothing,
+    training_job,
+    typed_command,
+)
 from capsexp.naming import new_run_dir, sweep_name
-from capsexp.run_dir import RunDir
-from capsexp.torchrun import as_one, launcher, one_of_several, one_voice, processes
+from capsexp.sweep.job_process import WATCHED, end_with_launcher
+from capsexp.torchrun import as_one, one_of_several, processes
 
 COMMANDS = {
     "train": "train a network: capsexp train [GROUP=OPTION] [KEY=VALUE] [-m]",
@@ -48,10 +54,10 @@ def main() -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         if one_of_several():
-            return as_one(lambda: _dispatch(sys.argv[1:]), _complain)
+            return as_one(lambda: _dispatch(sys.argv[1:]), complain)
         return _dispatch(sys.argv[1:])
     except UserError as error:
-        return _complain(error)
+        return complain(error)
     except BrokenPipeError:  # `capsexp … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -75,9 +81,9 @@ def _dispatch(arguments: list[str]) -> int:
     if command != "train" and one_of_several():
         raise UserError(f"capsexp {command} works in one process: start it without torchrun")
     if command in ("runs", "compare", "report"):
-        from capsexp import browse
+        from capsexp.compare.command import run as look
 
-        return browse.run(command, rest, COMMANDS[command])
+        return look(command, rest, COMMANDS[command])
     run: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "eval": _eval,
@@ -94,19 +100,19 @@ def _train(arguments: list[str]) -> int:
         end_with_launcher()
     options, flags, overrides = parse(arguments)
     if _only_shows(options):
-        return _hand_over([*flags, *overrides], "train", _nothing)
+        return hand_over([*flags, *overrides], "train", nothing)
     name, folder = options.config_name or "train", options.config_dir
     composed = config.compose(name, overrides, config_dir=folder, sweep=options.multirun)
     if options.cfg or options.info:
-        return _hand_over([*flags, *overrides], "train", _nothing)
+        return hand_over([*flags, *overrides], "train", nothing)
     if options.multirun:
         if one_of_several():
             raise UserError("a sweep starts its runs by itself: start it without torchrun")
         if composed.run is not None:
             raise UserError("run: a sweep makes a directory for each of its runs; choose hydra.sweep.dir=DIR")
         for variant in config.swept_variants(overrides, config_dir=folder):
-            _check(config.compose(name, variant, config_dir=folder), overrides)
-    parts = _check(composed, overrides)
+            checked(config.compose(name, variant, config_dir=folder), overrides)
+    parts = checked(composed, overrides)
     parts.dataset.require_files()
     words = [*flags, *overrides, "hydra.output_subdir=null"]
     if options.multirun:
@@ -116,18 +122,18 @@ def _train(arguments: list[str]) -> int:
 
         check(parts, processes())
         if not processes().lead:
-            return _follow(parts, config.plain(composed))
-    return _hand_over([*words, *_where(composed, overrides)], "train", _training_job)
+            return follow(parts, config.plain(composed))
+    return hand_over([*words, *_where(composed, overrides)], "train", training_job)
 
 
 def _sweep(path: Path, words: Sequence[str]) -> int:
     """Run the jobs of a sweep by whichever launcher was chosen; the exit code is 1 if any has failed."""
-    from capsexp.sweep import Sweep
+    from capsexp.sweep.folder import Sweep
 
     with Sweep(path).held():
-        Sweep(path).begin(shlex.join(_command()))
+        Sweep(path).begin(shlex.join(typed_command()))
         try:
-            _hand_over([*words, f"hydra.sweep.dir={quoted(path)}"], "train", _training_job)
+            hand_over([*words, f"hydra.sweep.dir={quoted(path)}"], "train", training_job)
         except JobFailed:  # told by the launcher, and in the table
             pass
         except InstantiationException as error:  # of a launcher or sweeper, by its settings
@@ -147,8 +153,8 @@ def _eval(arguments: list[str]) -> int:
     config.load_run(overrides, command="eval", part="test", weights="best")
     composed = config.compose("eval_run", overrides, config_dir=options.config_dir)
     if not (options.cfg or options.info):
-        _check(composed, overrides)
-    return _hand_over([*flags, *overrides], "eval_run", _evaluation_job)
+        checked(composed, overrides)
+    return hand_over([*flags, *overrides], "eval_run", evaluation_job)
 
 
 def _predict(arguments: list[str]) -> int:
@@ -160,22 +166,22 @@ def _predict(arguments: list[str]) -> int:
         raise UserError("capsexp predict needs pictures: capsexp predict run=DIR FILES…")
     from capsexp.predict import predict
 
-    predict(_check(composed, overrides), config.plain(composed), files)
+    predict(checked(composed, overrides), config.plain(composed), files)
     return 0
 
 
 def _bench(arguments: list[str]) -> int:
     options, flags, overrides = parse(arguments)
     if _only_shows(options):
-        return _hand_over([*flags, *overrides], "train", _nothing)
+        return hand_over([*flags, *overrides], "train", nothing)
     picture, compiled = value(overrides, "growth"), value(overrides, "compiled") or False
     overrides = [text for text in overrides if text.partition("=")[0] not in ("growth", "compiled")]
     if not isinstance(compiled, bool):
         raise UserError(f"compiled must be true or false, got {compiled}")
     composed = config.compose(options.config_name or "train", overrides, config_dir=options.config_dir)
     if options.cfg or options.info:
-        return _hand_over([*flags, *overrides], "train", _nothing)
-    _check(composed, overrides)
+        return hand_over([*flags, *overrides], "train", nothing)
+    checked(composed, overrides)
     if picture is not None:
         from capsexp.growth import growth
 
@@ -208,86 +214,6 @@ def _doctor(arguments: list[str]) -> int:
 
     report(_datasets(arguments, None))
     return 0
-
-
-def _training_job(composed: DictConfig) -> float | None:
-    """One training run, in the directory that Hydra was told; returns its best validation accuracy."""
-    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
-    path = Path(HydraConfig.get().runtime.output_dir)
-    if sweeping:
-        print(f"\njob {HydraConfig.get().job.num}: {' '.join(HydraConfig.get().overrides.task)}", flush=True)
-    try:
-        with one_voice(_complain):  # here: Hydra would add a line of its own
-            _train_in(RunDir(path), composed)
-    except UserError as error:
-        code = _complain(error)
-        if not sweeping or code > 128:  # a signal ends the whole sweep
-            raise SystemExit(code) from None
-        raise JobFailed(*error.problems) from None
-    return RunDir(path).best_accuracy()
-
-
-def _train_in(run: RunDir, composed: DictConfig) -> None:
-    from capsexp.build import components
-    from capsexp.memory import told_when_used_up
-    from capsexp.train import train
-
-    plain = config.plain(composed)
-    parts = components(plain, plugins=plugins(HydraConfig.get().overrides.task))
-    with run.owned():
-        finished = run.is_finished(plain)
-        run.begin(plain, resume=plain["resume"], command=_command())
-        hydra_node = {"hydra": HydraConfig.get()}
-        run.write_composed(config=composed, hydra=hydra_node, overrides=HydraConfig.get().overrides.task)
-        processes().from_lead(lambda: None if finished else run.path)
-        if finished:
-            figures = "  ".join(f"{name} {value:.4f}" for name, value in run.status()["results"].items())
-            print(f"{run.path} is complete: {figures}")
-            return
-        choices = {group: HydraConfig.get().runtime.choices.get(group) for group in config.GROUPS}
-        attempt = run.attempt({group: choice for group, choice in choices.items() if choice})
-        with attempt, told_when_used_up(batch_size=parts.trainer.batch_size):
-            train(parts, run, plain, processes())
-    print(f"run: {run.path}\ncurves: tensorboard --logdir {run.path}")
-
-
-def _follow(parts: Any, plain: dict[str, Any]) -> int:
-    """Train beside the lead, which alone writes into the directory, unless the run there is complete."""
-    from capsexp.memory import told_when_used_up
-    from capsexp.train import train
-
-    path = processes().from_lead(lambda: None)
-    if path is not None:
-        with told_when_used_up(batch_size=parts.trainer.batch_size):
-            train(parts, RunDir(path, writes=False), plain, processes())
-    return 0
-
-
-def _evaluation_job(composed: DictConfig) -> None:
-    from capsexp.build import components
-    from capsexp.evaluate import evaluate_run
-
-    plain = config.plain(composed)
-    try:
-        evaluate_run(components(plain, plugins=plugins(HydraConfig.get().overrides.task)), plain)
-    except UserError as error:
-        raise SystemExit(_complain(error)) from None
-
-
-def _check(composed: DictConfig, overrides: Sequence[str]) -> Any:
-    """Build the parts of the run on the meta device: every mistake is told before any work starts."""
-    plain = config.plain(composed)
-    resume = plain.get("resume")
-    problems = [] if resume in ("auto", "force") else [f"resume: must be 'auto' or 'force', got {resume!r}"]
-    from capsexp.build import components
-
-    try:
-        parts = components(plain, plugins=plugins(overrides))
-    except UserError as error:
-        raise UserError(*problems, *error.problems) from None
-    if problems:
-        raise UserError(*problems)
-    return parts
 
 
 def _where(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
@@ -334,12 +260,6 @@ def _only_shows(options: Namespace) -> bool:
     return bool(options.help or options.hydra_help)
 
 
-def _hand_over(arguments: list[str], config_name: str, job: Callable[[DictConfig], Any]) -> int:
-    sys.argv = [sys.argv[0], *arguments]
-    hydra.main(config_path=config.conf_dir(), config_name=config_name, **config.VERSION_BASE)(job)()
-    return 0
-
-
 def _complete(arguments: Sequence[str]) -> int:
     """Answer the shell: the subcommands by ourselves, everything after one through Hydra."""
     if arguments[1:] and arguments[1].startswith("query="):
@@ -351,28 +271,10 @@ def _complete(arguments: Sequence[str]) -> int:
         program, _, rest = line.split(" ", 2)
         os.environ["COMP_LINE"] = f"{program} {rest}"
         os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
-    return _hand_over(list(arguments), "train", _nothing)
-
-
-def _nothing(composed: DictConfig) -> None:
-    """The job of a call that only shows something."""
-
-
-_argv = tuple(sys.argv)
-
-
-def _command() -> list[str]:
-    """The command as it was typed."""
-    return [*launcher(), "capsexp", *_argv[1:]]
+    return hand_over(list(arguments), "train", nothing)
 
 
 def _version() -> str:
     import importlib.metadata
 
     return importlib.metadata.version("capsexp")
-
-
-def _complain(error: UserError) -> int:
-    for problem in error.problems:
-        print(f"capsexp: {problem}", file=sys.stderr)
-    return error.exit_code

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from capsexp import cli
+from capsexp import cli, jobs
 from capsexp.arguments import parse
 from capsexp.naming import job_name
 from capsexp.run_dir import RunDir
@@ -48,7 +48,7 @@ def capsexp(monkeypatch, capsys, tmp_path):
 
     def call(*words, **variables):
         monkeypatch.setattr(sys, "argv", ["capsexp", *map(str, words)])
-        monkeypatch.setattr(cli, "_argv", tuple(sys.argv))
+        monkeypatch.setattr(jobs, "_argv", tuple(sys.argv))
         for name, value in {**environment(tmp_path), "HYDRA_FULL_ERROR": "1", **variables}.items():
             monkeypatch.setenv(name, value)
         try:
@@ -530,7 +530,7 @@ def test_a_job_that_fails_makes_the_sweep_fail_whatever_the_launcher(capsexp, tm
     assert code == 1
     assert "no usable checkpoint is left in" in error
     assert re.search(r"seed=0 +│ failed", out)
-    assert re.search(r"seed=1 +│ completed", out)
+    assert re.search(r"seed=1 +│ finished", out)
 
 
 def test_a_wrong_value_in_a_sweep_is_told_before_any_job_runs(capsexp, no_runs):

@@ -1,6 +1,6 @@
 """`hydra/launcher=process`, in the one namespace where Hydra looks for plugins.
 
-Hydra imports this file at every start, so the work is done, and imported, elsewhere: in capsexp.launcher.
+Hydra imports this file at every start, so the work is done, and imported, in capsexp.sweep.launcher.
 """
 
 from collections.abc import Sequence
@@ -32,6 +32,6 @@ class ProcessLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; their returns, failed ones among them, in the order of `job_overrides`."""
-        from capsexp.launcher import launch
+        from capsexp.sweep.launcher import launch
 
         return launch(self.hydra_context, self.config, job_overrides, n_jobs=self.n_jobs)

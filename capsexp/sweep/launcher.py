@@ -21,10 +21,10 @@ from rich.live import Live
 from capsexp import config
 from capsexp.arguments import quoted
 from capsexp.errors import JobFailed, RunStopped
-from capsexp.job_process import WATCHED
 from capsexp.run_dir import RunDir
 from capsexp.stop_signal import StopSignal
-from capsexp.sweep import Sweep, table, told_apart
+from capsexp.sweep.folder import Sweep, table, told_apart
+from capsexp.sweep.job_process import WATCHED
 
 POLL_SECONDS = 0.1
 SHOWN_JOBS = 30  # in the table on a terminal, which has to fit
@@ -103,7 +103,7 @@ class Job:
     def ending(self) -> str:
         """How the process ended, in one line."""
         if self.state == "completed":
-            return f"{self.name}: completed"
+            return f"{self.name}: finished"
         error = self.run.status().get("error") or self._last_words()
         return f"{self.name}: {self.state}: {str(error).splitlines()[0]}; see {self.log}"
 
@@ -204,7 +204,7 @@ def _work_through(
             if waiting and free and not stop.asked():
                 job = waiting.popleft()
                 if (words := command_of(job)) is None:
-                    say(f"{job.name}: completed before")
+                    say(f"{job.name}: finished before")
                 else:
                     job.begin(words, slots[free[0]])
                     running[free[0]] = job

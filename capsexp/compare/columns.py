@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from capsexp.compare.runs import Run
 from capsexp.config import nearest
 from capsexp.errors import UserError
-from capsexp.runs import Run
 
 # In the order of their columns. `device` has no part in a run's results.
 GROUPS = ("experiment", "dataset", "model", "routing", "loss", "optimizer", "trainer")

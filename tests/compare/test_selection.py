@@ -1,7 +1,7 @@
 import pytest
 
+from capsexp.compare.selection import select
 from capsexp.errors import Notes
-from capsexp.selection import select
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from capsexp.compare.runs import number
 from capsexp.errors import Notes
-from capsexp.runs import number
 
 NO_TAGS = {"step", "epoch"}
 Series = dict[int, float]

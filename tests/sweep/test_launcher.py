@@ -1,6 +1,7 @@
 """Sweeps as users have them, each job in a process of its own."""
 
 import contextlib
+import csv
 import json
 import os
 import re
@@ -14,9 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from capsexp import launcher
-from capsexp.launcher import slots_for
 from capsexp.run_dir import RunDir
+from capsexp.sweep import launcher
+from capsexp.sweep.launcher import slots_for
 
 FAILING = ("raise", "exit", "kill", "memory", "silent")
 ALL_STATUSES = ["STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING", "STATUS_UNKNOWN"]
@@ -24,7 +25,7 @@ ALL_STATUSES = ["STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING", "STATUS_UN
 
 def start(home, *words):
     """`capsexp train -m` in a process of its own, whose lines can be read as they come."""
-    variables = {"CAPSEXP_OUTPUTS": "outputs", "COLUMNS": "250", "PYTHONPATH": str(Path(__file__).parent)}
+    variables = {"CAPSEXP_OUTPUTS": "outputs", "COLUMNS": "250", "PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.Popen(
         [sys.executable, "-m", "capsexp", "train", "-m", *words],
         cwd=home,
@@ -117,7 +118,7 @@ def test_the_launcher_keeps_nothing_of_failed_jobs(failing):
 
 @pytest.mark.slow
 def test_the_same_command_skips_resumes_and_reruns_and_a_longer_list_adds(failing):
-    assert "how=well: completed before" in failing.second.said
+    assert "how=well: finished before" in failing.second.said
     assert failing.second.said.count(": started") == len(FAILING) + 1
     assert failing.second.code == 0
     after = jobs(failing.folder)
@@ -141,6 +142,10 @@ def test_the_folder_tells_of_all_its_jobs(failing):
         assert (job["status"], job["exit_code"], job["step"]) == ("completed", 0, 5)
         assert any(text.startswith("+loss.how=") for text in job["overrides"])
         assert (failing.folder / name).is_dir()
+    with open(failing.folder / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["how"] for row in rows} == {"well", *FAILING, "new"}
+    assert len({row["test accuracy"] for row in rows}) == 1
 
 
 @pytest.mark.slow

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from capsexp import report
-from capsexp.chart import Axis, chart
-from capsexp.compare import compare
-from capsexp.curves import COLOURS, Curve, Point
+from capsexp.compare import report
+from capsexp.compare.chart import Axis, chart
+from capsexp.compare.comparison import compare
+from capsexp.compare.curves import COLOURS, Curve, Point
+from capsexp.compare.markup import Html, element
+from capsexp.compare.runs import find_all, read_all
 from capsexp.errors import Notes
-from capsexp.markup import Html, element
-from capsexp.runs import find_all, read_all
 
 TAGS = ("validation/accuracy", "train/loss")
 BROWSER = next(

@@ -7,7 +7,7 @@ from rich.console import Console
 from capsexp.errors import UserError
 from capsexp.naming import job_name
 from capsexp.run_dir import RunDir
-from capsexp.sweep import Sweep, table, told_apart
+from capsexp.sweep.folder import Sweep, table, told_apart
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_what_was_asked_for_is_remembered(sweep):
     again = Sweep(sweep.path)
     again.ask(["seed=2"])
     assert [(job.overrides, job.state) for job in again.jobs()] == [
-        (["seed=0"], "completed"),
+        (["seed=0"], "finished"),
         (["seed=1"], "waiting"),
         (["seed=2"], "waiting"),
     ]
@@ -61,7 +61,7 @@ def test_runs_of_another_launcher_are_found(sweep):
     run.write_composed(overrides=["seed=4", "run=x"])
     (run.path / "status.json").write_text('{"status": "completed"}')
     (job,) = sweep.jobs()
-    assert (job.name, job.overrides, job.state) == ("by-slurm", ["seed=4"], "completed")
+    assert (job.name, job.overrides, job.state) == ("by-slurm", ["seed=4"], "finished")
     assert sweep.succeeded()
 
 
@@ -98,7 +98,7 @@ def test_the_table_has_how_every_job_stands(sweep):
     sweep.ask(["m=[8,8]", "seed=3"])
     lines = [re.split(r" *│ *", line)[1:-1] for line in shown(sweep).splitlines() if line.startswith("│")]
     assert lines == [
-        ["seed=0", "completed", "9/9", "75.00 %", "50.00 %", "61 s", ""],
+        ["seed=0", "finished", "9/9", "0.7500", "0.5000", "61 s", ""],
         ["seed=1", "failed", "", "", "", "", "KeyError: [red]'a'"],
         ["seed=2", "interrupted", "3/9", "", "", "", ""],
         ["seed=3", "waiting", "", "", "", "", ""],
@@ -111,4 +111,4 @@ def test_a_short_table_shows_first_what_is_at_work_or_failed(sweep):
         finish(sweep, [f"seed={seed}"], status=state)
     text = shown(sweep, rows=3)
     assert [seed for seed in range(8) if f"seed={seed}" in text] == [0, 6, 7]
-    assert "8 jobs: 6 completed, 1 running, 1 failed" in text
+    assert "8 jobs: 6 finished, 1 running, 1 failed" in text

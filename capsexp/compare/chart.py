@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from capsexp.curves import COLOURS, Curve, Point, colour
-from capsexp.markup import Html, element, joined
+from capsexp.compare.curves import COLOURS, Curve, Point, colour
+from capsexp.compare.markup import Html, element, joined
 
 # Small, so that its letters can still be read where a phone shrinks it.
 WIDTH, HEIGHT = 460, 290

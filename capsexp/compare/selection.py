@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from capsexp import runs
-from capsexp.columns import distinct_keys, resolve, text
+from capsexp.compare import runs
+from capsexp.compare.columns import distinct_keys, resolve, text
+from capsexp.compare.runs import STATUSES, Run, is_number
 from capsexp.config import nearest
 from capsexp.errors import Notes, UserError
-from capsexp.runs import STATUSES, Run, is_number
 
 _COMMA = re.compile(r",(?![^\[]*\])")  # not within a list
 

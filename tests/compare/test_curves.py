@@ -2,10 +2,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from capsexp.compare import compare
-from capsexp.curves import COLOURS, OTHER, Point, by_setting, colour, curves, draw, thinned
+from capsexp.compare.comparison import compare
+from capsexp.compare.curves import COLOURS, OTHER, Point, by_setting, colour, curves, draw, thinned
+from capsexp.compare.runs import find_all, read_all
 from capsexp.errors import Notes
-from capsexp.runs import find_all, read_all
 
 ACCURACY = "validation/accuracy"
 

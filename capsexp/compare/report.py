@@ -9,16 +9,16 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from capsexp.chart import chart
-from capsexp.columns import RUN, STATUS, Column, distinct_keys, text
-from capsexp.compare import Comparison, Row, told_apart
-from capsexp.curves import COLOURS, Curve, by_setting, colour, curves
+from capsexp.compare.chart import chart
+from capsexp.compare.columns import RUN, STATUS, Column, distinct_keys, text
+from capsexp.compare.comparison import Comparison, Row, told_apart
+from capsexp.compare.curves import COLOURS, Curve, by_setting, colour, curves
+from capsexp.compare.markup import Html, element, joined
+from capsexp.compare.runs import Run, is_number
+from capsexp.compare.tables import ABSENT, cell_text, shared_folder
 from capsexp.errors import Notes
 from capsexp.files import write_whole
-from capsexp.markup import Html, element, joined
 from capsexp.progress import clock
-from capsexp.runs import Run, is_number
-from capsexp.tables import ABSENT, cell_text, shared_folder
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL = 400  # pixels, below which a picture is enlarged

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from capsexp import history
+from capsexp.compare import history
 from capsexp.errors import Notes
 
 

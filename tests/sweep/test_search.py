@@ -14,7 +14,7 @@ pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="the extra [opt
 
 
 def search(home, *words):
-    variables = {"CAPSEXP_OUTPUTS": "outputs", "COLUMNS": "250", "PYTHONPATH": str(Path(__file__).parent)}
+    variables = {"CAPSEXP_OUTPUTS": "outputs", "COLUMNS": "250", "PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.run(
         [sys.executable, "-m", "capsexp", "train", "-m", "hydra/sweeper=search", *words],
         cwd=home,
@@ -46,7 +46,7 @@ def test_a_failed_trial_does_not_end_a_study_and_the_same_command_makes_the_same
     assert "Traceback" not in first.stderr
     again = search(tmp_path, *words)
     assert {*jobs()} == {*trials}
-    assert again.stdout.count(": completed before") == ends.count("completed")
+    assert again.stdout.count(": finished before") == ends.count("completed")
     assert len(re.findall(": failed: KeyError: 'a bug'; see ", again.stdout)) == ends.count("failed")
 
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from capsexp import history
-from capsexp.compare import Comparison, Row, compare, spread, told_apart
+from capsexp.compare import history
+from capsexp.compare.comparison import Comparison, Row, compare, spread, told_apart
+from capsexp.compare.runs import Run
 from capsexp.config import nearest
 from capsexp.errors import Notes
 from capsexp.files import write_whole
-from capsexp.runs import Run
 
 TAGS = ("validation/accuracy", "train/loss")
 # Told apart in daylight, in the dark and by most of the colour-blind.

@@ -3,9 +3,9 @@ import math
 import numpy as np
 import pytest
 
-from capsexp.compare import Spread, compare, spread, told_apart
+from capsexp.compare.comparison import Spread, compare, spread, told_apart
+from capsexp.compare.runs import find_all, read_all
 from capsexp.errors import Notes
-from capsexp.runs import find_all, read_all
 
 VALIDATION, TEST = "validation/best_accuracy", "test/accuracy"
 

@@ -1,9 +1,9 @@
 import pytest
 
 from capsexp import config
-from capsexp.columns import distinct_keys, frozen, resolve, setting_columns, short_titles, text
+from capsexp.compare.columns import distinct_keys, frozen, resolve, setting_columns, short_titles, text
+from capsexp.compare.runs import read
 from capsexp.errors import Notes, UserError
-from capsexp.runs import read
 
 
 @pytest.fixture

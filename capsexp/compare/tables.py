@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from capsexp import runs
-from capsexp.columns import RUN, STATUS, Column, text
-from capsexp.compare import Comparison, Row, Spread, compare
+from capsexp.compare import runs
+from capsexp.compare.columns import RUN, STATUS, Column, text
+from capsexp.compare.comparison import Comparison, Row, Spread, compare
+from capsexp.compare.runs import Run, is_number, newest_first
 from capsexp.errors import Notes
 from capsexp.progress import clock
-from capsexp.runs import Run, is_number, newest_first
 
 ABSENT = "–"  # noqa: RUF001
 WIDEST = 100_000

@@ -108,8 +108,8 @@ def _names(words: str) -> list[str]:
 
 
 def _runs(options: argparse.Namespace, notes: Notes) -> None:
-    from capsexp.selection import select
-    from capsexp.tables import print_runs
+    from capsexp.compare.selection import select
+    from capsexp.compare.tables import print_runs
 
     print_runs(select(options.words, notes))
 
@@ -117,7 +117,7 @@ def _runs(options: argparse.Namespace, notes: Notes) -> None:
 def _compare(options: argparse.Namespace, notes: Notes) -> None:
     if options.plot:
         require_picture_file(options.plot, option="--plot")
-    from capsexp import tables
+    from capsexp.compare import tables
 
     comparison = _comparison(options, notes, group_by=options.group_by)
     forms = {"csv": tables.csv_text, "md": tables.markdown, "json": tables.json_text}
@@ -126,7 +126,7 @@ def _compare(options: argparse.Namespace, notes: Notes) -> None:
     else:
         tables.print_comparison(comparison)
     if options.plot:
-        from capsexp import curves
+        from capsexp.compare import curves
 
         tags = options.metric or curves.TAGS
         if drawn := curves.curves(curves.by_setting(comparison), tags, notes):
@@ -138,8 +138,8 @@ def _report(options: argparse.Namespace, notes: Notes) -> None:
     page = options.output
     if page.is_dir() or not page.absolute().parent.is_dir():
         raise UserError(f"--output: {page} cannot be written: no such folder, or a folder itself")
-    from capsexp.curves import TAGS
-    from capsexp.report import write
+    from capsexp.compare.curves import TAGS
+    from capsexp.compare.report import write
 
     comparison = _comparison(options, notes)
     if comparison.rows:
@@ -150,8 +150,8 @@ def _report(options: argparse.Namespace, notes: Notes) -> None:
 
 
 def _comparison(options: argparse.Namespace, notes: Notes, *, group_by: Sequence[str] = ()) -> Any:
-    from capsexp.compare import compare
-    from capsexp.selection import select
+    from capsexp.compare.comparison import compare
+    from capsexp.compare.selection import select
 
     wishes = {name: getattr(options, name) for name in ("show", "sort_by", "descending", "hide_failed")}
     return compare(select(options.words, notes), notes, group_by=group_by, **wishes)

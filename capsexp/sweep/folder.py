@@ -7,6 +7,7 @@ multirun.yaml             Hydra's own note of the sweep
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,12 +17,13 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from capsexp.errors import UserError
+from capsexp.compare.tables import as_csv
+from capsexp.errors import Notes, UserError
 from capsexp.files import write_whole
 from capsexp.naming import job_name
 from capsexp.run_dir import LockHeldError, RunDir, hold
 
-COLOURS = {"completed": "green", "failed": "red", "running": "cyan", "interrupted": "yellow"}
+COLOURS = {"finished": "green", "failed": "red", "running": "cyan", "interrupted": "yellow"}
 
 
 class Job(NamedTuple):
@@ -34,8 +36,9 @@ class Job(NamedTuple):
 
     @property
     def state(self) -> str:
-        """`waiting`, or the status."""
-        return str(self.status.get("status", "waiting"))
+        """waiting | running | finished | failed | interrupted."""
+        state = str(self.status.get("status", "waiting"))
+        return "finished" if state == "completed" else state
 
 
 class Sweep:
@@ -80,7 +83,7 @@ class Sweep:
 
     def succeeded(self) -> bool:
         """Whether every job is complete."""
-        return all(job.state == "completed" for job in self.jobs())
+        return all(job.state == "finished" for job in self.jobs())
 
     def begin(self, command: str) -> None:
         """Write down which command is at work."""
@@ -88,10 +91,15 @@ class Sweep:
         self.write()
 
     def finish(self) -> None:
-        """Write and print how all jobs stand."""
+        """Write and print how all jobs stand, and what they came to."""
         self.write()
         if not (jobs := self.jobs()):
             return
+        notes = Notes()
+        rows = as_csv([self.path], notes).encode()
+        write_whole(self.path / "results.csv", lambda file: file.write(rows))
+        for line in notes.blemishes:
+            print(f"capsexp: {line}", file=sys.stderr)
         Console().print(table(jobs))
         print(f"sweep: {self.path}\ncurves: tensorboard --logdir {self.path}")
 
@@ -116,17 +124,17 @@ def table(jobs: Sequence[Job], *, rows: int | None = None) -> Table:
         rows: at most so many, of the jobs that are at work or failed first; None for all.
     """
     shown = sorted(jobs, key=lambda job: job.state not in ("running", "failed"))[:rows] if rows else jobs
-    told = Table(Column("job", overflow="fold"), "status", "step", "best validation", "test", "time", "")
+    told = Table(Column("job", overflow="fold"), "status", "step", "validation", "test", "time", "")
     names = dict(zip((job.name for job in jobs), told_apart([job.overrides for job in jobs]), strict=True))
     for job in sorted(shown, key=jobs.index):
         status, colour = job.status, COLOURS.get(job.state, "dim")
-        test = status.get("results", {}).get("test/accuracy") if job.state == "completed" else None
+        test = status.get("results", {}).get("test/accuracy") if job.state == "finished" else None
         told.add_row(
             Text(names[job.name]),
             Text(job.state, colour),
             f"{status['step']}/{status['total']}" if "total" in status and "step" in status else "",
-            _percent((status.get("best") or {}).get("accuracy")),
-            _percent(test),
+            _four_digits((status.get("best") or {}).get("accuracy")),
+            _four_digits(test),
             f"{status['seconds']:.0f} s" if "seconds" in status else "",
             Text(_failure(status)),
         )
@@ -152,5 +160,5 @@ def _failure(status: Mapping[str, Any]) -> str:
     return lines[0][:200] if lines and status.get("status") == "failed" else ""
 
 
-def _percent(accuracy: float | None) -> str:
-    return "" if accuracy is None else f"{100 * accuracy:.2f} %"
+def _four_digits(accuracy: float | None) -> str:
+    return "" if accuracy is None else f"{accuracy:.4f}"

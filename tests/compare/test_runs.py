@@ -5,10 +5,10 @@ import time
 
 import pytest
 
-from capsexp import runs
+from capsexp.compare import runs
+from capsexp.compare.runs import find_all, newest_first, read, read_all
 from capsexp.errors import Notes
 from capsexp.run_dir import RunDir
-from capsexp.runs import find_all, newest_first, read, read_all
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capsexp import history
-from capsexp.columns import (
+from capsexp.compare import history
+from capsexp.compare.columns import (
     FIGURES,
     GROUPS,
     RUN,
@@ -20,9 +20,9 @@ from capsexp.columns import (
     short_titles,
     text,
 )
+from capsexp.compare.runs import Run, counted, is_number
 from capsexp.config import nearest
 from capsexp.errors import Notes, UserError
-from capsexp.runs import Run, counted, is_number
 
 LOST = ("failed", "died")
 

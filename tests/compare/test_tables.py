@@ -6,11 +6,19 @@ import time
 
 import pytest
 
-from capsexp import tables
-from capsexp.compare import compare
+from capsexp.compare import tables
+from capsexp.compare.comparison import compare
+from capsexp.compare.runs import find_all, read_all
+from capsexp.compare.tables import (
+    as_csv,
+    csv_text,
+    json_text,
+    markdown,
+    print_comparison,
+    print_runs,
+    print_table,
+)
 from capsexp.errors import Notes
-from capsexp.runs import find_all, read_all
-from capsexp.tables import as_csv, csv_text, json_text, markdown, print_comparison, print_runs, print_table
 
 VALUE = 0.1 + 0.2  # has seventeen digits
 

@@ -36,7 +36,7 @@ class Job(NamedTuple):
 
     @property
     def state(self) -> str:
-        """waiting | running | finished | failed | interrupted."""
+        """`waiting`, or the status in the words of `capsexp runs`."""
         state = str(self.status.get("status", "waiting"))
         return "finished" if state == "completed" else state
 

@@ -9,7 +9,8 @@ import sys
 import matplotlib.image
 import pytest
 
-from capsexp import cli, selection
+from capsexp import cli
+from capsexp.compare import selection
 
 
 @pytest.fixture

@@ -28,8 +28,8 @@ demo: $(INSTALLED) ## train a small CapsNet on embedded digits (under a minute),
 	@echo "  $(BIN)/tensorboard --logdir $(DEMO)    then open http://localhost:6006"
 
 test: $(INSTALLED) ## all tests
-	$(BIN)/python -m pytest -q
-	$(BIN)/python -m pytest -q -o addopts="--strict-markers --import-mode=importlib -m compile"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 -o addopts="--strict-markers --import-mode=importlib -m compile"
 
 lint: $(INSTALLED) ## style and types
 	$(BIN)/ruff check .

@@ -38,7 +38,10 @@ FAILURES = (HydraException, OmegaConfBaseException)
 
 # Hydra takes plugins from the package hydra_plugins alone. Ours brings the launcher of sweeps.
 sys.path.append(str(Path(__file__).resolve().parent / "_plugins"))
-OmegaConf.register_new_resolver("capsexp.job_name", job_name, replace=True)
+# Newer versions have another name for it, which in older ones belongs to something else.
+getattr(OmegaConf, "register_new_resolver" if HYDRA_1_3 else "register_resolver")(
+    "capsexp.job_name", job_name, replace=True
+)
 
 
 def conf_dir() -> str:

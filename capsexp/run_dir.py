@@ -20,7 +20,7 @@ import shlex
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,11 +68,9 @@ class RunDir:
         Raises:
             UserError: another process is training in this directory.
         """
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(hold(self.path / LOCK))
-            except LockHeldError as owner:
-                raise UserError(f"{self.path} is in use by {owner}: choose another run=DIR") from None
+        with hold(
+            self.path / LOCK, lambda owner: f"{self.path} is in use by {owner}: choose another run=DIR"
+        ):
             yield
 
     def is_owned(self) -> bool:
@@ -226,23 +224,22 @@ class RunDir:
             write_whole(self.path / name, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
-class LockHeldError(Exception):
-    """A lock that another process holds; the message names that process."""
-
-
 @contextlib.contextmanager
-def hold(path: Path) -> Iterator[None]:
+def hold(path: Path, refusal: Callable[[str], str]) -> Iterator[None]:
     """Hold a lock file, in a folder that is made if need be. The system lets go of it when this process dies.
 
+    Args:
+        path: the file.
+        refusal: what to say when another process holds it; gets that process's name.
+
     Raises:
-        LockHeldError: another process holds it.
-        UserError: the folder cannot be made.
+        UserError: another process holds it, or the folder cannot be made.
     """
     make_folder(path.parent)
     with open(path, "a+") as lock:
         if not _locked(lock, fcntl.LOCK_EX):
             lock.seek(0)
-            raise LockHeldError(lock.read() or "another process")
+            raise UserError(refusal(lock.read() or "another process"))
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()

@@ -461,7 +461,7 @@ def test_kill_9_at_any_moment_changes_nothing(tmp_path, tiny_overrides):
                     break
         else:
             time.sleep(chance.uniform(0, 0.15))
-        if kills < 12 and process.poll() is None:
+        if kills < 8 and process.poll() is None:
             process.kill()
             kills += 1
             process.wait()
@@ -470,8 +470,8 @@ def test_kill_9_at_any_moment_changes_nothing(tmp_path, tiny_overrides):
             _, errors = process.communicate()
             code = process.returncode
             assert code == 0, errors.decode()
-    assert kills >= 10
-    assert inside_a_save >= 3
+    assert kills >= 7
+    assert inside_a_save >= 2
     assert len(RunDir(killed).status()["resumes"]) == kills
     assert_same_run(killed, quiet)
 

@@ -18,10 +18,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from capsexp.compare.tables import as_csv
-from capsexp.errors import Notes, UserError
+from capsexp.errors import Notes
 from capsexp.files import write_whole
 from capsexp.naming import job_name
-from capsexp.run_dir import LockHeldError, RunDir, hold
+from capsexp.run_dir import RunDir, hold
 
 COLOURS = {"finished": "green", "failed": "red", "running": "cyan", "interrupted": "yellow"}
 
@@ -60,12 +60,12 @@ class Sweep:
         Raises:
             UserError: another one is at work in it.
         """
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(hold(self.path / "sweep.lock"))
-            except LockHeldError as owner:
-                where = "hydra.sweep.dir=DIR starts one elsewhere"
-                raise UserError(f"this sweep is already at work in {self.path} ({owner}): {where}") from None
+        elsewhere = "hydra.sweep.dir=DIR starts one elsewhere"
+
+        def refusal(owner: str) -> str:
+            return f"this sweep is already at work in {self.path} ({owner}): {elsewhere}"
+
+        with hold(self.path / "sweep.lock", refusal):
             yield
 
     def ask(self, overrides: Sequence[str]) -> RunDir:

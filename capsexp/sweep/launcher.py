@@ -229,7 +229,7 @@ def _command(context: HydraContext, master: DictConfig, job: Job) -> list[str] |
     hydras = [str(text) for text in master.hydra.overrides.hydra]
     composed = context.config_loader.load_sweep_config(master, job.overrides)
     with open_dict(composed):
-        composed.hydra.job.id = composed.hydra.job.num = 0
+        composed.hydra.job.id, composed.hydra.job.num = "0", 0
     HydraConfig.instance().set_config(composed)
     if job.run.is_finished(config.plain(composed)):
         return None

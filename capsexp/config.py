@@ -288,7 +288,7 @@ def _installation(name: str, options: Sequence[str]) -> str:
     """How to get the plugin that an option of Hydra's belongs to; empty if it is there, or not known."""
     for start, extra in EXTRAS.items():
         if name.startswith(start) and not any(option.startswith(start) for option in options):
-            return f": it comes with pip install 'capsexp[{extra}]'"
+            return f": it comes with capsexp's extra [{extra}]"
     return ""
 
 

@@ -112,15 +112,14 @@ class RunDir:
             self.say(status, error=message, exit_code=exit_code(error))
             raise
 
-    def begin(self, config: dict[str, Any], *, resume: str, command: Sequence[str]) -> bool:
+    def begin(self, config: dict[str, Any], *, resume: str, command: Sequence[str]) -> None:
         """Write down what is run, or check that it is what was run here before.
 
         Args:
             config: the plain config.
             resume: `auto` refuses a config that differs from the earlier one; `force` replaces it.
             command: the words that were typed.
-        Returns:
-            Whether the config differs from an earlier one.
+
         Raises:
             UserError: the config differs; one line for each key.
         """
@@ -135,7 +134,6 @@ class RunDir:
         if not (self.path / "command.txt").exists():
             line = shlex.join(command) + "\n"
             write_whole(self.path / "command.txt", lambda file: file.write(line.encode()))
-        return bool(changes)
 
     def write_composed(self, **contents: Any) -> None:
         """Write .hydra/NAME.yaml, interpolations as they are: what `capsexp eval run=DIR` goes by.

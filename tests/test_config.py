@@ -527,3 +527,13 @@ def test_what_could_start_code_is_left_out_of_a_stored_config(stored):
     assert root.hydra.callbacks == {}
     assert "defaults" not in root.model
     assert ConfigStore.instance().load("model/stored.yaml").node.get("defaults") is None
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_plugin_that_is_not_installed_is_named_with_its_extra(known, monkeypatch):
+    monkeypatch.setattr(config, "EXTRAS", {"nomad": "cluster"} if known else {})
+    with pytest.raises(UserError) as told:
+        config.compose("train", ["hydra/launcher=nomad_local"], config_dir=None, sweep=True)
+    (line,) = told.value.problems
+    assert line.startswith("hydra/launcher=nomad_local: no such option")
+    assert line.endswith(": it comes with capsexp's extra [cluster]") == known

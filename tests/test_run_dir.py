@@ -81,14 +81,14 @@ def test_an_owner_that_fails_lets_go(run):
 
 
 def test_the_first_begin_writes_config_and_command(run):
-    assert begin(run) is False
+    begin(run)
     assert OmegaConf.to_container(OmegaConf.load(run.path / "resolved_config.yaml")) == CONFIG
     assert (run.path / "command.txt").read_text() == "capsexp train run=here 'a='\"'\"'b c'\"'\"''\n"
 
 
 def test_the_same_config_goes_on_and_the_first_command_stays(run):
     begin(run)
-    assert run.begin(CONFIG, resume="auto", command=["another"]) is False
+    run.begin(CONFIG, resume="auto", command=["another"])
     assert (run.path / "command.txt").read_text().startswith("capsexp train")
 
 
@@ -120,20 +120,20 @@ def test_every_key_that_differs_is_told(run):
 
 def test_force_takes_the_new_config(run):
     begin(run)
-    assert begin(run, changed(), resume="force") is True
+    begin(run, changed(), resume="force")
     assert OmegaConf.to_container(OmegaConf.load(run.path / "resolved_config.yaml")) == changed()
-    assert begin(run, changed()) is False
+    begin(run, changed())
 
 
 @pytest.mark.parametrize("key", NOT_COMPARED)
 def test_what_changes_no_result_is_not_compared(key, run):
     begin(run)
-    assert begin(run, CONFIG | {key: "another"}) is False
+    begin(run, CONFIG | {key: "another"})
 
 
 def test_where_the_data_lie_is_not_compared_but_the_rest_of_the_data_set_is(run):
     begin(run)
-    assert begin(run, CONFIG | {"dataset": {"root": "elsewhere", "validation": 0.1}}) is False
+    begin(run, CONFIG | {"dataset": {"root": "elsewhere", "validation": 0.1}})
     with pytest.raises(UserError, match=r"dataset.validation: was 0.1, is 0.2"):
         begin(run, CONFIG | {"dataset": {"root": "data", "validation": 0.2}})
 
@@ -166,7 +166,7 @@ def test_where_the_data_lie_is_not_compared_but_the_rest_of_the_data_set_is(run)
 )
 def test_a_value_is_the_same_after_it_was_written(value, run):
     begin(run, CONFIG | {"model": {"value": value}})
-    assert begin(run, CONFIG | {"model": {"value": value}}) is False
+    begin(run, CONFIG | {"model": {"value": value}})
 
 
 def test_composed_configs_keep_their_interpolations(run):

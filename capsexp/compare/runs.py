@@ -101,7 +101,7 @@ def read_all(paths: Iterable[Path], notes: Notes) -> list[Run]:
 
 def read(path: Path, notes: Notes) -> Run:
     """Read one run."""
-    status = _status(path, notes)
+    status = shown_status(path, notes)
     config = _mapping(path / "resolved_config.yaml", lambda data: yaml.load(data, Loader=_Loader), notes)
     environment = _mapping(path / "env.json", json.loads, notes) or {}
     figures = _part(status, "results")
@@ -122,6 +122,23 @@ def read(path: Path, notes: Notes) -> Run:
         error=str(status.get("error") or ""),
         version=None if version is None else str(version),
     )
+
+
+def shown_status(path: Path, notes: Notes) -> dict[str, Any]:
+    """What status.json says, its status in the words that are shown and as it truly is."""
+    file = path / "status.json"
+    found = _mapping(file, json.loads, notes)
+    if found and found.get("status") == "running" and not _is_alive(path, found):
+        # It may have ended between the two looks.
+        found = _mapping(file, json.loads, notes)
+        if found and found.get("status") == "running":
+            found["status"] = "died"
+    if found is None:
+        return {"status": "unknown"}
+    if not found:  # killed, or still at it, before anything was written
+        return {"status": "running" if RunDir(path).is_owned() else "died"}
+    word = SHOWN.get(str(found.get("status")), found.get("status"))
+    return {**found, "status": word if word in STATUSES else "unknown"}
 
 
 def newest_first(runs: Iterable[Run]) -> list[Run]:
@@ -148,23 +165,6 @@ def is_number(value: Any) -> TypeGuard[int | float]:
 def _counting(name: str) -> list[Any]:
     """Order in which 10 comes after 9."""
     return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))]
-
-
-def _status(path: Path, notes: Notes) -> dict[str, Any]:
-    """status.json, its status in the words that are shown."""
-    file = path / "status.json"
-    found = _mapping(file, json.loads, notes)
-    if found and found.get("status") == "running" and not _is_alive(path, found):
-        # It may have ended between the two looks.
-        found = _mapping(file, json.loads, notes)
-        if found and found.get("status") == "running":
-            found["status"] = "died"
-    if found is None:
-        return {"status": "unknown"}
-    if not found:  # killed, or still at it, before anything was written
-        return {"status": "running" if RunDir(path).is_owned() else "died"}
-    word = SHOWN.get(str(found.get("status")), found.get("status"))
-    return {**found, "status": word if word in STATUSES else "unknown"}
 
 
 def _is_alive(path: Path, status: Mapping[str, Any]) -> bool:

@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from capsexp.compare.runs import shown_status
 from capsexp.compare.tables import as_csv
 from capsexp.errors import Notes
 from capsexp.files import write_whole
 from capsexp.naming import job_name
 from capsexp.run_dir import RunDir, hold
 
-COLOURS = {"finished": "green", "failed": "red", "running": "cyan", "interrupted": "yellow"}
+COLOURS = {"finished": "green", "failed": "red", "died": "red", "running": "cyan", "interrupted": "yellow"}
 
 
 class Job(NamedTuple):
@@ -32,13 +33,12 @@ class Job(NamedTuple):
     name: str
     overrides: list[str]
     status: Mapping[str, Any]
-    """What its status.json says; empty for a job that waits."""
+    """What its status.json says, in the words of `capsexp runs`; empty for a job that waits."""
 
     @property
     def state(self) -> str:
-        """`waiting`, or the status in the words of `capsexp runs`."""
-        state = str(self.status.get("status", "waiting"))
-        return "finished" if state == "completed" else state
+        """`waiting`, or the status."""
+        return str(self.status.get("status", "waiting"))
 
 
 class Sweep:
@@ -76,10 +76,12 @@ class Sweep:
 
     def jobs(self) -> list[Job]:
         """All jobs, in the order of asking; those of another launcher by what lies in the folder."""
+        begun = sorted(status.parent for status in self.path.glob("*/status.json"))
         asked = dict(self._asked)
-        for status in sorted(self.path.glob("*/status.json")):
-            asked.setdefault(status.parent.name, RunDir(status.parent).overrides())
-        return [Job(name, texts, RunDir(self.path / name).status()) for name, texts in asked.items()]
+        for path in begun:
+            asked.setdefault(path.name, RunDir(path).overrides())
+        statuses = {path.name: shown_status(path, Notes()) for path in begun}
+        return [Job(name, texts, statuses.get(name, {})) for name, texts in asked.items()]
 
     def succeeded(self) -> bool:
         """Whether every job is complete."""
@@ -123,7 +125,9 @@ def table(jobs: Sequence[Job], *, rows: int | None = None) -> Table:
         jobs: all of a sweep.
         rows: at most so many, of the jobs that are at work or failed first; None for all.
     """
-    shown = sorted(jobs, key=lambda job: job.state not in ("running", "failed"))[:rows] if rows else jobs
+    shown = (
+        sorted(jobs, key=lambda job: job.state not in ("running", "failed", "died"))[:rows] if rows else jobs
+    )
     told = Table(Column("job", overflow="fold"), "status", "step", "validation", "test", "time", "")
     names = dict(zip((job.name for job in jobs), told_apart([job.overrides for job in jobs]), strict=True))
     for job in sorted(shown, key=jobs.index):

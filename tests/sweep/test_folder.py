@@ -1,5 +1,6 @@
 import json
 import re
+import socket
 
 import pytest
 from rich.console import Console
@@ -49,7 +50,7 @@ def test_what_was_asked_for_is_remembered(sweep):
     assert told["command"] == "capsexp train -m seed=0,1"
     assert told["jobs"][job_name(["seed=0"])] == {
         "overrides": ["seed=0"],
-        "status": "completed",
+        "status": "finished",
         "step": 3,
         "results": {"test/accuracy": 0.5},
     }
@@ -108,7 +109,9 @@ def test_the_table_has_how_every_job_stands(sweep):
 def test_a_short_table_shows_first_what_is_at_work_or_failed(sweep):
     for seed in range(8):
         state = {6: "running", 7: "failed"}.get(seed, "completed")
-        finish(sweep, [f"seed={seed}"], status=state)
-    text = shown(sweep, rows=3)
+        finish(sweep, [f"seed={seed}"], status=state, host=socket.gethostname())
+    with sweep.ask(["seed=6"]).owned():
+        text = shown(sweep, rows=3)
     assert [seed for seed in range(8) if f"seed={seed}" in text] == [0, 6, 7]
     assert "8 jobs: 6 finished, 1 running, 1 failed" in text
+    assert "8 jobs: 6 finished, 1 died, 1 failed" in shown(sweep, rows=3)

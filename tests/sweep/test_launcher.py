@@ -141,7 +141,7 @@ def test_the_folder_tells_of_all_its_jobs(failing):
     assert told["command"].startswith("capsexp train -m ")
     assert len(told["jobs"]) == len(FAILING) + 2
     for name, job in told["jobs"].items():
-        assert (job["status"], job["exit_code"], job["step"]) == ("completed", 0, 5)
+        assert (job["status"], job["exit_code"], job["step"]) == ("finished", 0, 5)
         assert any(text.startswith("+loss.how=") for text in job["overrides"])
         assert (failing.folder / name).is_dir()
     with open(failing.folder / "results.csv", newline="") as file:

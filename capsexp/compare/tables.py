@@ -48,11 +48,10 @@ def csv_text(comparison: Comparison) -> str:
 
 
 def markdown(comparison: Comparison) -> str:
-    """A table for a README, under short names."""
-    titles = [title for _, title in _fields(comparison)]
-    lines = [titles, ["---"] * len(titles)]
-    lines += [[word or ABSENT for word in _words(row, comparison)] for row in comparison.rows]
-    escaped = [[word.replace("|", "\\|").replace("\n", " ") for word in line] for line in lines]
+    """The table for people, to be pasted into a README."""
+    titles, rows = _for_people(comparison)
+    lines = [titles, ["---"] * len(titles), *rows]
+    escaped = [[word.replace("|", "\\|") for word in line] for line in lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
 
@@ -66,25 +65,23 @@ def json_text(comparison: Comparison) -> str:
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """The table for people: short names, figures rounded, directories below the one that all share."""
+    """The table for people, and the folder that all its runs share."""
     if not comparison.rows:
         return
-    columns = [column for column in comparison.columns if column != RUN or not comparison.grouped_by]
+    columns, (titles, rows) = _columns_for_people(comparison), _for_people(comparison)
     table = _new_table()
-    for column in columns:
+    for column, title in zip(columns, titles, strict=True):
         mark = (" ↓" if comparison.descending else " ↑") if column == comparison.order else ""
-        counts = " (n)" if column.is_figure and comparison.grouped_by else ""
         right = column.is_figure or any(is_number(row.cells.get(column.name)) for row in comparison.rows)
-        table.add_column(column.title + counts + mark, justify="right" if right else "left")
-    shared = shared_folder(run.path for row in comparison.rows for run in row.runs)
-    for row in comparison.rows:
-        words = [cell_text(row, column, shared) for column in columns]
+        table.add_column(title + mark, justify="right" if right else "left")
+    for words in rows:
         styles = [
             COLOURS.get(word, "") if column == STATUS else ""
             for word, column in zip(words, columns, strict=True)
         ]
         table.add_row(*map(Text, words, styles))
     show(table)
+    shared = shared_folder(run.path for row in comparison.rows for run in row.runs)
     count = sum(len(row.runs) for row in comparison.rows)
     means = f"; mean ± sample sd over {', '.join(comparison.grouped_by)}" if comparison.grouped_by else ""
     put(f"{count} run{'s' * (count != 1)} in {shared}{means}\n")
@@ -180,6 +177,21 @@ def one_line(words: str) -> str:
     """The first line of a text, without what would move a terminal's cursor or change its colours."""
     first = next(iter(words.strip().splitlines()), "")
     return "".join(letter if letter.isprintable() else " " for letter in first)
+
+
+def _columns_for_people(comparison: Comparison) -> list[Column]:
+    """All but the directories of runs that a row is a mean over."""
+    return [column for column in comparison.columns if column != RUN or not comparison.grouped_by]
+
+
+def _for_people(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Short names, and rows of rounded figures and of directories below the one that all share."""
+    columns = _columns_for_people(comparison)
+    titles = [
+        column.title + " (n)" * (column.is_figure and bool(comparison.grouped_by)) for column in columns
+    ]
+    shared = shared_folder(run.path for row in comparison.rows for run in row.runs)
+    return titles, [[cell_text(row, column, shared) for column in columns] for row in comparison.rows]
 
 
 def _compared(paths: Iterable[Path], notes: Notes, *, group_by: Sequence[str] = ()) -> Comparison:

@@ -97,10 +97,12 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
     add("--group-by", type=_names, default=[], metavar="KEY[,KEY]", help="mean ± sd over these, such as seed")
     add("--plot", type=Path, metavar="FILE", help="draw learning curves, means over the seeds or --group-by")
     form = parser.add_mutually_exclusive_group()
-    for name, words in (("csv", "CSV"), ("md", "Markdown"), ("json", "JSON")):
-        form.add_argument(
-            f"--{name}", dest="form", action="store_const", const=name, help=f"{words}, every digit"
-        )
+    for name, words in (
+        ("csv", "CSV, every digit"),
+        ("md", "Markdown, rounded"),
+        ("json", "JSON, every digit"),
+    ):
+        form.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=words)
 
 
 def _names(words: str) -> list[str]:

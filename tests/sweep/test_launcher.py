@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 import json
 import os
 import re
@@ -14,9 +15,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from capsexp.run_dir import RunDir
 from capsexp.sweep import launcher
+from capsexp.sweep.folder import Sweep
 from capsexp.sweep.launcher import slots_for
 
 FAILING = ("raise", "exit", "kill", "memory", "silent")
@@ -254,3 +257,17 @@ def test_each_slot_has_a_gpu_or_its_share_of_the_cores(n_jobs, device, gpus, vis
 def test_a_users_own_number_of_threads_stays(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert slots_for(2, device="cpu") == [{}, {}]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_gets_a_table_beneath_the_lines(terminal, tmp_path, monkeypatch):
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=terminal, width=100, highlight=False, color_system=None)
+    monkeypatch.setattr(launcher, "Console", lambda **_: console)
+    sweep = Sweep(tmp_path)
+    sweep.ask(["seed=[7]"])
+    with launcher._telling(sweep) as say:
+        say("seed=[7]: started")
+    assert "seed=[7]: started" in shown.getvalue()
+    assert ("│ seed=[7]" in shown.getvalue()) == terminal
+    assert json.loads((tmp_path / "sweep.json").read_text())["jobs"]

@@ -18,7 +18,7 @@ from capsexp.signature import fits, signature_problems
 
 # What a config may name: classes that only hold numbers, tensors and each other. Nothing that takes a
 # path to load code from, a command or a pickle may be added here.
-OWN_PACKAGES = ("model", "routing", "layer", "loss", "dataset")
+OWN_PACKAGES = ("model", "routing", "layer", "loss", "dataset", "study")
 OWN_MODULES = ("schedule", "preprocess", "device", "trainer")
 OUTSIDE = ("torch.nn.", "torch.optim.", "torchvision.transforms.", "torchvision.models.")
 RUN_TIME = {"model": {"image_shape", "classes"}, "optimizer": {"params"}}  # known only when a run starts
@@ -99,6 +99,17 @@ def components(config: dict[str, Any], *, plugins: Sequence[str]) -> Parts:
         new_optimizer=new_optimizer,
         learning_rate=learning_rate,
     )
+
+
+def checked_part(node: Any, *, at: str, plugins: Sequence[str]) -> Any:
+    """Build a part that stands by itself, such as a study.
+
+    Raises:
+        UserError: every problem that was found, one line each.
+    """
+    if problems := list(_node_problems(node, at, plugins)):
+        raise UserError(*problems)
+    return build(node, at=at, plugins=plugins)
 
 
 def build(node: Any, *, at: str, plugins: Sequence[str] = (), **run_time: Any) -> Any:

@@ -36,6 +36,7 @@ COMMANDS = {
     "train": "train a network: capsexp train [GROUP=OPTION] [KEY=VALUE] [-m]",
     "eval": "evaluate a trained run: capsexp eval run=DIR [part=test|validation|train] [KEY=VALUE]",
     "predict": "classify pictures: capsexp predict run=DIR FILES… [KEY=VALUE]",
+    "analyze": "study a trained run: capsexp analyze study=NAME run=DIR [limit=PICTURES] [KEY=VALUE]",
     "runs": "the runs there are: capsexp runs [DIRS] [FILTERS]",
     "compare": "what sets runs apart, beside their figures: capsexp compare [DIRS] [FILTERS] [OPTIONS]",
     "report": "runs, curves and pictures as one page: capsexp report [DIRS] [FILTERS] -o report.html",
@@ -43,7 +44,7 @@ COMMANDS = {
     "bench": "speed and memory beside plain routing: capsexp bench [KEY=VALUE] [compiled=true] [growth=PNG]",
     "doctor": "versions, devices, data sets, compiler, and what each would enable",
 }
-WITHOUT_HYDRAS_HELP = ("eval", "predict", "data", "doctor")
+WITHOUT_HYDRAS_HELP = ("eval", "predict", "analyze", "data", "doctor")
 DATA_ACTIONS = ("list", "prepare", "verify")
 USAGE = "usage: capsexp COMMAND …\n\n" + "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())
 
@@ -88,6 +89,7 @@ def _dispatch(arguments: list[str]) -> int:
         "train": _train,
         "eval": _eval,
         "predict": _predict,
+        "analyze": _analyze,
         "data": _data,
         "bench": _bench,
         "doctor": _doctor,
@@ -167,6 +169,19 @@ def _predict(arguments: list[str]) -> int:
     from capsexp.predict import predict
 
     predict(checked(composed, overrides), config.plain(composed), files)
+    return 0
+
+
+def _analyze(arguments: list[str]) -> int:
+    options, _, overrides = parse(arguments)
+    config.load_run(overrides, command="analyze", groups={"study": "???"}, weights="best", limit=None)
+    composed = config.compose("analyze_run", overrides, config_dir=options.config_dir)
+    parts, plain = checked(composed, overrides), config.plain(composed)
+    from capsexp.analyze import analyze
+    from capsexp.build import checked_part
+
+    study = checked_part(plain["study"], at="study", plugins=plugins(overrides))
+    analyze(study, composed.hydra.runtime.choices["study"], parts, plain)
     return 0
 
 

@@ -8,7 +8,7 @@ import contextlib
 import difflib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,16 @@ def constants_and_swept(overrides: Sequence[str]) -> tuple[list[str], list[str]]
         return constants, [one.key_or_group for one in parsed if one.is_sweep_override()]
 
 
-def load_run(overrides: Sequence[str], *, command: str, **extra: Any) -> None:
+def load_run(
+    overrides: Sequence[str], *, command: str, groups: Mapping[str, str] | None = None, **extra: Any
+) -> None:
     """Make the config of `run=DIR` the root config `COMMAND_run`, with some keys of the command's own.
+
+    Args:
+        overrides: as typed.
+        command: of capsexp.
+        groups: config groups that a run does not have, with their option; `???` for one that must be chosen.
+        extra: keys and their values.
 
     Raises:
         UserError: there is no such run, or its config cannot be read.
@@ -126,26 +134,27 @@ def load_run(overrides: Sequence[str], *, command: str, **extra: Any) -> None:
     if not isinstance(stored, dict):
         raise UserError(f"{path} holds no config")
     keyed = {str(key): value for key, value in stored.items()}
-    store_as_primary(keyed, extra={"run": None, **extra}, name=f"{command}_run")
+    store_as_primary(keyed, extra={"run": None, **extra}, groups=groups or {}, name=f"{command}_run")
 
 
-def store_as_primary(stored: dict[str, Any], *, extra: dict[str, Any], name: str) -> None:
+def store_as_primary(
+    stored: dict[str, Any], *, extra: dict[str, Any], name: str, groups: Mapping[str, str] | None = None
+) -> None:
     """Register a run's own config as the root config `name`, each of its groups as the option `stored`.
 
     Hydra then treats it like conf/: `capsexp eval run=DIR dataset=fashion_mnist routing.iterations=5` works.
     """
     store = ConfigStore.instance()
-    groups = [group for group in GROUPS if isinstance(stored.get(group), dict)]
+    own = [group for group in GROUPS if isinstance(stored.get(group), dict)]
     # `hydra`, `defaults` and `plugins` of a stored config would let a run directory start code of its own;
     # the `defaults` of a group too: they can place another group's keys at `hydra`.
-    for group in groups:
+    for group in own:
         node = {key: value for key, value in stored[group].items() if key != "defaults"}
         store.store(group=group, name=STORED, node=node, **REPLACE)
-    root = {
-        key: value for key, value in stored.items() if key not in (*groups, "hydra", "defaults", "plugins")
-    }
+    root = {key: value for key, value in stored.items() if key not in (*own, "hydra", "defaults", "plugins")}
     logging = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
-    defaults = [*({group: STORED} for group in groups), "_self_", *logging]
+    options = {**dict.fromkeys(own, STORED), **(groups or {})}
+    defaults = [*({group: option} for group, option in options.items()), "_self_", *logging]
     quiet = {"run": {"dir": "."}, "output_subdir": None, "job": {"name": name, "chdir": False}}
     node = {"defaults": defaults, **root, **extra, "plugins": [], "hydra": quiet}
     store.store(name=name, node=node, **REPLACE)

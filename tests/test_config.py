@@ -20,7 +20,7 @@ from capsexp.schedule import Linear, Step, Warmup
 
 CONF = Path(conf_dir())
 CODE = Path(inspect.getfile(capsexp)).parent
-ONE_TO_ONE = ("model", "routing", "dataset", "loss")
+ONE_TO_ONE = ("model", "routing", "dataset", "loss", "study")
 
 
 def yamls(*groups):

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 import capsexp
 from capsexp import config
-from capsexp.build import RUN_TIME, components, resolve
+from capsexp.build import RUN_TIME, checked_part, components, resolve
 from capsexp.config import compose, conf_dir, nearest, plain, store_as_primary, swept_variants
 from capsexp.device import available
 from capsexp.errors import UserError
@@ -123,7 +123,18 @@ def test_each_experiment_composes_and_builds(path, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("group", [*ONE_TO_ONE, "optimizer", "trainer", "device"])
+@pytest.mark.parametrize("path", yamls("study"), ids=named)
+def test_every_study_passes_the_checks_and_a_wrong_key_is_told(path):
+    node = merged(path)
+    assert checked_part(node, at="study", plugins=[])
+    with pytest.raises(UserError, match=r"^study: unknown key 'foo'|study\.foo"):
+        checked_part({**node, "foo": 1}, at="study", plugins=[])
+
+
+# A study is no part of a run: it is chosen when there is one.
+@pytest.mark.parametrize(
+    "group", [*(group for group in ONE_TO_ONE if group != "study"), "optimizer", "trainer", "device"]
+)
 def test_every_option_passes_the_checks(group, tmp_path):
     for path in yamls(group):
         overrides = [f"{group}={path.stem}", f"data_root={tmp_path}"]

@@ -146,7 +146,8 @@ def _report(options: argparse.Namespace, notes: Notes) -> None:
     comparison = _comparison(options, notes)
     if comparison.rows:
         write(page, comparison, options.metric or TAGS, notes)
-        print(f"{page}: {len(comparison.rows)} runs, {page.stat().st_size / 1e6:.1f} MB")
+        count = len(comparison.rows)
+        print(f"{page}: {count} run{'s' * (count != 1)}, {page.stat().st_size / 1e6:.1f} MB")
     else:
         notes.blemish(f"{page} is not written: there are no runs to show")
 

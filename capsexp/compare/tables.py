@@ -30,12 +30,7 @@ COLOURS = {"running": "cyan", "failed": "red", "died": "red", "interrupted": "ye
 
 def as_csv(paths: Iterable[Path], notes: Notes) -> str:
     """The comparison of all runs at or below some directories, as CSV, figures in full precision."""
-    return csv_text(_compared(paths, notes))
-
-
-def print_table(paths: Iterable[Path], notes: Notes, *, group_by: Sequence[str] = ()) -> None:
-    """Print the comparison of all runs at or below some directories, or of their means."""
-    print_comparison(_compared(paths, notes, group_by=group_by))
+    return csv_text(compare(runs.read_all(runs.find_all(paths, notes), notes), notes))
 
 
 def csv_text(comparison: Comparison) -> str:
@@ -192,11 +187,6 @@ def _for_people(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     ]
     shared = shared_folder(run.path for row in comparison.rows for run in row.runs)
     return titles, [[cell_text(row, column, shared) for column in columns] for row in comparison.rows]
-
-
-def _compared(paths: Iterable[Path], notes: Notes, *, group_by: Sequence[str] = ()) -> Comparison:
-    found = runs.read_all(runs.find_all(paths, notes), notes)
-    return compare(found, notes, group_by=group_by)
 
 
 def _fields(comparison: Comparison) -> list[tuple[str, str]]:

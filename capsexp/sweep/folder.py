@@ -118,6 +118,12 @@ def told_apart(overrides: Sequence[Sequence[str]]) -> list[str]:
     return [" ".join(_short(text) for text in one if text not in common) or "as it is" for one in overrides]
 
 
+def names(jobs: Sequence[Job]) -> dict[str, str]:
+    """What each job is called in front of the user, by its own name."""
+    told = told_apart([job.overrides for job in jobs])
+    return {job.name: words for job, words in zip(jobs, told, strict=True)}
+
+
 def table(jobs: Sequence[Job], *, rows: int | None = None) -> Table:
     """The jobs with what tells them apart, and how they stand.
 
@@ -129,12 +135,12 @@ def table(jobs: Sequence[Job], *, rows: int | None = None) -> Table:
         sorted(jobs, key=lambda job: job.state not in ("running", "failed", "died"))[:rows] if rows else jobs
     )
     told = Table(Column("job", overflow="fold"), "status", "step", "validation", "test", "time", "")
-    names = dict(zip((job.name for job in jobs), told_apart([job.overrides for job in jobs]), strict=True))
+    called = names(jobs)
     for job in sorted(shown, key=jobs.index):
         status, colour = job.status, COLOURS.get(job.state, "dim")
         test = status.get("results", {}).get("test/accuracy") if job.state == "finished" else None
         told.add_row(
-            Text(names[job.name]),
+            Text(called[job.name]),
             Text(job.state, colour),
             f"{status['step']}/{status['total']}" if "total" in status and "step" in status else "",
             _four_digits((status.get("best") or {}).get("accuracy")),

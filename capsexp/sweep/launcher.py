@@ -23,7 +23,7 @@ from capsexp.arguments import quoted
 from capsexp.errors import JobFailed, RunStopped
 from capsexp.run_dir import RunDir
 from capsexp.stop_signal import StopSignal
-from capsexp.sweep.folder import Sweep, table, told_apart
+from capsexp.sweep.folder import Sweep, names, table
 from capsexp.sweep.job_process import WATCHED
 
 POLL_SECONDS = 0.1
@@ -153,9 +153,8 @@ def launch(
     sweep = Sweep(Path(master.hydra.sweep.dir))
     overrides = [_of_the_job(words) for words in job_overrides]
     runs = [sweep.ask(words) for words in overrides]
-    known = sweep.jobs()
-    names = dict(zip((job.name for job in known), told_apart([job.overrides for job in known]), strict=True))
-    asked = [Job(names[run.path.name], words, run) for words, run in zip(overrides, runs, strict=True)]
+    called = names(sweep.jobs())
+    asked = [Job(called[run.path.name], words, run) for words, run in zip(overrides, runs, strict=True)]
     jobs = {job.run.path: job for job in asked}  # the same settings twice are one job
     slots = slots_for(n_jobs, device=OmegaConf.select(master, "device.name"))
     with StopSignal() as stop, _telling(sweep) as say:

@@ -16,9 +16,14 @@ from capsexp.compare.tables import (
     markdown,
     print_comparison,
     print_runs,
-    print_table,
 )
 from capsexp.errors import Notes
+
+
+def print_table(paths, notes, *, group_by=()):
+    found = read_all(find_all(paths, notes), notes)
+    print_comparison(compare(found, notes, group_by=group_by))
+
 
 VALUE = 0.1 + 0.2  # has seventeen digits
 

@@ -8,7 +8,7 @@ tb/                   both, at the step of the weights
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +18,15 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from capsexp.build import Parts
+from capsexp import config
+from capsexp.build import Parts, components
 from capsexp.capsules import Batch, Output
+from capsexp.data import Batches, Split
 from capsexp.errors import UserError
 from capsexp.evaluate import inference, load_model
 from capsexp.files import make_folder, write_whole
 from capsexp.run_dir import RunDir
+from capsexp.schedule import Step
 
 
 class Findings(NamedTuple):
@@ -41,25 +44,60 @@ class Subject:
     Args:
         model: in evaluation mode.
         parts: of the run.
-        limit: pictures of the test part at most; None for all.
+        path: of the run.
+        step: that the weights are from.
+        limit: pictures at most of any split; None for all.
+        plugins: see `capsexp.build.components`.
     """
 
-    def __init__(self, model: nn.Module, parts: Parts, *, limit: int | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        parts: Parts,
+        *,
+        path: Path,
+        step: Step,
+        limit: int | None,
+        plugins: Sequence[str] = (),
+    ) -> None:
         if limit is not None and limit < 1:
             raise UserError(f"limit: must be an integer >= 1 or null, got {limit}")
-        self.model, self.limit = model, limit
-        self.classes = parts.dataset.classes
-        self._parts = parts
+        self.model = model.requires_grad_(False)
+        self.parts, self.path, self.step, self.limit = parts, path, step, limit
+        self.classes: tuple[str, ...] = parts.dataset.classes
+        self._plugins = plugins
 
-    def outputs(self) -> Iterator[tuple[Batch, Output]]:
-        """The test pictures in order, and what the network makes of them, below a progress bar."""
-        split = self._parts.dataset.read("test")
+    def another(self, run: str, *, weights: str = "best") -> "Subject":
+        """The network of another run, on the same device and under the same limit.
+
+        Raises:
+            UserError: no such run, or it cannot be loaded.
+        """
+        parts = components(config.of_run(Path(run)), plugins=self._plugins)._replace(device=self.parts.device)
+        model, step = load_model(parts, Path(run), weights=weights)
+        return Subject(model, parts, path=Path(run), step=step, limit=self.limit, plugins=self._plugins)
+
+    def batches(self, split: Split | None = None, *, what: str = "pictures") -> Iterator[Batch]:
+        """A split in order, by default the test part, below a progress bar."""
+        split = self.parts.dataset.read("test") if split is None else split
+        batches = self.in_batches(split)
+        yield from track(batches.in_order(), what, total=len(batches), transient=True)
+
+    def in_batches(self, split: Split) -> Batches:
+        """A split, or as much of it as the limit allows, on the run's device."""
         if self.limit is not None:
             split = split.take(torch.arange(min(self.limit, split.size)))
-        batches = self._parts.batches(split, limit=None)
-        with inference(self.model):
-            for batch in track(batches.in_order(), "pictures", total=len(batches), transient=True):
-                yield batch, self.model(batch.images, batch.labels)
+        batches: Batches = self.parts.batches(split, limit=None)
+        return batches
+
+    def outputs(
+        self, split: Split | None = None, *, what: str = "pictures"
+    ) -> Iterator[tuple[Batch, Output]]:
+        """The same, with what the network makes of them."""
+        for batch in self.batches(split, what=what):
+            with inference(self.model):
+                output = self.model(batch.images, batch.labels)
+            yield batch, output
 
     def decoder(self) -> Callable[[Float[Tensor, "B J D"], Tensor], Float[Tensor, "B C H W"]]:
         """The network's decoder.
@@ -74,7 +112,12 @@ class Subject:
 
 
 def analyze(
-    study: Callable[[Subject], Findings], name: str, parts: Parts, config: Mapping[str, Any]
+    study: Callable[[Subject], Findings],
+    name: str,
+    parts: Parts,
+    settings: Mapping[str, Any],
+    *,
+    plugins: Sequence[str] = (),
 ) -> Findings:
     """Make a study of a run and write down what it comes to.
 
@@ -82,18 +125,19 @@ def analyze(
         study: the study.
         name: as in `study=NAME`.
         parts: of the run.
-        config: the plain config: `run`, `weights`, `limit`, `study`.
+        settings: the plain config: `run`, `weights`, `limit`, `study`.
+        plugins: see `capsexp.build.components`.
     """
-    run = RunDir(Path(config["run"]))
-    model, step = load_model(parts, run.path, weights=str(config["weights"]))
-    findings = study(Subject(model, parts, limit=config["limit"]))
+    run, limit = RunDir(Path(settings["run"])), settings["limit"]
+    model, step = load_model(parts, run.path, weights=str(settings["weights"]))
+    findings = study(Subject(model, parts, path=run.path, step=step, limit=limit, plugins=plugins))
     make_folder(run.figures)
     for title, figure in findings.figures.items():
         file = run.figures / f"{title}.png"
         write_whole(file, functools.partial(figure.savefig, format="png", dpi=130))
         print(file)
     make_folder(run.path / "studies")
-    told = {"study": config["study"], "step": step.number, "limit": config["limit"], **findings.numbers}
+    told = {"study": settings["study"], "step": step.number, "limit": limit, **findings.numbers}
     file = run.path / "studies" / f"{name}.json"
     write_whole(file, lambda opened: opened.write(json.dumps(told, indent=1).encode()))
     _to_tensorboard(run.path / "tb", name, findings, step.number)

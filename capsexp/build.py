@@ -41,11 +41,8 @@ class Parts(NamedTuple):
 
     def batches(self, split: Any, *, limit: int | None) -> Any:
         """A split as batches on the run's device (`capsexp.data.Batches`)."""
-        from capsexp.data import Batches
-
-        return Batches(
+        return self.dataset.batches(
             split,
-            self.dataset.preprocess,
             batch_size=self.trainer.batch_size,
             seed=self.seed,
             device=self.device.torch_device,

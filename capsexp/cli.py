@@ -180,8 +180,9 @@ def _analyze(arguments: list[str]) -> int:
     from capsexp.analyze import analyze
     from capsexp.build import checked_part
 
-    study = checked_part(plain["study"], at="study", plugins=plugins(overrides))
-    analyze(study, composed.hydra.runtime.choices["study"], parts, plain)
+    named = plugins(overrides)
+    study = checked_part(plain["study"], at="study", plugins=named)
+    analyze(study, composed.hydra.runtime.choices["study"], parts, plain, plugins=named)
     return 0
 
 

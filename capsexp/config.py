@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from capsexp.arguments import value
+from capsexp.arguments import quoted, value
 from capsexp.errors import UserError
 from capsexp.naming import job_name
 
@@ -135,6 +135,17 @@ def load_run(
         raise UserError(f"{path} holds no config")
     keyed = {str(key): value for key, value in stored.items()}
     store_as_primary(keyed, extra={"run": None, **extra}, groups=groups or {}, name=f"{command}_run")
+
+
+def of_run(path: Path) -> dict[str, Any]:
+    """The plain config of a run, as its own directory has it.
+
+    Raises:
+        UserError: there is no such run, or its config cannot be read.
+    """
+    words = [f"run={quoted(path)}"]
+    load_run(words, command="other")
+    return plain(compose("other_run", words, config_dir=None))
 
 
 def store_as_primary(

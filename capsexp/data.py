@@ -91,6 +91,34 @@ class Dataset(ABC):
         """The training part without its validation slice, and that slice (empty for `validation: 0`)."""
         return split_validation(self.read("train"), count=self.validation, seed=self.split_seed)
 
+    def familiar(self) -> Split | None:
+        """Test pictures of the kind that training has seen, where the test part is of another kind.
+
+        None where there is no such difference.
+        """
+        return None
+
+    def batches(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str,
+        memory_format: torch.memory_format,
+        limit: int | None,
+    ) -> "Batches":
+        """A split of this set in batches; see `Batches`."""
+        return Batches(
+            split,
+            self.preprocess,
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            memory_format=memory_format,
+            limit=limit,
+        )
+
     def missing(self) -> list[str]:
         """Names of the files that are not there; none for a set that needs no files."""
         return []

@@ -1,6 +1,7 @@
 """`capsexp analyze` from the command line, and what it leaves in the run's directory."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from capsexp.analyze import Subject
+from capsexp.errors import UserError
+from capsexp.evaluate import load_model
 
 STUDIES = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "study").glob("*.yaml"))
 
@@ -71,3 +76,19 @@ def test_a_study_has_to_be_chosen(home):
     assert done.returncode == 2
     assert "study=" in done.stderr
     assert "reconstructions" in done.stderr
+
+
+def test_another_run_comes_with_its_own_network_and_the_same_limit(tmp_path, train_tiny, tiny_parts):
+    words = ["trainer.max_epochs=1"]
+    train_tiny(tmp_path / "a", *words)
+    train_tiny(tmp_path / "b", *words, "seed=1", "model.conv_channels=4")
+    (tmp_path / "b" / ".hydra").mkdir()
+    shutil.copy(tmp_path / "b" / "resolved_config.yaml", tmp_path / "b" / ".hydra" / "config.yaml")
+    parts = tiny_parts(*words)
+    model, step = load_model(parts, tmp_path / "a", weights="best")
+    other = Subject(model, parts, path=tmp_path / "a", step=step, limit=7).another(str(tmp_path / "b"))
+    assert other.model.conv.out_channels == 4
+    assert other.limit == 7
+    assert sum(len(batch.labels) for batch, _ in other.outputs()) == 7
+    with pytest.raises(UserError, match=r"none is not the directory of a run"):
+        other.another(str(tmp_path / "none"))

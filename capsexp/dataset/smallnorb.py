@@ -1,5 +1,6 @@
 """smallNORB: toys photographed by two cameras from many sides, in several lights; 96x96, grey."""
 
+import copy
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -135,7 +136,8 @@ class SmallNORB(StoredDataset):
         if viewpoint is None and test_views != "all":
             raise ValueError(f"test_views must be 'all' where viewpoint is null, got {test_views!r}")
         self.channels, self.validation_instance = CAMERAS[cameras], validation_instance
-        self.viewpoint, self.test_views = viewpoint, test_views
+        self.viewpoint = viewpoint
+        self.test_views: Literal["all", "familiar", "novel"] = test_views
         size = preprocess.resize or (self.setup.side, self.setup.side)
         self.stored_shape = (self.channels.stop - self.channels.start, *size)
         # A slice by chance would hold neighbouring views of toys that training has seen.
@@ -146,6 +148,16 @@ class SmallNORB(StoredDataset):
         split = self.read("train")
         training, validation = self._division(self.factors("train"))
         return split.take(training), split.take(validation)
+
+    def familiar(self) -> Split | None:
+        """Test toys from the viewpoints of training; None without a `viewpoint`."""
+        return None if self.viewpoint is None else self.with_test_views("familiar").read("test")
+
+    def with_test_views(self, views: Literal["all", "familiar", "novel"]) -> "SmallNORB":
+        """The same set with other views of the test toys."""
+        other = copy.copy(self)
+        other.test_views = views
+        return other
 
     def factors(self, part: Part) -> Int64[Tensor, "N 4"]:
         """The `FACTORS` of the pictures that `read(part)` gives, in their order.

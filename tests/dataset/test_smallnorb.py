@@ -191,6 +191,15 @@ def test_training_sees_the_familiar_views_and_the_test_what_it_asks_for(world, v
         assert test.size == COUNT * len(expected) // len(familiar | novel)
 
 
+def test_familiar_views_of_the_test_toys_can_be_had_beside_the_novel_ones(world):
+    novel = world(viewpoint="azimuth", test_views="novel")
+    familiar = world(viewpoint="azimuth", test_views="familiar")
+    assert torch.equal(novel.familiar().images, familiar.read("test").images)
+    assert novel.with_test_views("all").read("test").size == world().read("test").size
+    assert novel.test_views == "novel"
+    assert world().familiar() is None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

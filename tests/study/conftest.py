@@ -19,7 +19,8 @@ def subject(tmp_path, train_tiny, tiny_parts):
         ]
         train_tiny(tmp_path / "run", *words)
         parts = tiny_parts(*words)
-        model, _ = load_model(parts, tmp_path / "run", weights="best")
-        return Subject(model, parts, limit=limit)
+        path = tmp_path / "run"
+        model, step = load_model(parts, path, weights="best")
+        return Subject(model, parts, path=path, step=step, limit=limit)
 
     return make

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
+from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from capsexp import config
 from capsexp.build import Parts, components
 from capsexp.capsules import Batch, Output
-from capsexp.data import Batches, Split
+from capsexp.data import Batches, Split, epoch_order
 from capsexp.errors import UserError
 from capsexp.evaluate import inference, load_model
 from capsexp.files import make_folder, write_whole
@@ -36,6 +38,8 @@ class Findings(NamedTuple):
     """Plain values; those that are numbers also become scalars."""
     figures: dict[str, Any]
     """Figures of matplotlib by name."""
+    table: Table | None = None
+    """To be printed."""
 
 
 class Subject:
@@ -84,11 +88,17 @@ class Subject:
         yield from track(batches.in_order(), what, total=len(batches), transient=True)
 
     def in_batches(self, split: Split) -> Batches:
-        """A split, or as much of it as the limit allows, on the run's device."""
+        """A split, or what the limit leaves of it, on the run's device."""
         if self.limit is not None:
-            split = split.take(torch.arange(min(self.limit, split.size)))
+            split = split.take(self.chosen(split.size))
         batches: Batches = self.parts.batches(split, limit=None)
         return batches
+
+    def chosen(self, size: int) -> Int64[Tensor, " N"]:
+        """Which pictures of a split of this size the limit leaves, in their order; the same for every run."""
+        # By chance, because the first ones may be alike: smallNORB begins with one toy of each class.
+        order = epoch_order(size, seed=0, epoch=0)
+        return order[: self.limit].sort().values
 
     def outputs(
         self, split: Split | None = None, *, what: str = "pictures"
@@ -141,6 +151,8 @@ def analyze(
     file = run.path / "studies" / f"{name}.json"
     write_whole(file, lambda opened: opened.write(json.dumps(told, indent=1).encode()))
     _to_tensorboard(run.path / "tb", name, findings, step.number)
+    if findings.table is not None:
+        Console().print(findings.table)
     scalars = _scalars(findings.numbers).items()
     print("  ".join([str(file), *(f"{key} {value:.4g}" for key, value in scalars)]))
     return findings

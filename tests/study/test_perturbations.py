@@ -8,7 +8,7 @@ from capsexp.study.perturbations import Perturbations
 def test_each_row_changes_one_dimension_of_the_pose_by_the_papers_steps(subject):
     one = subject()
     study = Perturbations(classes=[0], reach=0.25, step=0.05)
-    numbers, figures = study(one)
+    numbers, figures, _ = study(one)
     assert numbers["deltas"] == pytest.approx(
         [-0.25, -0.2, -0.15, -0.1, -0.05, 0, 0.05, 0.1, 0.15, 0.2, 0.25]
     )

@@ -6,7 +6,7 @@ from capsexp.study.reconstructions import Reconstructions
 
 def test_failures_are_shown_from_the_label_and_from_the_prediction(subject):
     one = subject()
-    numbers, figures = Reconstructions(correct=4, wrong=2)(one)
+    numbers, figures, _ = Reconstructions(correct=4, wrong=2)(one)
     shown = numbers["shown"]
     right, wrong = shown[:4], shown[4:]
     assert all(label == prediction == decoded for label, prediction, decoded in right)
@@ -22,7 +22,7 @@ def test_failures_are_shown_from_the_label_and_from_the_prediction(subject):
 
 
 def test_a_limit_is_kept_to_the_picture(subject):
-    numbers, _ = Reconstructions(correct=1, wrong=0)(subject(limit=37))
+    numbers, *_ = Reconstructions(correct=1, wrong=0)(subject(limit=37))
     assert numbers["pictures"] == 37
 
 

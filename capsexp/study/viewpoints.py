@@ -141,6 +141,7 @@ def _drawn(seen: Sequence[Seen], viewpoint: str | None) -> Any:
     lowest = min(value for one in seen for factor in DEGREES for value in one.accuracy_by(factor).values())
     floor = max(0.0, math.floor(10 * lowest - 0.5) / 10)
     polar.set_ylim(floor, 1)
+    polar.tick_params(axis="y", labelsize=7)
     polar.set_title("accuracy by azimuth, degrees")
     line.set(title="accuracy by elevation", xlabel="degrees above the horizon", ylim=(floor, 1.01))
     shaded: dict[str, Any] = {"color": "tab:green", "alpha": 0.12, "lw": 0}

@@ -4,6 +4,7 @@ A set lives as bytes on the training device. The order of an epoch and the augme
 functions of (seed, epoch, batch), so training can start at any batch and there is no state to save.
 """
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -52,6 +53,8 @@ class Dataset(ABC):
     classes: tuple[str, ...]
     stored_shape: Shape
     """Channels, height, width of the pictures on disk."""
+    targets: int = 1
+    """Classes in each picture that `batches` gives."""
     folder: Path | None = None
     """Where the files lie; None for a set that needs none."""
 
@@ -107,8 +110,9 @@ class Dataset(ABC):
         device: torch.device | str,
         memory_format: torch.memory_format,
         limit: int | None,
+        training: bool = False,
     ) -> "Batches":
-        """A split of this set in batches; see `Batches`."""
+        """A split of this set in batches; see `Batches`. `training`: for learning, not for figures."""
         return Batches(
             split,
             self.preprocess,
@@ -179,6 +183,8 @@ class Batches:
         self.preprocess, self.batch_size, self.seed = preprocess, batch_size, seed
         self.device, self.memory_format = self.images.device, memory_format
         self.limit = limit
+        self.count = split.size
+        """Pictures that there are."""
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -186,14 +192,15 @@ class Batches:
         return batches if self.limit is None else min(self.limit, batches)
 
     @property
-    def count(self) -> int:
-        """Pictures in the split."""
-        return len(self.labels)
-
-    @property
     def visited(self) -> int:
         """Pictures that one epoch visits: all, unless a limit cuts it short."""
         return min(self.count, len(self) * self.batch_size)
+
+    def first(self, pictures: int) -> "Batches":
+        """The same, of the first pictures alone."""
+        fewer = copy.copy(self)
+        fewer.count = min(pictures, self.count)
+        return fewer
 
     def training(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
         """One epoch, shuffled and augmented, from batch number `start` on.

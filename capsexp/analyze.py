@@ -89,10 +89,8 @@ class Subject:
 
     def in_batches(self, split: Split) -> Batches:
         """A split, or what the limit leaves of it, on the run's device."""
-        if self.limit is not None:
-            split = split.take(self.chosen(split.size))
         batches: Batches = self.parts.batches(split, limit=None)
-        return batches
+        return batches if self.limit is None else batches.only(self.chosen(batches.count))
 
     def chosen(self, size: int) -> Int64[Tensor, " N"]:
         """Which pictures of a split of this size the limit leaves, in their order; the same for every run."""
@@ -109,7 +107,19 @@ class Subject:
                 output = self.model(batch.images, batch.labels)
             yield batch, output
 
-    def decoder(self) -> Callable[[Float[Tensor, "B J D"], Tensor], Float[Tensor, "B C H W"]]:
+    def single(self) -> None:
+        """Refuse a run whose pictures show several classes; for a study that asks for the class of a picture.
+
+        Raises:
+            UserError: it is one.
+        """
+        dataset = self.parts.dataset
+        if dataset.targets > 1:
+            raise UserError(
+                f"this study needs pictures of one class each; those of {dataset.name} have {dataset.targets}"
+            )
+
+    def decoder(self) -> Callable[[Float[Tensor, "B J D"], Tensor], Float[Tensor, "B *T C H W"]]:
         """The network's decoder.
 
         Raises:

@@ -39,7 +39,7 @@ class Parts(NamedTuple):
     """Takes the parameters and `lr`."""
     learning_rate: Callable[..., float]
 
-    def batches(self, split: Any, *, limit: int | None) -> Any:
+    def batches(self, split: Any, *, limit: int | None, training: bool = False) -> Any:
         """A split as batches on the run's device (`capsexp.data.Batches`)."""
         return self.dataset.batches(
             split,
@@ -48,6 +48,7 @@ class Parts(NamedTuple):
             device=self.device.torch_device,
             memory_format=self.device.memory_format,
             limit=limit,
+            training=training,
         )
 
 
@@ -73,6 +74,7 @@ def components(config: dict[str, Any], *, plugins: Sequence[str]) -> Parts:
                 built[group] = build(config[group], at=group, plugins=plugins)
             except UserError as error:
                 problems += error.problems
+    problems += _target_problems(built)
     new_optimizer, learning_rate = _nothing, _nothing
     if "optimizer" in built:
         try:
@@ -96,6 +98,20 @@ def components(config: dict[str, Any], *, plugins: Sequence[str]) -> Parts:
         new_optimizer=new_optimizer,
         learning_rate=learning_rate,
     )
+
+
+def _target_problems(built: dict[str, Any]) -> Iterator[str]:
+    """A loss of one class, for pictures of several."""
+    if "dataset" not in built or "loss" not in built:
+        return
+    dataset, loss = built["dataset"], built["loss"]
+    targets = getattr(dataset, "targets", 1)
+    if targets > 1 and not getattr(loss, "takes_several", False):
+        name = getattr(loss, "__name__", type(loss).__name__)
+        yield (
+            f"loss: {name} takes one class in each picture, and {dataset.name} has {targets}: "
+            "choose loss=margin or loss=sigmoid_cross_entropy"
+        )
 
 
 def checked_part(node: Any, *, at: str, plugins: Sequence[str]) -> Any:

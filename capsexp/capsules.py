@@ -1,7 +1,9 @@
 """The types that flow from a data set through a network into a loss. Read this first.
 
 Shape letters, here and everywhere: B batch; I, J input and output capsules of a layer; D pose size;
-C H W channels, height and width of a picture.
+C H W channels, height and width of a picture; T classes in each picture. Where a picture shows one class
+there is no such axis: labels are [B]. MultiMNIST's, of two digits in each picture, are [B, 2]. `*T` stands
+for both.
 """
 
 from typing import NamedTuple
@@ -15,12 +17,13 @@ class Batch(NamedTuple):
 
     images: Float[Tensor, "B C H W"]
     """The network's input; standardised where the data set says so."""
-    labels: Int[Tensor, " B"]
-    """Class of each picture, 0 … J-1."""
-    pixels: Float[Tensor, "B C H W"]
-    """The same pictures in [0, 1], never standardised: what a decoder has to reconstruct."""
-    indices: Int[Tensor, " B"]
-    """Position of each picture in its split, so that a bad one can be named."""
+    labels: Int[Tensor, " B *T"]
+    """Class of each picture, 0 … J-1; or its classes, all different."""
+    pixels: Float[Tensor, "B *T C H W"]
+    """What a decoder has to reconstruct: the same pictures in [0, 1], never standardised. For several classes
+    in each: the pictures that it was made of, each alone, in the order of the labels."""
+    indices: Int[Tensor, " B *T"]
+    """Position in the split of each picture, or of those that it was made of; a bad one can be named."""
 
 
 class Capsules(NamedTuple):
@@ -66,7 +69,7 @@ class Output(NamedTuple):
     """Per class, in [0, 1]. For capsules each class stands alone: they need not add up to 1."""
     layers: dict[str, Capsules | Routed] = {}  # noqa: RUF012 - never written to
     """The capsules of every layer, by its name, from the primary to the class capsules."""
-    reconstruction: Float[Tensor, "B C H W"] | None = None
-    """Decoded picture in [0, 1]; None without a decoder."""
+    reconstruction: Float[Tensor, "B *T C H W"] | None = None
+    """Decoded picture in [0, 1], one for each label that was given; None without a decoder."""
     weights: tuple[Tensor, ...] = ()
     """Kernels and matrices, which a loss with weight decay acts on; no biases."""

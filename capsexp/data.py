@@ -4,6 +4,7 @@ A set lives as bytes on the training device. The order of an epoch and the augme
 functions of (seed, epoch, batch), so training can start at any batch and there is no state to save.
 """
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -52,6 +53,8 @@ class Dataset(ABC):
     classes: tuple[str, ...]
     stored_shape: Shape
     """Channels, height, width of the pictures on disk."""
+    targets: int = 1
+    """Classes in each picture that `batches` gives."""
     folder: Path | None = None
     """Where the files lie; None for a set that needs none."""
 
@@ -107,8 +110,9 @@ class Dataset(ABC):
         device: torch.device | str,
         memory_format: torch.memory_format,
         limit: int | None,
+        training: bool = False,
     ) -> "Batches":
-        """A split of this set in batches; see `Batches`."""
+        """A split of this set in batches; see `Batches`. `training`: for learning, not for figures."""
         return Batches(
             split,
             self.preprocess,
@@ -179,6 +183,10 @@ class Batches:
         self.preprocess, self.batch_size, self.seed = preprocess, batch_size, seed
         self.device, self.memory_format = self.images.device, memory_format
         self.limit = limit
+        self.count = split.size
+        """Pictures that there are."""
+        self.places = torch.arange(split.size)
+        """Which of them `in_order` and `views` go through."""
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -186,14 +194,15 @@ class Batches:
         return batches if self.limit is None else min(self.limit, batches)
 
     @property
-    def count(self) -> int:
-        """Pictures in the split."""
-        return len(self.labels)
-
-    @property
     def visited(self) -> int:
         """Pictures that one epoch visits: all, unless a limit cuts it short."""
         return min(self.count, len(self) * self.batch_size)
+
+    def only(self, places: Int64[Tensor, " N"]) -> "Batches":
+        """The same, of the pictures at these places alone; for `in_order` and `views`."""
+        fewer = copy.copy(self)
+        fewer.count, fewer.places = len(places), places
+        return fewer
 
     def training(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
         """One epoch, shuffled and augmented, from batch number `start` on.
@@ -218,7 +227,7 @@ class Batches:
             yield [self._batch(indices, view) for view in views]
 
     def _as_they_lie(self) -> Iterator[Int64[Tensor, " B"]]:
-        order = torch.arange(self.count, device=self.device)
+        order = self.places.to(self.device)
         yield from (self._slice(order, number) for number in range(len(self)))
 
     def _slice(self, order: Int64[Tensor, " N"], number: int) -> Int64[Tensor, " B"]:

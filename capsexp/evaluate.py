@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from capsexp.ops.entropy import coupling_entropy
 from capsexp.parallel import ALONE, Processes
 from capsexp.schedule import Step
 from capsexp.state import trained_weights
+from capsexp.targets import exactly, predicted, share_found
 
 Loss = Callable[[Output, Batch, Step], dict[str, Tensor]]
 
@@ -61,7 +62,7 @@ def evaluate(
         processes: share the pictures of each batch.
 
     Returns:
-        What `figures` tells. With several crops a picture's class is the one that they agree on best.
+        What `figures` tells. With several crops a picture's classes are those that they agree on best.
     """
     sums: dict[str, float] = defaultdict(float)
     count = 0
@@ -90,13 +91,21 @@ def _figures_over(
         for name, value in figures(output, batch, terms).items():
             told[name] += value / len(views)
     if len(views) > 1:
-        told["accuracy"] = (agreed(probabilities) == views[0].labels).float().mean().item()
+        accuracies = _accuracies(pooled(probabilities), views[0].labels)
+        told.update({name: value.item() for name, value in accuracies.items()})
     return told
 
 
-def agreed(probabilities: Sequence[Float[Tensor, "B J"]]) -> Int64[Tensor, " B"]:
-    """The class of each picture by all its crops: each crop's probabilities count scaled to a sum of 1."""
-    return torch.stack([F.normalize(one, p=1, dim=1) for one in probabilities]).sum(0).argmax(1)
+def pooled(probabilities: Sequence[Float[Tensor, "B J"]]) -> Float[Tensor, "B J"]:
+    """Scores of each picture by all its crops: each crop's probabilities count scaled to a sum of 1."""
+    return torch.stack([F.normalize(one, p=1, dim=1) for one in probabilities]).sum(0)
+
+
+def _accuracies(scores: Float[Tensor, "B J"], labels: Int[Tensor, " B *T"]) -> dict[str, Float[Tensor, ""]]:
+    """Share of pictures of which all classes are right; of several in each, also the share of classes."""
+    predictions = predicted(scores, labels)
+    told = {"accuracy": exactly(predictions, labels).float().mean()}
+    return told if labels.dim() == 1 else told | {"digit_accuracy": share_found(predictions, labels).mean()}
 
 
 def figures(
@@ -105,12 +114,13 @@ def figures(
     """What is told about one batch.
 
     Returns:
-        `accuracy` in [0, 1], `loss` and its terms. With `layers`, which read all couplings: for each layer of
-        capsules `activation/LAYER`, their mean, and `active/LAYER`, the share above 1/2; for each routed one
-        `coupling_entropy/LAYER`.
+        `accuracy` in [0, 1], `loss` and its terms. Of several classes in each picture all must be right for
+        `accuracy`; `digit_accuracy` is then the share of classes that are. With `layers`, which read all
+        couplings: for each layer of capsules `activation/LAYER`, their mean, and `active/LAYER`, the share
+        above 1/2; for each routed one `coupling_entropy/LAYER`.
     """
-    correct = (output.scores.argmax(1) == batch.labels).float().mean()
-    values = {"accuracy": correct, "loss": torch.stack(list(terms.values())).sum(), **terms}
+    values = _accuracies(output.scores, batch.labels)
+    values |= {"loss": torch.stack(list(terms.values())).sum(), **terms}
     with torch.no_grad():
         for name, capsules in output.layers.items() if layers else ():
             values[f"activation/{name}"] = capsules.activations.mean()

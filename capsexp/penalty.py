@@ -8,7 +8,10 @@ from capsexp.schedule import Schedule, as_schedule
 
 
 def reconstruction_term(output: Output, batch: Batch, weight: float) -> dict[str, Tensor]:
-    """The weighted sum of squared errors over a picture, mean over the batch; nothing without a decoder."""
+    """The weighted sum of squared errors over a picture, mean over the batch; nothing without a decoder.
+
+    Of several classes in each picture, the sum over all that were decoded: twice as much for MultiMNIST.
+    """
     if output.reconstruction is None:
         return {}
     error = output.reconstruction.float() - batch.pixels

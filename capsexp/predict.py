@@ -21,7 +21,8 @@ from capsexp.preprocess import Shape, resized
 def predict(parts: Parts, config: Mapping[str, Any], files: Sequence[str]) -> None:
     """Print the likeliest classes of each picture; write its reconstruction beside it.
 
-    A picture is brought to the channels and the size of those that the network was trained on.
+    A picture is brought to the channels and the size of those that the network was trained on. Where those
+    show several classes each, as many of the likeliest are reconstructed, one at a time.
 
     Args:
         parts: what `capsexp.build.components` returned.
@@ -34,14 +35,17 @@ def predict(parts: Parts, config: Mapping[str, Any], files: Sequence[str]) -> No
         raise UserError(f"top: must be an integer >= 1, got {config['top']!r}")
     pictures = torch.stack([_fitted(name, parts.dataset.raw_shape) for name in files])
     model, _ = load_model(parts, Path(config["run"]), weights=str(config["weights"]))
+    targets = parts.dataset.targets
     prepared = parts.dataset.preprocess.test(pictures.to(parts.device.torch_device))
     with inference(model):
         output = model(prepared.images)
+        if targets > 1:
+            output = model(prepared.images, output.scores.topk(targets, dim=1).indices)
     Console().print(_table(files, output.probabilities, parts.dataset.classes, config["top"]))
     if config["reconstructions"] and output.reconstruction is not None:
         for name, pixels, decoded in zip(files, prepared.pixels, output.reconstruction, strict=True):
             target = Path(name).with_suffix(".reconstruction.png")
-            save_image(_side_by_side(pixels, decoded), target)
+            save_image(_side_by_side(pixels, *(decoded if targets > 1 else [decoded])), target)
             print(f"{target}: the picture as the network saw it, and its reconstruction")
 
 
@@ -66,5 +70,5 @@ def _table(
     return table
 
 
-def _side_by_side(pixels: Float[Tensor, "C H W"], decoded: Float[Tensor, "C H W"]) -> Float[Tensor, "C H V"]:
-    return torch.cat([pixels.cpu(), decoded.float().cpu()], dim=2)
+def _side_by_side(*pictures: Float[Tensor, "C H W"]) -> Float[Tensor, "C H V"]:
+    return torch.cat([picture.float().cpu() for picture in pictures], dim=2)

@@ -25,6 +25,7 @@ from capsexp.run_dir import RunDir
 from capsexp.schedule import Step
 from capsexp.state import State, processes_of, random_state
 from capsexp.stop_signal import StopSignal
+from capsexp.targets import predicted
 
 SHOWN = 16  # pictures whose reconstruction goes to TensorBoard
 
@@ -194,7 +195,7 @@ def _read_splits(parts: Parts) -> tuple[Batches, Batches | None]:
         training = validation = Split(
             training.images[: settings.batch_size], training.labels[: settings.batch_size]
         )
-    batches = parts.batches(training, limit=settings.limit_train_batches)
+    batches = parts.batches(training, limit=settings.limit_train_batches, training=True)
     if validation.size == 0:
         return batches, None
     return batches, parts.batches(validation, limit=settings.limit_eval_batches)
@@ -233,18 +234,27 @@ def _refuse_non_finite(told: dict[str, float], batch: Batch, step: int, run: Run
     good = checkpoint.saved(run.checkpoints)
     kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
     names = ", ".join(f"{name} is {value}" for name, value in wrong.items())
-    first = ", ".join(map(str, batch.indices[:8].tolist()))
+    first = ", ".join(str(index).replace(", ", " + ").strip("[]") for index in batch.indices[:8].tolist())
     where = f"training pictures {first}, … (all in non_finite.json)"
     raise RunStopped(f"step {step}: {names}, with {where}; {kept}", exit_code=1)
 
 
 def _show_reconstructions(record: Record | NoRecord, model: nn.Module, batches: Batches, step: int) -> None:
-    """Pictures above what the network makes of them, by the class that it takes them for."""
-    batch = next(batches.in_order())
+    """Pictures above what the network makes of them, by the class that it takes them for.
+
+    Of several classes in each: the picture, what it was made of, and what the network makes of it by the
+    classes that it takes it for, each right one at its own place.
+    """
+    images, labels, pixels, _ = (field[:SHOWN] for field in next(batches.in_order()))
+    several = labels.dim() > 1
     with inference(model):
-        output = model(batch.images[:SHOWN])
+        output = model(images)
+        if several:
+            output = model(images, predicted(output.scores, labels))
     if output.reconstruction is not None:
-        record.pictures(step, "reconstruction", [batch.pixels[:SHOWN], output.reconstruction])
+        decoded = output.reconstruction
+        rows = [images, *pixels.unbind(1), *decoded.unbind(1)] if several else [pixels, decoded]
+        record.pictures(step, "reconstruction", rows)
 
 
 @contextlib.contextmanager

@@ -77,6 +77,11 @@ def merged(path):
     for one in node.get("defaults", []):
         if isinstance(one, str) and one != "_self_":
             keys = merged(path.with_name(f"{one}.yaml")) | keys
+        elif isinstance(one, dict):
+            ((where, option),) = one.items()
+            group, _, key = where.removeprefix("/").partition("@")
+            if not where.startswith("override"):
+                keys = {key: merged(CONF / group / f"{option}.yaml")} | keys
     return keys
 
 
@@ -266,7 +271,7 @@ def test_a_shipped_option_cannot_be_shadowed(own):
         ("routing=null", "routing=null: no such option; there is dynamic, em, uniform"),
         (
             "model=3",
-            "model=3: no such option; there is cnn_hinton, cnn_sabour, dynamic_routing, "
+            "model=3: no such option; there is cnn_hinton, cnn_multimnist, cnn_sabour, dynamic_routing, "
             "dynamic_routing_small, em_routing, em_routing_310k",
         ),
         ("seed", "cannot read 'seed': missing EQUAL at '<EOF>'; an override reads KEY=VALUE"),

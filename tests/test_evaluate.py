@@ -6,7 +6,7 @@ from capsexp.capsules import Output
 from capsexp.data import Batches, Split
 from capsexp.dataset.digits import Digits
 from capsexp.errors import UserError
-from capsexp.evaluate import agreed, autocast, evaluate, evaluate_run, inference, load_model
+from capsexp.evaluate import autocast, evaluate, evaluate_run, inference, load_model, pooled
 from capsexp.preprocess import Preprocess
 from capsexp.schedule import Step
 
@@ -74,8 +74,8 @@ def test_crops_decide_together_each_with_one_vote():
 
 def test_a_crop_that_says_nothing_has_no_vote():
     silent, certain = torch.zeros(2, 3), torch.tensor([[0.0, 0.0, 1e-4], [0.2, 0.1, 0.0]])
-    assert agreed([silent, certain]).tolist() == [2, 0]
-    assert agreed([silent, silent]).tolist() == [0, 0]
+    assert pooled([silent, certain]).argmax(1).tolist() == [2, 0]
+    assert pooled([silent, silent]).argmax(1).tolist() == [0, 0]
 
 
 def test_evaluation_leaves_the_mode_as_it_was_and_no_gradients(tiny_parts):

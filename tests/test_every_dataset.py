@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 
-from capsexp.data import Batches, Dataset
-from capsexp.preprocess import Preprocess
+from capsexp.build import build as build_node
+from capsexp.config import compose, plain
+from capsexp.data import Dataset
 
 CONF = Path(__file__).parents[1] / "conf/dataset"
 CONFIGS = sorted(CONF.rglob("*.yaml"))
@@ -25,17 +25,13 @@ def resolve(target):
 
 
 def node(name, *, data_root="nowhere", path="nowhere"):
-    config = OmegaConf.create({"data_root": str(data_root), "dataset": OmegaConf.load(CONF / f"{name}.yaml")})
-    if OmegaConf.is_missing(config.dataset, "path"):
-        config.dataset.path = str(path)
-    return OmegaConf.to_container(config.dataset, resolve=True, throw_on_missing=True)
+    words = [f"dataset={name}", f"data_root={data_root}"]
+    words += [f"dataset.path={path}"] if name == "image_folder" else []
+    return plain(compose("train", words, config_dir=None))["dataset"]
 
 
 def build(name, **places):
-    keywords = node(name, **places)
-    preprocess = keywords.pop("preprocess")
-    assert resolve(preprocess.pop("_target_")) is Preprocess
-    return resolve(keywords.pop("_target_"))(preprocess=Preprocess(**preprocess), **keywords)
+    return build_node(node(name, **places), at="dataset")
 
 
 def own_pictures(folder):
@@ -119,17 +115,14 @@ def test_the_data_are_as_announced(dataset):
 @pytest.mark.parametrize("dataset", NAMES, indirect=True)
 def test_batches_have_the_shapes_and_ranges_that_the_network_is_built_for(dataset):
     test = dataset.read("test")
-    batches = Batches(
-        test,
-        dataset.preprocess,
-        batch_size=8,
-        seed=0,
-        device="cpu",
-        memory_format=torch.channels_last,
-        limit=3,
+    batches = dataset.batches(
+        test, batch_size=8, seed=0, device="cpu", memory_format=torch.channels_last, limit=3
     )
+    several = () if dataset.targets == 1 else (dataset.targets,)
     for batch in (*batches.training(0), *batches.in_order()):
-        assert tuple(batch.images.shape[1:]) == tuple(batch.pixels.shape[1:]) == dataset.image_shape
+        assert tuple(batch.images.shape[1:]) == dataset.image_shape
+        assert tuple(batch.pixels.shape[1:]) == (*several, *dataset.image_shape)
+        assert tuple(batch.labels.shape[1:]) == tuple(batch.indices.shape[1:]) == several
         assert batch.images.dtype == batch.pixels.dtype == torch.float32
         assert batch.images.isfinite().all()
         assert 0 <= batch.pixels.min() <= batch.pixels.max() <= 1

@@ -36,6 +36,8 @@ STEREO = (2, 32, 32)
         ([NO_DECODER], (1, 28, 28), 10, 6_804_224),
         ([BIAS], (1, 28, 28), 10, 8_215_728),
         ([BIAS, NO_DECODER], (1, 28, 28), 10, 6_804_384),
+        ([], (1, 36, 36), 10, 11_361_968 - 160),
+        ([NO_DECODER], (1, 36, 36), 10, 9_425_824 - 160),
         ([BIAS], (1, 36, 36), 10, 11_361_968),
         ([BIAS, NO_DECODER], (1, 36, 36), 10, 9_425_824),
         ([BIAS], (1, 40, 40), 10, 13_475_808),
@@ -79,6 +81,7 @@ def test_uniform_coupling_changes_no_parameter():
 
 def test_baseline_has_the_papers_number_of_parameters():
     assert count(network("model=cnn_sabour", image_shape=(1, 28, 28))) == 35_445_522
+    assert count(network("model=cnn_multimnist", image_shape=(1, 36, 36))) == 24_563_978
 
 
 # Hinton, Sabour, Frosst 2018: 68K and 310K (section 4), with smallNORB's two cameras and primary capsules

@@ -108,8 +108,9 @@ def test_a_run_resumed_at_any_step_is_the_same_bit_for_bit(
         ("trainer.ema_decay=0.9", "trainer.accumulate=3", "trainer.grad_clip=0.1"),
         ("optimizer=sgd", "routing.prior=learned", "routing.bias=true", "dataset.preprocess.shift=1"),
         ("dataset.validation=0", "trainer.test=last"),
+        ("dataset=multimnist", "dataset@dataset.source=digits", "trainer.accumulate=2"),
     ],
-    ids=["average, parts, clipping", "momentum, learned prior, augmentation", "no validation"],
+    ids=["average, parts, clipping", "momentum, learned prior, augmentation", "no validation", "pairs"],
 )
 def test_whatever_is_switched_on_survives_a_resume(overrides, tmp_path, monkeypatch, train_tiny, whole_run):
     killed_at(8, monkeypatch, train_tiny, tmp_path, *overrides)

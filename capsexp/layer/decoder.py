@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capsexp.errors import require_at_least_1
+from capsexp.targets import predicted
 
 MASKS = ("label", "prediction")
 
@@ -36,8 +37,16 @@ class Decoder(nn.Module):
         sizes = [classes * pose_dim, *hidden, channels * height * width]
         self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(sizes))
 
-    def forward(self, poses: Float[Tensor, "B J D"], classes: Int[Tensor, " B"]) -> Float[Tensor, "B C H W"]:
-        """Picture in [0, 1] of the capsule of each picture's class; the others are masked with zeros."""
+    def forward(
+        self, poses: Float[Tensor, "B J D"], classes: Int[Tensor, " B *T"]
+    ) -> Float[Tensor, "B *T C H W"]:
+        """Picture in [0, 1] of the capsule of each picture's class; the others are masked with zeros.
+
+        Several classes are decoded one at a time, by the same weights.
+        """
+        if classes.dim() == 2:
+            each = self(poses.repeat_interleave(classes.shape[1], dim=0), classes.flatten())
+            return each.unflatten(0, tuple(classes.shape))
         mask = F.one_hot(classes, poses.shape[1]).to(poses.dtype).unsqueeze(2)  # [B, J, 1]
         features = (poses * mask).flatten(1)
         for layer in self.layers[:-1]:
@@ -54,18 +63,19 @@ def check_mask(mask: str | int, classes: int) -> None:
 
 
 def decoded_class(
-    mask: str | int, scores: Float[Tensor, "B J"], labels: Int[Tensor, " B"] | None
-) -> Int[Tensor, " B"]:
-    """The class to decode, per picture.
+    mask: str | int, scores: Float[Tensor, "B J"], labels: Int[Tensor, " B *T"] | None
+) -> Int[Tensor, " B *T"]:
+    """The class to decode, per picture; as many as there are labels.
 
     Args:
         mask: "label": the label where there is one, else the highest score; "prediction": always the highest
-            score; or the index of a class.
+            score, or for several labels the highest ones (see `predicted`); or the index of a class.
         scores: of the class capsules.
         labels: None where they are not known.
     """
     if isinstance(mask, int):
-        return torch.full((len(scores),), mask, device=scores.device)
-    if mask == "label" and labels is not None:
-        return labels
-    return scores.argmax(1)
+        shape = (len(scores),) if labels is None else labels.shape
+        return torch.full(shape, mask, device=scores.device)
+    if labels is None:
+        return scores.argmax(1)
+    return labels if mask == "label" else predicted(scores, labels)

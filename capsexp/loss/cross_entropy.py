@@ -17,6 +17,8 @@ class CrossEntropy:
     Raises: ValueError: a negative weight.
     """
 
+    takes_several = False
+
     def __init__(self, *, weight_decay: int | float, reconstruction_weight: Schedule | int | float) -> None:
         self.weight_decay = checked_decay(weight_decay)
         self.reconstruction_weight = weight_schedule(reconstruction_weight)

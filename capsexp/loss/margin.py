@@ -1,16 +1,16 @@
 """Margin loss on the lengths of class capsules, with the reconstruction as a regulariser."""
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from capsexp.capsules import Batch, Output
 from capsexp.penalty import checked_decay, reconstruction_term, weight_decay_term, weight_schedule
 from capsexp.schedule import Schedule, Step
+from capsexp.targets import presence
 
 
 class Margin:
-    """Long capsules for classes that are present, short ones for the others.
+    """Long capsules for classes that are present, of which there may be several, short ones for the others.
 
     Eq. 4 and section 4.1 of Sabour et al., "Dynamic routing between capsules" (NIPS 2017).
     Differs from it in: nothing.
@@ -23,6 +23,8 @@ class Margin:
         reconstruction_weight: factor on the sum of squared errors over the pixels; a number or a schedule.
     Raises: ValueError: not 0 <= absent < present <= 1; a negative weight.
     """
+
+    takes_several = True
 
     def __init__(
         self,
@@ -56,7 +58,7 @@ class Margin:
         return {"reconstruction_weight": self.reconstruction_weight(step)}
 
     def _margin(self, lengths: Float[Tensor, "B J"], labels: Tensor) -> Float[Tensor, ""]:
-        is_present = F.one_hot(labels, lengths.shape[1]).to(lengths.dtype)  # T_k
+        is_present = presence(labels, lengths.shape[1]).to(lengths.dtype)  # T_k
         too_short = (self.present - lengths).relu().square()
         too_long = (lengths - self.absent).relu().square()
         return (is_present * too_short + self.down_weight * (1 - is_present) * too_long).sum(1).mean()

@@ -24,6 +24,8 @@ class Spread:
     Raises: ValueError: a margin outside (0, 1]; a negative weight.
     """
 
+    takes_several = False
+
     def __init__(
         self,
         *,

@@ -94,7 +94,7 @@ class CapsNet(nn.Module):
         if initialisation == "official":
             self._initialise_officially()
 
-    def forward(self, images: Float[Tensor, "B C H W"], labels: Int[Tensor, " B"] | None = None) -> Output:
+    def forward(self, images: Float[Tensor, "B C H W"], labels: Int[Tensor, " B *T"] | None = None) -> Output:
         """Lengths of the class capsules, and the picture that the chosen one decodes to."""
         primary = self.primary_caps(self.conv(images).relu())
         routed = self.class_caps(primary)

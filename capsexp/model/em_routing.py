@@ -115,7 +115,7 @@ class MatrixCapsNet(nn.Module):
         )
         self.decoder = None if decoder is None else decoder(classes, pose_dim, image_shape)
 
-    def forward(self, images: Float[Tensor, "B C H W"], labels: Int[Tensor, " B"] | None = None) -> Output:
+    def forward(self, images: Float[Tensor, "B C H W"], labels: Int[Tensor, " B *T"] | None = None) -> Output:
         """Activations of the class capsules, and what a decoder makes of the chosen one's pose."""
         layers: dict[str, Capsules | Routed] = {"primary_caps": self.primary_caps(self._features(images))}
         capsules: Capsules | Routed = layers["primary_caps"]

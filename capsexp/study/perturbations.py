@@ -34,6 +34,7 @@ class Perturbations:
 
     def __call__(self, subject: Subject) -> Findings:
         """A figure for each class; the mean change of a pixel by each dimension at the ends of the reach."""
+        subject.single()
         decoder = subject.decoder()
         wanted = range(len(subject.classes)) if self.classes is None else self.classes
         if unknown := [label for label in wanted if not 0 <= label < len(subject.classes)]:

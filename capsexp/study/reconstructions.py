@@ -38,6 +38,7 @@ class Reconstructions:
 
     def __call__(self, subject: Subject) -> Findings:
         """The figure, and over all pictures that were read the error and the squared error per pixel."""
+        subject.single()
         decoder = subject.decoder()
         right: list[Triple] = []
         spare: list[Triple] = []

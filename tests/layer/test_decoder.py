@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from capsexp.layer.decoder import Decoder
+from capsexp.layer.decoder import Decoder, decoded_class
 
 
 def test_decoder_takes_160_inputs_of_which_all_but_one_class_are_zero():
@@ -36,3 +37,23 @@ def test_hidden_layers_are_rectified():
     decoder(torch.randn(5, 4, 3), torch.zeros(5, dtype=torch.int64))
     assert [tuple(one.shape) for one in seen] == [(5, 12), (5, 8), (5, 6)]
     assert all((one >= 0).all() for one in seen[1:])
+
+
+def test_several_classes_are_decoded_one_at_a_time_by_the_same_weights():
+    decoder = Decoder(4, 3, (1, 5, 7), hidden=[8])
+    poses, classes = torch.randn(6, 4, 3), torch.randint(4, (6, 2))
+    pictures = decoder(poses, classes)
+    assert pictures.shape == (6, 2, 1, 5, 7)
+    for place in range(2):
+        torch.testing.assert_close(pictures[:, place], decoder(poses, classes[:, place]))
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([2, 0]), torch.tensor([[2, 0], [0, 1]])])
+def test_as_many_classes_are_decoded_as_there_are_labels(labels):
+    scores = torch.tensor([[0.1, 0.9, 0.8], [0.7, 0.2, 0.6]])
+    assert torch.equal(decoded_class("label", scores, labels), labels)
+    assert torch.equal(decoded_class(1, scores, labels), torch.ones_like(labels))
+    guesses = decoded_class("prediction", scores, labels)
+    # Of several, the right one stands at its label's place.
+    assert guesses.tolist() == ([1, 0] if labels.dim() == 1 else [[2, 1], [0, 2]])
+    assert decoded_class("label", scores, None).tolist() == [1, 0]

@@ -106,3 +106,13 @@ def test_gradients_pass_gradcheck_away_from_the_hinges():
 def test_wrong_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Margin(**{**PAPER, **wrong})
+
+
+def test_several_classes_may_be_present():
+    pixels = torch.zeros(2, 2, 1, 2, 2)
+    batch = Batch(pixels[:, 0], torch.tensor([[0, 2], [1, 0]]), pixels, torch.zeros(2, 2, dtype=torch.int64))
+    output = output_of([[0.6, 0.4, 0.95], [0.3, 0.9, 0.2]], torch.full((2, 2, 1, 2, 2), 0.5))
+    terms = Margin(**PAPER)(output, batch, START)
+    pictures = [0.3**2 + 0.5 * 0.3**2, 0.6**2 + 0.5 * 0.1**2]
+    assert terms["margin"].item() == pytest.approx(sum(pictures) / 2)
+    assert terms["reconstruction"].item() == pytest.approx(0.0005 * 2 * 4 * 0.25)

@@ -59,3 +59,13 @@ def test_pooling_that_leaves_nothing_is_refused():
 def test_an_impossible_dropout_is_refused(dropout):
     with pytest.raises(ValueError, match=rf"dropout must be in \[0, 1\), got {dropout}"):
         CNN((1, 8, 8), 3, **{**THIN, "dropout": dropout})
+
+
+def test_each_convolution_may_have_its_own_kernel():
+    net = CNN((1, 9, 9), 3, **{**THIN, "conv_channels": [4, 6], "kernel": [5, 3]})
+    sizes = [layer.kernel_size for layer in net.layers if isinstance(layer, nn.Conv2d)]
+    assert sizes == [(5, 5), (3, 3)]
+    with pytest.raises(
+        ValueError, match=r"kernel must be a number or one for each of 3 conv.*, got \[5, 3\]"
+    ):
+        CNN((1, 9, 9), 3, **{**THIN, "conv_channels": [4, 6, 8], "kernel": [5, 3]})

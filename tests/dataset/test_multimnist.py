@@ -1,0 +1,221 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from capsexp.build import build, components
+from capsexp.capsules import Batch
+from capsexp.config import compose, plain
+from capsexp.data import Batches
+from capsexp.dataset.digits import Digits
+from capsexp.errors import RunStopped, UserError
+from capsexp.evaluate import evaluate, evaluate_run, load_model
+from capsexp.gradients import gradients
+from capsexp.pairs import Pairs
+from capsexp.predict import predict
+from capsexp.run_dir import RunDir
+from capsexp.schedule import Step
+from capsexp.train import _refuse_non_finite
+
+SMALL = ("dataset=multimnist", "dataset@dataset.source=digits", "dataset.shift=2", "dataset.pad=2")
+
+
+def of_digits(*overrides):
+    words = [*SMALL, *overrides]
+    return build(plain(compose("train", words, config_dir=None))["dataset"], at="dataset")
+
+
+def joined(batches):
+    return [torch.cat(fields) for fields in zip(*batches, strict=True)]
+
+
+def test_it_is_made_of_mnist_unless_another_set_is_named():
+    node = plain(compose("train", ["dataset=multimnist", "data_root=nowhere"], config_dir=None))["dataset"]
+    assert node["source"]["_target_"] == "capsexp.dataset.mnist.MNIST"
+    dataset = build(node, at="dataset")
+    assert dataset.image_shape == dataset.raw_shape == (1, 36, 36)
+    assert (dataset.targets, dataset.classes) == (2, tuple("0123456789"))
+    assert len(dataset.missing()) == 4
+    assert isinstance(of_digits().source, Digits)
+    assert of_digits().image_shape == (1, 12, 12)
+    assert of_digits("dataset.source.preprocess.resize=10").image_shape == (1, 14, 14)
+
+
+def test_pictures_and_splits_are_the_sources():
+    dataset = of_digits("dataset.source.validation=100", "dataset.source.split_seed=3")
+    for ours, theirs in zip(
+        (*dataset.read_training(), dataset.read("test")),
+        (*dataset.source.read_training(), dataset.source.read("test")),
+        strict=True,
+    ):
+        assert torch.equal(ours.labels, theirs.labels)
+        assert torch.equal(ours.images[:, :, 2:-2, 2:-2], theirs.images)
+        assert ours.images.sum() == theirs.images.sum()
+    assert (dataset.validation, dataset.split_seed) == (100, 3)
+    assert dataset.folder is dataset.familiar() is None
+    assert dataset.missing() == dataset.problems() == []
+
+
+def test_the_sources_augmentation_changes_nothing(tiny_parts):
+    other = "dataset.source.preprocess"
+    split = of_digits().read("test")
+    plainly, augmented = (
+        tiny_parts(*SMALL, *words).batches(split, limit=2)
+        for words in ((), (f"{other}.shift=3", f"{other}.flip=true", f"{other}.standardise=last"))
+    )
+    for one, two in zip(plainly.training(0), augmented.training(0), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_training_has_one_pair_for_each_picture_and_figures_have_as_many_as_are_asked_for(tiny_parts):
+    parts = tiny_parts(*SMALL, "dataset.test_partners=3")
+    training, validation = parts.dataset.read_training()
+    assert parts.batches(training, limit=None, training=True).count == training.size
+    assert parts.batches(validation, limit=None).count == 3 * validation.size
+    assert isinstance(parts.batches(validation, limit=None), Pairs)
+    (remark,) = parts.dataset.remarks()
+    assert remark == "multimnist of digits, pairs for each test picture: 3; in the paper 1,000"
+    assert of_digits("dataset.test_partners=1000").remarks() == []
+
+
+@pytest.mark.parametrize(
+    "run", [("seed=1",), ("trainer.batch_size=37",), ("trainer.batch_size=64", "seed=9")]
+)
+def test_the_test_set_is_the_same_in_every_run(run, tiny_parts):
+    first, other = (
+        joined(parts.batches(parts.dataset.read("test"), limit=None).in_order())
+        for parts in (tiny_parts(*SMALL), tiny_parts(*SMALL, *run))
+    )
+    assert len(first[1]) == 359
+    assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["dataset.shift=-1"], "dataset: shift must be >= 0, got -1"),
+        (["dataset.pad=-1"], "dataset: pad must be >= 0, got -1"),
+        (["dataset.pair_seed=-1"], "dataset: pair_seed must be >= 0, got -1"),
+        (["dataset.test_partners=0"], "dataset: test_partners must be >= 1, got 0"),
+        (["dataset.shift=10"], "dataset: shift must be < pad + the picture's 8x8, got 10"),
+        (
+            ["dataset@dataset.source=cifar10"],
+            "dataset: source must have pictures of one channel that show one class, got cifar10, "
+            "which has 3 and 1",
+        ),
+        (
+            ["dataset@dataset.source=multimnist"],
+            "dataset: source must have pictures of one channel that show one class, got multimnist, "
+            "which has 1 and 2",
+        ),
+        (
+            ["loss=spread"],
+            "loss: Spread takes one class in each picture, and multimnist has 2: choose loss=margin or "
+            "loss=sigmoid_cross_entropy",
+        ),
+        (
+            ["loss=cross_entropy"],
+            "loss: CrossEntropy takes one class in each picture, and multimnist has 2: choose loss=margin or "
+            "loss=sigmoid_cross_entropy",
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_line_before_any_work(overrides, message, tiny_config):
+    key = overrides[0].partition("=")[0]
+    words = [word for word in SMALL if not word.startswith(f"{key}=")]
+    with pytest.raises(UserError) as told:
+        components(tiny_config(*words, *overrides), plugins=[])
+    assert told.value.problems == (message,)
+
+
+def test_a_run_trains_and_is_evaluated(tmp_path, train_tiny, tiny_parts, capsys):
+    results = train_tiny(tmp_path, *SMALL)
+    assert "multimnist of digits, pairs for each test picture: 1; in" in capsys.readouterr().out
+    assert 0 <= results["test/accuracy"] <= results["test/digit_accuracy"] <= 1
+    values = evaluate_run(tiny_parts(*SMALL), {"run": str(tmp_path), "weights": "best", "part": "test"})
+    for name in ("accuracy", "digit_accuracy", "margin", "reconstruction"):
+        assert values[name] == results[f"test/{name}"]
+    with Image.open(tmp_path / "figures" / "reconstruction.png") as shown:
+        # 16 pictures: what was seen, its two sources, and what was made of it, twice.
+        assert shown.size == (16 * 13 + 1, 5 * 13 + 1)
+
+
+def test_predictions_list_the_likeliest_classes_and_decode_as_many_as_a_picture_shows(
+    tmp_path, train_tiny, tiny_parts, capsys
+):
+    train_tiny(tmp_path, *SMALL, "trainer.max_steps=2", "trainer.test=none")
+    parts = tiny_parts(*SMALL)
+    overlay = next(parts.batches(parts.dataset.read("test"), limit=1).in_order()).images[0, 0]
+    Image.fromarray((overlay * 255).byte().numpy()).save(tmp_path / "seen.png")
+    told = {"run": str(tmp_path), "weights": "last", "top": 2, "reconstructions": True}
+    predict(parts, told, [str(tmp_path / "seen.png")])
+    model, _ = load_model(parts, tmp_path, weights="last")
+    best = model(overlay[None, None]).scores.topk(2)
+    listed = capsys.readouterr().out
+    for label, score in zip(best.indices[0].tolist(), best.values[0].tolist(), strict=True):
+        assert f"{label} {score:.3f}" in listed
+    with Image.open(tmp_path / "seen.reconstruction.png") as written:
+        made = torch.from_numpy(np.array(written.convert("L"))).float() / 255
+    decoded = model(overlay[None, None], best.indices).reconstruction[0, :, 0]
+    torch.testing.assert_close(made, torch.cat([overlay, *decoded], dim=1), atol=0.51 / 255, rtol=0)
+
+
+def test_both_pictures_of_a_bad_pair_are_named(tmp_path):
+    indices = torch.tensor([[1, 2], [3, 40]])
+    pixels = torch.zeros(2, 2, 1, 4, 4)
+    batch = Batch(pixels[:, 0], torch.tensor([[0, 1], [2, 3]]), pixels, indices)
+    with pytest.raises(RunStopped, match=r"loss is nan, with training pictures 1 \+ 2, 3 \+ 40, … "):
+        _refuse_non_finite({"loss": float("nan")}, batch, 7, RunDir(tmp_path))
+    assert json.loads((tmp_path / "non_finite.json").read_text())["indices"] == [[1, 2], [3, 40]]
+
+
+def test_the_parts_of_an_accumulated_batch_add_up(tiny_parts):
+    values = []
+    for accumulate in (1, 3):
+        torch.manual_seed(0)
+        parts = tiny_parts(*SMALL, f"trainer.accumulate={accumulate}")
+        batch = next(parts.batches(parts.dataset.read("train"), limit=1, training=True).training(0))
+        values.append(gradients(parts.new_model(), parts.loss, batch, Step(0, 1), parts.trainer))
+    assert values[1] == pytest.approx(values[0], rel=1e-4)
+
+
+def test_overfitting_takes_the_first_pairs(tmp_path, train_tiny, metrics_of):
+    words = [
+        "trainer.overfit=true",
+        "trainer.batch_size=20",
+        "trainer.max_steps=2",
+        "dataset.test_partners=1",
+    ]
+    train_tiny(tmp_path, *SMALL, *words)
+    assert "validation/digit_accuracy" in metrics_of(tmp_path)[-2] | metrics_of(tmp_path)[-1]
+
+
+def test_accuracy_wants_both_digits_and_digit_accuracy_each(tiny_parts):
+    parts = tiny_parts(*SMALL)
+    model = parts.new_model()
+    batches = parts.batches(parts.dataset.read("test"), limit=None)
+    both = each = 0
+    for batch in batches.in_order():
+        best = model(batch.images).scores.topk(2).indices.tolist()
+        found = [len({*a} & {*b}) for a, b in zip(best, batch.labels.tolist(), strict=True)]
+        both, each = both + found.count(2), each + sum(found)
+    values = evaluate(model, batches, parts.loss, Step(0, 1))
+    assert values["accuracy"] == pytest.approx(both / 359)
+    assert values["digit_accuracy"] == pytest.approx(each / 718)
+
+
+def test_a_split_of_one_class_is_refused(tiny_parts):
+    parts = tiny_parts(*SMALL)
+    test = parts.dataset.read("test")
+    with pytest.raises(UserError, match=r"^pairs need pictures of two classes, and all"):
+        parts.batches(test.take((test.labels == 3).nonzero().flatten()), limit=None)
+
+
+def test_other_sets_have_one_class_in_each_picture(tiny_parts):
+    parts = tiny_parts()
+    assert parts.dataset.targets == 1
+    batches = parts.batches(parts.dataset.read("test"), limit=None, training=True)
+    assert type(batches) is Batches
+    assert next(batches.in_order()).labels.shape == (100,)

@@ -50,9 +50,11 @@ def checked_sweep(
         Config and parts of the first job.
 
     Raises:
-        UserError: every mistake in any of the jobs, once.
+        UserError: overrides of what the rows of a table differ in; else every mistake in any job, once.
     """
-    told: dict[str, list[str]] = {line: [*rows] for line in _made_the_same(name, overrides, rows, config_dir)}
+    if problems := list(_made_the_same(name, overrides, rows, config_dir)):
+        raise UserError(*problems)
+    told: dict[str, list[str]] = {}
     first: list[Any] = []
 
     def check(words: Sequence[str], row: str, *, sweep: bool) -> None:
@@ -83,7 +85,8 @@ def _rows(name: str) -> list[str]:
 
 def _of_rows(line: str, having: Sequence[str], rows: Sequence[str]) -> str:
     """A mistake, with the rows that have it if others have not."""
-    return line if len(having) == len(rows) else f"experiment={','.join(having)}: {line}"
+    named = line.startswith("experiment=") or len(having) == len(rows)
+    return line if named else f"experiment={','.join(having)}: {line}"
 
 
 def _made_the_same(

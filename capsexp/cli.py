@@ -4,19 +4,17 @@ torch is imported only when work starts, so that `--cfg`, `--info`, `--help` and
 """
 
 import os
-import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from capsexp import config
 from capsexp.arguments import parse, plugins, quoted, value
-from capsexp.errors import JobFailed, UserError
+from capsexp.errors import UserError
 from capsexp.files import make_folder
 from capsexp.jobs import (
     checked,
@@ -26,9 +24,8 @@ from capsexp.jobs import (
     hand_over,
     nothing,
     training_job,
-    typed_command,
 )
-from capsexp.naming import new_run_dir, sweep_name
+from capsexp.naming import new_run_dir
 from capsexp.sweep.job_process import WATCHED, end_with_launcher
 from capsexp.torchrun import as_one, one_of_several, processes
 
@@ -104,21 +101,16 @@ def _train(arguments: list[str]) -> int:
     if _only_shows(options):
         return hand_over([*flags, *overrides], "train", nothing)
     name, folder = options.config_name or "train", options.config_dir
-    composed = config.compose(name, overrides, config_dir=folder, sweep=options.multirun)
+    if options.multirun:
+        from capsexp.sweep.command import sweep
+
+        return sweep(options, flags, overrides)
+    composed = config.compose(name, overrides, config_dir=folder)
     if options.cfg or options.info:
         return hand_over([*flags, *overrides], "train", nothing)
-    if options.multirun:
-        if one_of_several():
-            raise UserError("a sweep starts its runs by itself: start it without torchrun")
-        if composed.run is not None:
-            raise UserError("run: a sweep makes a directory for each of its runs; choose hydra.sweep.dir=DIR")
-        for variant in config.swept_variants(overrides, config_dir=folder):
-            checked(config.compose(name, variant, config_dir=folder), overrides)
     parts = checked(composed, overrides)
     parts.dataset.require_files()
     words = [*flags, *overrides, "hydra.output_subdir=null"]
-    if options.multirun:
-        return _sweep(_sweep_dir(composed, overrides), words)
     if one_of_several():
         from capsexp.parallel import check
 
@@ -126,28 +118,6 @@ def _train(arguments: list[str]) -> int:
         if not processes().lead:
             return follow(parts, config.plain(composed))
     return hand_over([*words, *_where(composed, overrides)], "train", training_job)
-
-
-def _sweep(path: Path, words: Sequence[str]) -> int:
-    """Run the jobs of a sweep by whichever launcher was chosen; the exit code is 1 if any has failed."""
-    from capsexp.sweep.folder import Sweep
-
-    with Sweep(path).held():
-        Sweep(path).begin(shlex.join(typed_command()))
-        try:
-            hand_over([*words, f"hydra.sweep.dir={quoted(path)}"], "train", training_job)
-        except JobFailed:  # told by the launcher, and in the table
-            pass
-        except InstantiationException as error:  # of a launcher or sweeper, by its settings
-            key = str(error).rpartition("full_key: ")[2]
-            raise UserError(f"{key}: {error.__cause__ or error}") from None
-        except ValueError as error:
-            if "No trials are completed" not in str(error):
-                raise
-            raise UserError(f"{error} A trial needs a validation accuracy: dataset.validation > 0") from None
-        finally:
-            Sweep(path).finish()
-        return 0 if Sweep(path).succeeded() else 1
 
 
 def _eval(arguments: list[str]) -> int:
@@ -243,15 +213,6 @@ def _where(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
     named = ("model", "dataset", "experiment")  # in the folder's name already
     settings = [text for text in overrides if text.partition("=")[0] not in named]
     return [f"run={quoted(new_run_dir(Path(composed.output_root) / folder, label='-'.join(settings)))}"]
-
-
-def _sweep_dir(composed: DictConfig, overrides: Sequence[str]) -> Path:
-    """The folder of a sweep: the user's choice, or one that the same command always has."""
-    if composed.hydra.sweep.dir != "auto":
-        return Path(composed.hydra.sweep.dir)
-    constants, swept = config.constants_and_swept(overrides)
-    name = sweep_name(composed.hydra.runtime.choices, constants, swept)
-    return Path(composed.output_root) / "sweeps" / name
 
 
 def _datasets(overrides: Sequence[str], names: Sequence[str] | None) -> dict[str, Any]:

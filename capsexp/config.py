@@ -72,16 +72,24 @@ def compose(
     Raises:
         UserError: one line for every override that does not fit.
     """
-    with _searching(config_dir):
-        parsed, problems = _parse(overrides)
+    with searching(config_dir):
+        parsed, problems = parse_all(overrides)
         problems += [] if sweep else [line for one in parsed for line in _sweep_problems(one)]
         try:
             composed = _compose(config_name, [_texts(one)[0] for one in parsed])
         except UserError as error:
             raise UserError(*problems, *(_diagnosis(config_name, parsed) or error.problems)) from None
+        problems += table_problems(composed)
         if problems:
             raise UserError(*problems)
         return composed
+
+
+def table_problems(composed: DictConfig) -> Iterator[str]:
+    """A table of recipes (see capsexp/recipes.py) is no run."""
+    if rows := composed.get("table"):
+        told = f"experiment={composed.hydra.runtime.choices.experiment} is a table of {len(rows)} recipes"
+        yield f"{told}: `capsexp train -m` trains them all, experiment={rows[0]} is the first of them"
 
 
 def swept_variants(overrides: Sequence[str], *, config_dir: str | None) -> list[list[str]]:
@@ -89,8 +97,8 @@ def swept_variants(overrides: Sequence[str], *, config_dir: str | None) -> list[
 
     One value is varied at a time: the cost of checking a sweep grows with its values, not their product.
     """
-    with _searching(config_dir):
-        parsed, _ = _parse(overrides)
+    with searching(config_dir):
+        parsed, _ = parse_all(overrides)
         first = [_texts(one)[0] for one in parsed]
         return [
             [*first[:place], text, *first[place + 1 :]]
@@ -101,8 +109,8 @@ def swept_variants(overrides: Sequence[str], *, config_dir: str | None) -> list[
 
 def constants_and_swept(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """The overrides with one value, and the keys of those with several."""
-    with _searching(None):
-        parsed, _ = _parse(overrides)
+    with searching(None):
+        parsed, _ = parse_all(overrides)
         constants = [str(one.input_line) for one in parsed if not one.is_sweep_override()]
         return constants, [one.key_or_group for one in parsed if one.is_sweep_override()]
 
@@ -212,7 +220,7 @@ def one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _searching(config_dir: str | None) -> Iterator[None]:
+def searching(config_dir: str | None) -> Iterator[None]:
     """Hydra looking into conf/, and into the user's own folder as its `-cd` does."""
     if config_dir is not None and not os.path.isdir(config_dir):
         raise UserError(f"-cd {config_dir}: there is no such folder")
@@ -245,11 +253,12 @@ def _diagnosis(config_name: str, overrides: list[Override]) -> list[str]:
         base = _compose(config_name, fitting)
     except UserError as error:
         return problems or list(error.problems)
-    values = [one for one in overrides if one not in groups]
-    return problems + [line for one in values for line in _key_problems(one, base)]
+    others = [one for one in overrides if one not in groups]
+    return problems + [line for one in others for line in _key_problems(one, base)]
 
 
-def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
+def parse_all(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
+    """The overrides that can be read, and a line for each that cannot; while `searching`."""
     parser, parsed, problems = OverridesParser.create(), [], []
     for text in overrides:
         try:
@@ -273,7 +282,7 @@ def _options(group: str) -> list[str]:
     return GlobalHydra.instance().config_loader().get_group_options(group)
 
 
-def _values(override: Override) -> list[Any]:
+def values(override: Override) -> list[Any]:
     """What the override sets: one value, or all of a sweep; of an interval its ends."""
     if not override.is_sweep_override():
         return [override.value()]
@@ -297,7 +306,7 @@ def _ends(override: Override) -> list[Any]:
 
 def _choice_problems(override: Override) -> Iterator[str]:
     options = _options(override.key_or_group)
-    for choice in [] if override.is_delete() else _values(override):
+    for choice in [] if override.is_delete() else values(override):
         if not isinstance(choice, list) and choice not in options:
             name = "null" if choice is None else str(choice)
             hint = _installation(name, options) or nearest(name, options)

@@ -17,6 +17,7 @@ from capsexp import config
 from capsexp.arguments import plugins
 from capsexp.errors import JobFailed, UserError
 from capsexp.run_dir import RunDir
+from capsexp.settings import published
 from capsexp.torchrun import launcher, one_voice, processes
 
 
@@ -97,6 +98,10 @@ def checked(composed: DictConfig, overrides: Sequence[str]) -> Any:
     plain = config.plain(composed)
     resume = plain.get("resume")
     problems = [] if resume in ("auto", "force") else [f"resume: must be 'auto' or 'force', got {resume!r}"]
+    try:
+        published(plain)
+    except ValueError as error:
+        problems.append(str(error))
     from capsexp.build import components
 
     try:

@@ -4,7 +4,8 @@
 resolved_config.yaml                 the same with every value filled in
 command.txt   env.json  dirty.patch  the command; versions, commit, machine; uncommitted changes
 status.json                          running | completed | failed | interrupted, step, total, heartbeat, best,
-                                     seconds of work, choices (option of each config group), results or error
+                                     steps_per_epoch, seconds of work, results or error,
+                                     choices (option of each config group)
 metrics.jsonl   train.log   tb/      numbers in full precision; the log; TensorBoard
 figures/                             pictures: NAME.png
 checkpoints/                         see capsexp.checkpoint
@@ -32,7 +33,14 @@ from capsexp.files import make_folder, write_whole
 from capsexp.settings import comparable, differences
 
 LOCK = "run.lock"
-KEPT = ("started", "resumes", "step", "total", "best")  # of status.json, when another attempt begins
+KEPT = (
+    "started",
+    "resumes",
+    "step",
+    "total",
+    "steps_per_epoch",
+    "best",
+)  # of status.json, when another attempt begins
 PACKAGES = ("capsexp", "torch", "torchvision", "hydra-core", "omegaconf", "tensorboard", "numpy")
 
 
@@ -190,11 +198,11 @@ class RunDir:
         words = [str(text) for text in texts] if isinstance(texts, list) else []
         return [text for text in words if not text.startswith("run=")]
 
-    def start(self, *, step: int, total: int, best: Mapping[str, Any] | None) -> None:
+    def start(self, *, step: int, total: int, steps_per_epoch: int, best: Mapping[str, Any] | None) -> None:
         """Say from which step on this attempt works, and keep the list of resumes."""
         if self._resumes:
             self._status["resumes"] = [*self._status["resumes"], {"step": step, "time": time.time()}]
-        self.say("running", step=step, total=total, best=best)
+        self.say("running", step=step, total=total, steps_per_epoch=steps_per_epoch, best=best)
 
     def heartbeat(self, step: int) -> None:
         """Say that the run is alive and where it stands; written at most once in five seconds."""

@@ -2,10 +2,34 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 # What does not change a run's results, so a resumed run may have it otherwise.
-NOT_COMPARED = ("run", "resume", "output_root", "data_root", "plugins", "device")
+NOT_COMPARED = ("run", "resume", "output_root", "data_root", "plugins", "device", "paper")
+
+
+class Published(NamedTuple):
+    """A paper's test error for a recipe, in %."""
+
+    error: float
+    sd: float | None
+    """Standard deviation over the paper's trials; None where it has none."""
+
+
+def published(config: Mapping[str, Any]) -> Published | None:
+    """What a config's `paper` says, if anything.
+
+    Raises:
+        ValueError: it says something else than a test error.
+    """
+    node = config.get("paper")
+    if node is None:
+        return None
+    figures = dict(node) if isinstance(node, Mapping) else {}
+    error, sd = figures.pop("error", None), figures.pop("sd", None)
+    if figures or not _is_percent(error) or not (sd is None or _is_percent(sd)):
+        raise ValueError(f"paper must be null or {{error: PERCENT, sd: PERCENT or null}}, got {node}")
+    return Published(float(error), None if sd is None else float(sd))
 
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,6 +52,10 @@ def without(settings: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 def fingerprint(settings: Any) -> str:
     """Eight hexadecimal digits that are the same for equal settings, in every process."""
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
+
+
+def _is_percent(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 100
 
 
 def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -73,7 +73,7 @@ def train(
         torch.manual_seed(derive_seed(parts.seed, saved["step"] if saved else 0, processes.rank, "process"))
     if saved is not None:
         state.restore(saved, rank=processes.rank)
-    run.start(step=state.step, total=total, best=state.best)
+    run.start(step=state.step, total=total, steps_per_epoch=len(training), best=state.best)
     run.write_environment(f"{device}{processes}")
     beginning: dict[str, Any] = {"start_step": state.step, "length": state.recorded, "settings": config}
     record = Record(run.path, **beginning) if processes.lead else NoRecord()

@@ -21,6 +21,7 @@ def count(module: nn.Module) -> int:
 CAPSNET = "model=dynamic_routing"
 BIAS = "routing.bias=true"
 NO_DECODER = "model.decoder=null"
+SHARED = "model.shared_transformations=true"
 CIFAR = ["model.primary_types=64", "model.padding=same"]
 MATRIX_CAPSNET = "model=em_routing"
 LARGER = "model=em_routing_310k"
@@ -34,6 +35,7 @@ STEREO = (2, 32, 32)
     [
         ([], (1, 28, 28), 10, 8_215_568),
         ([NO_DECODER], (1, 28, 28), 10, 6_804_224),
+        ([SHARED, NO_DECODER], (1, 28, 28), 10, 6_804_224 - 1_474_560 + 8 * 160),
         ([BIAS], (1, 28, 28), 10, 8_215_728),
         ([BIAS, NO_DECODER], (1, 28, 28), 10, 6_804_384),
         ([], (1, 36, 36), 10, 11_361_968 - 160),
@@ -92,6 +94,8 @@ def test_baseline_has_the_papers_number_of_parameters():
         ([MATRIX_CAPSNET], STEREO, 5, 68_618),
         ([MATRIX_CAPSNET], (1, 32, 32), 5, 67_018),
         ([LARGER], STEREO, 5, 316_650),
+        # One 4x4 matrix per parent type, not one for each of its 9 * 32, 9 * 32 and 32 kinds of children.
+        ([LARGER, SHARED], STEREO, 5, 316_650 - 16 * (2 * 32 * (9 * 32 - 1) + 5 * (32 - 1))),
         ([LARGER], (1, 32, 32), 5, 315_850),
         ([LARGER, "model.padding=same"], (1, 28, 28), 10, 318_420),
         ([LARGER, "model.padding=same"], (1, 45, 20), 10, 318_420),

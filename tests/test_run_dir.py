@@ -189,7 +189,7 @@ def attempt(run):
     def begun(step=0):
         again = RunDir(run.path)
         with again.attempt({"model": "em_routing"}):
-            again.start(step=step, total=9, best=None)
+            again.start(step=step, total=9, steps_per_epoch=3, best=None)
             yield again
 
     return begun

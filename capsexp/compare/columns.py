@@ -37,7 +37,7 @@ class Column:
     @property
     def begins_with_largest(self) -> bool:
         """Whether the best is the largest, as of accuracies. Settings begin with the smallest."""
-        return self.is_figure and (self.name.endswith("accuracy") or self.name == "steps")
+        return self.is_figure and (self.name.endswith("accuracy") or self.name in ("steps", "epochs"))
 
 
 FIGURES = (
@@ -46,6 +46,11 @@ FIGURES = (
     Column("steps", "steps", is_figure=True),
     Column("seconds", "time", is_figure=True),
 )
+# Where a run's recipe says what its paper came to: both in %, and the size of our training.
+ERROR = Column("test/error", "test error, %", is_figure=True)
+PAPER = Column("paper/error", "paper, %", is_figure=True)
+TOTAL = Column("total", "of", is_figure=True)
+EPOCHS = Column("epochs", "epochs", is_figure=True)
 STATUS, RUN = Column("status", "status"), Column("run", "run")
 
 
@@ -65,6 +70,14 @@ def setting_columns(runs: Sequence[Run], *, without: Collection[str] = ()) -> li
     return columns + [Column(key, titles[key]) for key in left if _tells_apart(key, groups, typed, runs)]
 
 
+def figure_columns(runs: Iterable[Run]) -> list[Column]:
+    """The columns of figures; with the paper's beside ours where any run has it."""
+    if not any(run.paper for run in runs):
+        return [*FIGURES]
+    validation, test, steps, seconds = FIGURES
+    return [validation, test, ERROR, PAPER, steps, TOTAL, EPOCHS, seconds]
+
+
 def distinct_keys(runs: Iterable[Run]) -> list[str]:
     """All settings but those that only repeat another one, as model.routing.bias does routing.bias."""
     all_settings = [run.settings for run in runs]
@@ -79,7 +92,7 @@ def distinct_keys(runs: Iterable[Run]) -> list[str]:
 
 def short_titles(keys: Iterable[str]) -> dict[str, str]:
     """The shortest end of each dotted key that no other key, figure or group has."""
-    taken = {*GROUPS, *(column.title for column in (*FIGURES, STATUS, RUN))}
+    taken = {*GROUPS, *(column.title for column in (*FIGURES, ERROR, PAPER, TOTAL, EPOCHS, STATUS, RUN))}
     ends = {key: _ends(key) for key in keys}
     owners = Counter(end for some in ends.values() for end in some)
 

@@ -8,12 +8,17 @@ from typing import Any
 
 from capsexp.compare import history
 from capsexp.compare.columns import (
+    EPOCHS,
+    ERROR,
     FIGURES,
     GROUPS,
+    PAPER,
     RUN,
     STATUS,
+    TOTAL,
     Column,
     distinct_keys,
+    figure_columns,
     frozen,
     resolve,
     setting_columns,
@@ -29,13 +34,13 @@ LOST = ("failed", "died")
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over several runs."""
+    """A figure over several runs, or a paper's."""
 
     mean: float
     sd: float | None
     """Sample standard deviation; None for a single run."""
-    n: int
-    """Runs that have the figure."""
+    n: int | None
+    """Runs that have the figure; None for a paper's."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,13 @@ def compare(
     told = _last_values(runs, {"--show": show, "--sort-by": [sort_by] if "/" in sort_by else []}, notes)
     averaged = _resolved(group_by, runs, notes)
     settings = setting_columns(runs, without=averaged)
-    columns = [*settings, *FIGURES, *(Column(tag, tag, is_figure=True) for tag in told), STATUS, RUN]
+    columns = [
+        *settings,
+        *figure_columns(runs),
+        *(Column(tag, tag, is_figure=True) for tag in told),
+        STATUS,
+        RUN,
+    ]
     order = _order(sort_by, columns, averaged, runs, notes)
     if order not in columns:
         columns.insert(len(settings), order)
@@ -94,6 +105,21 @@ def compare(
         rows = _grouped(rows, columns)
     descending = order.begins_with_largest if descending is None else descending
     return Comparison(columns, _sorted(rows, order, descending), order, descending, tuple(averaged))
+
+
+def beside_paper(runs: Sequence[Run], *, recipes: Sequence[str]) -> Comparison:
+    """Our test errors beside a paper's: a row for each recipe, named by it; means over the seeds.
+
+    Args:
+        runs: the runs.
+        recipes: their experiments, in the order of the rows; settings that differ within one make more rows.
+    """
+    apart = [[run for run in runs if run.choices.get("experiment") == name] for name in recipes]
+    within = {one.name: one for some in apart for one in setting_columns(some, without=("seed",))}
+    figures = [column for column in figure_columns(runs) if column not in (FIGURES[0], FIGURES[1])]
+    columns = [Column("experiment", "recipe"), *within.values(), *figures, STATUS, RUN]
+    rows = _grouped([Row((run,), _cells(run, {})) for some in apart for run in some], columns)
+    return Comparison(columns, rows, RUN, descending=False, grouped_by=("seed",))
 
 
 def spread(values: Sequence[int | float]) -> Spread:
@@ -116,7 +142,7 @@ def _last_values(
     runs: Sequence[Run], wishes: Mapping[str, Sequence[str]], notes: Notes
 ) -> dict[str, dict[Path, float]]:
     """Of each tag that is wished for, the last value of every run that has it; no tag that none has."""
-    figures = {column.name for column in FIGURES}
+    figures = {column.name for column in (*FIGURES, ERROR, PAPER)}
     asked = {tag: option for option, tags in wishes.items() for tag in tags if tag not in figures}
     last = {run.path: history.last_values(run.path, asked, notes) for run in runs} if asked else {}
     told = {tag: {path: values[tag] for path, values in last.items() if tag in values} for tag in asked}
@@ -159,8 +185,11 @@ def _order(
 
 
 def _cells(run: Run, told: Mapping[str, Mapping[Path, float]]) -> dict[str, Any]:
-    values = (run.best, run.test, run.step, run.seconds)
-    figures = {column.name: value for column, value in zip(FIGURES, values, strict=True) if value is not None}
+    error = None if run.test is None else 100 - 100 * run.test
+    paper = None if run.paper is None else Spread(run.paper.error, run.paper.sd, None)
+    columns = (*FIGURES, ERROR, PAPER, TOTAL, EPOCHS)
+    values = (run.best, run.test, run.step, run.seconds, error, paper, run.total, run.epochs)
+    figures = {column.name: value for column, value in zip(columns, values, strict=True) if value is not None}
     tags = {tag: values[run.path] for tag, values in told.items() if run.path in values}
     place = {STATUS.name: run.status, RUN.name: str(run.path)}
     return {**run.choices, **run.settings, **figures, **tags, **place}
@@ -180,7 +209,9 @@ def _mean(rows: Sequence[Row], settings: Iterable[str], columns: Iterable[Column
     cells = {name: rows[0].cells[name] for name in settings if name in rows[0].cells}
     for column in columns:
         values = [row.cells[column.name] for row in rows if column.name in row.cells]
-        if column.is_figure and values:
+        if column == PAPER and len({*values}) == 1:
+            cells[column.name] = values[0]
+        elif column.is_figure and column != PAPER and values:
             cells[column.name] = spread(values)
     cells[STATUS.name] = counted([run.status for run in runs])
     cells[RUN.name] = [str(run.path) for run in runs]

@@ -11,7 +11,7 @@ from typing import Any
 
 from capsexp.compare.chart import chart
 from capsexp.compare.columns import RUN, STATUS, Column, distinct_keys, text
-from capsexp.compare.comparison import Comparison, Row, told_apart
+from capsexp.compare.comparison import Comparison, Row, Spread, told_apart
 from capsexp.compare.curves import COLOURS, Curve, by_setting, colour, curves
 from capsexp.compare.markup import Html, element, joined
 from capsexp.compare.runs import Run, is_number
@@ -92,6 +92,7 @@ def _cell(row: Row, column: Column, shared: Path, number: int) -> Html:
     if column.name not in row.cells:
         return element("td", words, class_="number" if column.is_figure else None)
     value = row.cells[column.name]
+    value = value.mean if isinstance(value, Spread) else value
     shown: str = words
     if column == RUN:
         shown = element("a", words, href=f"#run-{number}")

@@ -15,7 +15,7 @@ import yaml  # type: ignore[import-untyped]
 
 from capsexp.errors import Notes
 from capsexp.run_dir import RunDir
-from capsexp.settings import comparable
+from capsexp.settings import Published, comparable, published
 
 SHOWN = {"completed": "finished"}  # words of status.json that are shown by another
 STATUSES = ("running", "finished", "failed", "interrupted", "died", "unknown")
@@ -37,10 +37,14 @@ class Run:
     """Of work, in all attempts together."""
     step: int | None
     total: int | None
+    epochs: float | None
+    """Of the step that it stands at."""
     best: float | None
     """Best validation accuracy."""
     test: float | None
     """Test accuracy."""
+    paper: Published | None
+    """What its recipe says of the paper's test error."""
     choices: Mapping[str, str]
     """Option of each config group, such as model: em_routing."""
     settings: Mapping[str, Any]
@@ -114,8 +118,10 @@ def read(path: Path, notes: Notes) -> Run:
         seconds=number(status, "seconds"),
         step=_count(status, "step"),
         total=_count(status, "total"),
+        epochs=_epochs(_count(status, "step"), _count(status, "steps_per_epoch")),
         best=number(figures, "validation/best_accuracy") if best is None else best,
         test=number(figures, "test/accuracy"),
+        paper=_published(path, config or {}, notes),
         choices={str(group): str(choice) for group, choice in _part(status, "choices").items()},
         settings=comparable(config or {}),
         command=_text(path / "command.txt", notes),
@@ -185,6 +191,18 @@ def _mapping(file: Path, load: Callable[[bytes], Any], notes: Notes) -> dict[str
         notes.blemish(f"{file} cannot be read: {' '.join(str(error).split())}")
         return None
     return found
+
+
+def _published(path: Path, config: Mapping[str, Any], notes: Notes) -> Published | None:
+    try:
+        return published(config)
+    except ValueError as error:
+        notes.blemish(f"{path}: {error}")
+        return None
+
+
+def _epochs(step: int | None, steps_per_epoch: int | None) -> float | None:
+    return step / steps_per_epoch if step is not None and steps_per_epoch else None
 
 
 def _text(file: Path, notes: Notes) -> str:

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from capsexp.compare import runs
-from capsexp.compare.columns import RUN, STATUS, Column, text
+from capsexp.compare.columns import EPOCHS, ERROR, PAPER, RUN, STATUS, TOTAL, Column, text
 from capsexp.compare.comparison import Comparison, Row, Spread, compare
 from capsexp.compare.runs import Run, is_number, newest_first
 from capsexp.errors import Notes
@@ -139,8 +139,12 @@ def figure(value: int | float, column: Column) -> str:
         return str(value)
     if column.name == "seconds":
         return clock(value)
-    if column.name == "steps":
+    if column == EPOCHS:
+        return f"{round(value, 2):g}"
+    if column.name in ("steps", TOTAL.name):
         return f"{value:.0f}"
+    if column in (ERROR, PAPER):
+        return f"{value:.3g}"
     return f"{value:.4f}" if column.name.endswith("accuracy") else f"{value:.4g}"
 
 
@@ -153,7 +157,8 @@ def cell_text(row: Row, column: Column, shared: Path) -> str:
         return one_line(os.path.relpath(value, shared))
     if isinstance(value, Spread):
         sd = "" if value.sd is None else f" ± {figure(value.sd, column)}"
-        return f"{figure(value.mean, column)}{sd} ({value.n})"
+        n = "" if value.n is None else f" ({value.n})"
+        return f"{figure(value.mean, column)}{sd}{n}"
     return figure(value, column) if column.is_figure else one_line(text(value))
 
 
@@ -182,18 +187,18 @@ def _columns_for_people(comparison: Comparison) -> list[Column]:
 def _for_people(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Short names, and rows of rounded figures and of directories below the one that all share."""
     columns = _columns_for_people(comparison)
-    titles = [
-        column.title + " (n)" * (column.is_figure and bool(comparison.grouped_by)) for column in columns
-    ]
+    means = [column.is_figure and column != PAPER and bool(comparison.grouped_by) for column in columns]
+    titles = [column.title + " (n)" * is_mean for column, is_mean in zip(columns, means, strict=True)]
     shared = shared_folder(run.path for row in comparison.rows for run in row.runs)
     return titles, [[cell_text(row, column, shared) for column in columns] for row in comparison.rows]
 
 
 def _fields(comparison: Comparison) -> list[tuple[str, str]]:
-    """Full and short name of each field of the machine-readable forms; three for a mean."""
-    parts = ("mean", "sd", "n") if comparison.grouped_by else ()
+    """Full and short name of each field of machine-readable forms; three for a mean, two for a paper's."""
     found = []
     for column in comparison.columns:
+        parts = ("mean", "sd", "n") if comparison.grouped_by else ()
+        parts = ("mean", "sd") if column == PAPER else parts
         if column.is_figure and parts:
             found += [(f"{column.name}.{part}", f"{column.title} {part}") for part in parts]
         else:

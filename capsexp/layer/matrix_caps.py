@@ -29,6 +29,7 @@ class MatrixCaps(nn.Module, ABC):
         places: children of a parent that have matrices of their own.
         repeats: how many times such children follow each other, with the same matrices.
         types: parent types.
+        shared_transformations: one W_j per parent type for all children, instead of W_ij.
         identity, noise: W_ij starts as identity * I + noise * N(0, 1).
         routing: what routes the votes.
         votes_mib: see `ClassCaps`.
@@ -46,6 +47,7 @@ class MatrixCaps(nn.Module, ABC):
         places: int,
         repeats: int,
         types: int,
+        shared_transformations: bool,
         identity: int | float,
         noise: int | float,
         routing: nn.Module,
@@ -56,10 +58,14 @@ class MatrixCaps(nn.Module, ABC):
         self.votes_bytes = votes_budget(votes_mib)
         self.votes_per_image = votes_per_image
         side = matrix_side(pose_dim, pose)
-        start = identity * torch.eye(side) + noise * torch.randn(places, types, side, side)
-        self.weight = nn.Parameter(start)  # W_ij
+        self.places = places
+        own = 1 if shared_transformations else places
+        start = identity * torch.eye(side) + noise * torch.randn(own, types, side, side)
+        self.weight = nn.Parameter(start)  # W_ij, or W_j
         self.routing = routing
-        self.register_buffer("matrices", torch.arange(places).repeat(repeats), persistent=False)
+        self.register_buffer(
+            "matrices", torch.arange(places).remainder(own).repeat(repeats), persistent=False
+        )
 
     def forward(self, capsules: Capsules) -> Routed:
         """Output capsules in the order (row, column, type), and the coupling that made them."""
@@ -82,6 +88,10 @@ class MatrixCaps(nn.Module, ABC):
     def unmade_votes(self, poses: Float[Tensor, "B I D"]) -> MatrixVotes:
         """The same for a routing that makes them itself."""
 
+    def _of_places(self) -> Float[Tensor, "W J n n"]:
+        """W_ij of the child at every place; shared ones are a view that repeats them."""
+        return self.weight.expand(self.places, -1, -1, -1)
+
     def _images_per_piece(self) -> int:
         size = self.votes_per_image * self.weight.element_size()
         return images_per_piece(size, budget=self.votes_bytes, device=self.weight.device)
@@ -102,7 +112,7 @@ class ConvCaps(MatrixCaps):
         types: parent types.
         kernel, stride: K and the stride of the windows, without padding.
         routing: builds the routing from (in_caps, out_caps, pose_dim, fields), out_caps being the types.
-        pose_dim, pose, identity, noise, votes_mib: see `MatrixCaps`.
+        pose_dim, pose, shared_transformations, identity, noise, votes_mib: see `MatrixCaps`.
     Raises: ValueError: a routing that does not route windows; see `MatrixCaps`.
     """
 
@@ -119,6 +129,7 @@ class ConvCaps(MatrixCaps):
         routing: Callable[..., nn.Module],
         pose_dim: int,
         pose: str,
+        shared_transformations: bool,
         identity: int | float,
         noise: int | float,
         votes_mib: int | float | None,
@@ -134,6 +145,7 @@ class ConvCaps(MatrixCaps):
             places=places,
             repeats=1,
             types=types,
+            shared_transformations=shared_transformations,
             identity=identity,
             noise=noise,
             routing=routing(fields.in_caps, types, pose_dim, fields),
@@ -146,7 +158,7 @@ class ConvCaps(MatrixCaps):
 
     def votes(self, poses: Float[Tensor, "B I D"]) -> Float[Tensor, "B P K J D"]:
         """V_ij of the child at each place of each window."""
-        return window_votes(of_places(poses, self._fields()), self.weight)
+        return window_votes(of_places(poses, self._fields()), self._of_places())
 
     def unmade_votes(self, poses: Float[Tensor, "B I D"]) -> MatrixVotes:
         """V_ij that are not made yet."""
@@ -171,7 +183,7 @@ class SharedClassCaps(MatrixCaps):
             column (3 and 7 of 16); "official": to elements 0 and 1, as in the authors' code.
         coordinate_scale: per pixel.
         routing: builds the routing from (in_caps, out_caps, pose_dim).
-        pose_dim, pose, identity, noise, votes_mib: see `MatrixCaps`.
+        pose_dim, pose, shared_transformations, identity, noise, votes_mib: see `MatrixCaps`.
     Raises: ValueError: coordinates that do not exist; see `MatrixCaps`.
     """
 
@@ -189,6 +201,7 @@ class SharedClassCaps(MatrixCaps):
         routing: Callable[..., nn.Module],
         pose_dim: int,
         pose: str,
+        shared_transformations: bool,
         identity: int | float,
         noise: int | float,
         votes_mib: int | float | None,
@@ -206,6 +219,7 @@ class SharedClassCaps(MatrixCaps):
             places=in_types,
             repeats=grid.positions,
             types=classes,
+            shared_transformations=shared_transformations,
             identity=identity,
             noise=noise,
             routing=routing(in_caps, classes, pose_dim),
@@ -220,8 +234,8 @@ class SharedClassCaps(MatrixCaps):
 
     def votes(self, poses: Float[Tensor, "B I D"]) -> Float[Tensor, "B I J D"]:
         """V_ij of every child."""
-        by_position = poses.unflatten(1, (-1, self.weight.shape[0]))  # [B, P, types, D]
-        votes = window_votes(by_position, self.weight)  # a view of [B, P, J, types, D]
+        by_position = poses.unflatten(1, (-1, self.places))  # [B, P, types, D]
+        votes = window_votes(by_position, self._of_places())  # a view of [B, P, J, types, D]
         if self.coordinates is not None:
             votes = votes + self.coordinates[:, None, None]
         by_parent = votes.permute(0, 3, 1, 2, 4).flatten(2, 3)  # [B, J, I, D]
@@ -231,7 +245,7 @@ class SharedClassCaps(MatrixCaps):
         """V_ij that are not made yet."""
         offsets = self.coordinates
         if offsets is not None:
-            offsets = offsets.repeat_interleave(len(self.weight), 0)  # [I, D]
+            offsets = offsets.repeat_interleave(self.places, 0)  # [I, D]
         return MatrixVotes(poses, self.weight, self.matrices, None, offsets)
 
 

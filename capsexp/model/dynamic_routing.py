@@ -30,6 +30,7 @@ class CapsNet(nn.Module):
         primary_types, primary_dim, primary_kernel, primary_stride, primary_scale: see `PrimaryCaps`.
         padding: "valid" or "same", of both convolutions.
         class_dim: pose size of the class capsules.
+        shared_transformations: see `ClassCaps`.
         initialisation: "default", or "official", that of the authors' code.
         mask: the class to decode: "label", where a label is given, else the longest capsule; "prediction":
             always the longest; or the index of a class.
@@ -53,6 +54,7 @@ class CapsNet(nn.Module):
         primary_scale: int | float,
         padding: str,
         class_dim: int,
+        shared_transformations: bool,
         initialisation: str,
         mask: str | int,
         votes_mib: int | float | None,
@@ -87,6 +89,7 @@ class CapsNet(nn.Module):
             primary_dim,
             classes,
             class_dim,
+            shared_transformations=shared_transformations,
             routing=routing,
             votes_mib=votes_mib,
         )

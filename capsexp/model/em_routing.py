@@ -30,7 +30,7 @@ class MatrixCapsNet(nn.Module):
         padding: of the first convolution, "valid" or "same".
         primary_types: B.
         conv_types, conv_kernels, conv_strides: C, D, …; one number per layer of convolutional capsules.
-        pose_dim, pose, identity, noise, votes_mib: see `MatrixCaps`.
+        pose_dim, pose, shared_transformations, identity, noise, votes_mib: see `MatrixCaps`.
         coordinates, coordinate_scale: see `SharedClassCaps`.
         mask: see `CapsNet`; counts only with a decoder.
         routing: builds a layer's routing from (in_caps, out_caps, pose_dim[, fields]).
@@ -53,6 +53,7 @@ class MatrixCapsNet(nn.Module):
         conv_strides: Sequence[int],
         pose_dim: int,
         pose: str,
+        shared_transformations: bool,
         identity: int | float,
         noise: int | float,
         coordinates: str | None,
@@ -90,6 +91,7 @@ class MatrixCapsNet(nn.Module):
         shared: dict[str, Any] = {
             "pose_dim": pose_dim,
             "pose": pose,
+            "shared_transformations": shared_transformations,
             "identity": identity,
             "noise": noise,
             "routing": routing,

@@ -2,6 +2,7 @@
 
 NAME-FINGERPRINT/         one run each, named after its overrides, not after its number
 sweep.json  results.csv   the runs with their overrides and ends; what `capsexp compare` shows of them
+table.md                  of recipes with a paper's figure: ours beside it
 multirun.yaml             Hydra's own note of the sweep
 """
 
@@ -17,11 +18,12 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from capsexp.compare.runs import shown_status
-from capsexp.compare.tables import as_csv
+from capsexp.compare.comparison import beside_paper
+from capsexp.compare.runs import read_all, shown_status
+from capsexp.compare.tables import as_csv, markdown, print_comparison
 from capsexp.errors import Notes
 from capsexp.files import write_whole
-from capsexp.naming import job_name
+from capsexp.naming import counts, job_name
 from capsexp.run_dir import RunDir, hold
 
 COLOURS = {"finished": "green", "failed": "red", "died": "red", "running": "cyan", "interrupted": "yellow"}
@@ -103,7 +105,24 @@ class Sweep:
         for line in notes.blemishes:
             print(f"capsexp: {line}", file=sys.stderr)
         Console().print(table(jobs))
+        self._put_beside_paper(jobs)
         print(f"sweep: {self.path}\ncurves: tensorboard --logdir {self.path}")
+
+    def _put_beside_paper(self, jobs: Sequence[Job]) -> None:
+        """Print and write down the recipes with our errors beside the paper's, if they have any."""
+        paths = [self.path / job.name for job in jobs if job.status]
+        runs = read_all(paths, Notes())  # whose blemishes are told already
+        if not any(run.paper for run in runs):
+            return
+        recipes = dict.fromkeys(run.choices["experiment"] for run in runs if "experiment" in run.choices)
+        comparison = beside_paper(runs, recipes=list(recipes))
+        words = [text for text in jobs[0].overrides if all(text in job.overrides for job in jobs)]
+        changes = [text for text in words if counts(text) and not text.startswith(("experiment=", "seed="))]
+        remark = f"\nOurs with {' '.join(changes)}; the paper's figures are its own.\n" if changes else ""
+        print_comparison(comparison)
+        print(remark)
+        content = f"{markdown(comparison)}{remark}".encode()
+        write_whole(self.path / "table.md", lambda file: file.write(content))
 
     def write(self) -> None:
         """Write sweep.json."""

@@ -15,16 +15,17 @@ def em(*overrides):
     return build(node, at="routing")
 
 
-def layer_and_capsules(routing, votes_mib=None):
+def layer_and_capsules(routing, votes_mib=None, *, shared=False):
     torch.manual_seed(0)
-    layer = ClassCaps(20, 4, 3, 8, routing=routing, votes_mib=votes_mib)
+    layer = ClassCaps(20, 4, 3, 8, shared_transformations=shared, routing=routing, votes_mib=votes_mib)
     return layer, Capsules(torch.randn(32, 20, 4), torch.rand(32, 20))
 
 
 @pytest.mark.parametrize("iterations", [1, 3])
-@pytest.mark.parametrize("votes_mib", [None, 0.01])
-def test_half_of_each_class_is_active_after_it(iterations, votes_mib):
-    layer, capsules = layer_and_capsules(em(f"routing.iterations={iterations}"), votes_mib)
+@pytest.mark.parametrize(("votes_mib", "shared"), [(None, False), (0.01, False), (None, True)])
+def test_half_of_each_class_is_active_after_it(iterations, votes_mib, shared):
+    routing = em(f"routing.iterations={iterations}")
+    layer, capsules = layer_and_capsules(routing, votes_mib, shared=shared)
     layer.calibrate(capsules)
     active = (layer(capsules).activations > 0.5).float().mean(0)
     assert active.tolist() == pytest.approx([0.5] * 3, abs=0.07)

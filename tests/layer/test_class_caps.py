@@ -1,4 +1,5 @@
 import functools
+import math
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from capsexp.capsules import Capsules
 from capsexp.layer.class_caps import ClassCaps
+from capsexp.ops.squash import squash
 from capsexp.ops.votes import make_votes
 from capsexp.routing.dynamic import DynamicRouting
 from capsexp.routing.uniform import UniformRouting
@@ -18,6 +20,10 @@ def dynamic(**changes):
     return functools.partial(DynamicRouting, **{**options, "implementation": "auto", **changes})
 
 
+def class_caps(*sizes, shared=False, **options):
+    return ClassCaps(*sizes, shared_transformations=shared, **options)
+
+
 def capsules(*shape, dtype=torch.float32):
     poses = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     return Capsules(poses, poses.norm(dim=2))
@@ -27,7 +33,7 @@ def capsules(*shape, dtype=torch.float32):
 def test_a_hundred_classes_never_hold_the_votes_of_the_whole_batch(implementation, largest_tensor):
     torch.manual_seed(0)
     routing = dynamic(implementation=implementation)
-    layer = ClassCaps(128, 1, 100, 16, routing=routing, votes_mib=1)  # 0.8 MiB of votes per picture
+    layer = class_caps(128, 1, 100, 16, routing=routing, votes_mib=1)  # 0.8 MiB of votes per picture
     votes_of_the_batch = 32 * 128 * 100 * 16 * 4
     stored = []
     with largest_tensor as largest, saved_tensors_hooks(lambda t: stored.append(t.nbytes) or t, lambda t: t):
@@ -45,7 +51,7 @@ def test_pieces_give_the_same_result_and_gradients(routing):
     results = []
     for votes_mib in (1.0, 0.01):  # a piece is one picture
         torch.manual_seed(0)
-        layer = ClassCaps(30, 4, 5, 8, routing=routing, votes_mib=votes_mib).double()
+        layer = class_caps(30, 4, 5, 8, routing=routing, votes_mib=votes_mib).double()
         inputs = capsules(3, 30, 4, dtype=torch.float64)
         inputs.poses.requires_grad_()
         routed = layer(inputs)
@@ -56,7 +62,7 @@ def test_pieces_give_the_same_result_and_gradients(routing):
 
 
 def test_layer_routes_its_votes():
-    layer = ClassCaps(6, 4, 5, 8, routing=dynamic(), votes_mib=None)
+    layer = class_caps(6, 4, 5, 8, routing=dynamic(), votes_mib=None)
     inputs = capsules(3, 6, 4)
     expected = layer.routing(make_votes(inputs.poses, layer.weight), inputs.activations)
     for one, other in zip(layer(inputs), expected, strict=True):
@@ -64,7 +70,7 @@ def test_layer_routes_its_votes():
 
 
 def test_capsules_of_length_zero_give_finite_gradients():
-    layer = ClassCaps(6, 4, 5, 8, routing=dynamic(), votes_mib=None)
+    layer = class_caps(6, 4, 5, 8, routing=dynamic(), votes_mib=None)
     inputs = Capsules(torch.zeros(2, 6, 4, requires_grad=True), torch.zeros(2, 6))
     routed = layer(inputs)
     routed.activations.sum().backward()
@@ -75,7 +81,7 @@ def test_capsules_of_length_zero_give_finite_gradients():
 
 @pytest.mark.parametrize("votes_mib", [None, 0.001])
 def test_autocast_makes_and_routes_votes_in_float32(votes_mib):
-    layer = ClassCaps(6, 4, 5, 8, routing=dynamic(), votes_mib=votes_mib)
+    layer = class_caps(6, 4, 5, 8, routing=dynamic(), votes_mib=votes_mib)
     inputs = capsules(3, 6, 4, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         routed = layer(inputs)
@@ -88,12 +94,53 @@ def test_autocast_makes_and_routes_votes_in_float32(votes_mib):
 @pytest.mark.parametrize("votes_mib", [0.0, -1.0])
 def test_a_budget_without_room_is_refused(votes_mib):
     with pytest.raises(ValueError, match=f"votes_mib must be > 0 or null, got {votes_mib}"):
-        ClassCaps(6, 4, 5, 8, routing=dynamic(), votes_mib=votes_mib)
+        class_caps(6, 4, 5, 8, routing=dynamic(), votes_mib=votes_mib)
 
 
-def test_without_routing_is_the_uniform_control():
+@pytest.mark.parametrize("shared", [False, True])
+def test_without_routing_is_the_uniform_control(shared):
     torch.manual_seed(0)
-    layer = ClassCaps(5, 3, 4, 6, routing=functools.partial(UniformRouting, bias=False), votes_mib=None)
+    uniform = functools.partial(UniformRouting, bias=False)
+    layer = class_caps(5, 3, 4, 6, shared=shared, routing=uniform, votes_mib=None)
     routed, unrouted = layer(capsules(2, 5, 3)), layer.without_routing()(capsules(2, 5, 3))
     for one, other in zip(routed, unrouted, strict=True):
         torch.testing.assert_close(other, one)
+
+
+@pytest.mark.parametrize("implementation", ["fused", "reference"])
+@pytest.mark.parametrize("dim", [8, 6])  # made inside the operator, and outside
+def test_shared_transformations_are_matrices_that_are_all_the_same(implementation, dim):
+    routing = dynamic(implementation=implementation, prior="learned", bias=True)
+    one, each = (
+        class_caps(7, 4, 5, dim, shared=shared, routing=routing, votes_mib=None).double()
+        for shared in (True, False)
+    )
+    assert (one.weight.shape, each.weight.shape) == ((1, 4, 5, dim), (7, 4, 5, dim))
+    each.weight.data.copy_(one.weight.data.expand_as(each.weight))
+    inputs = capsules(3, 7, 4, dtype=torch.float64)
+    results = [layer(inputs) for layer in (one, each)]
+    for got, expected in zip(*(routed[:3] for routed in results), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+    for routed in results:
+        (routed.poses.sin().sum() + routed.coupling.square().sum()).backward()
+    summed = each.weight.grad.sum(0, keepdim=True)  # every child's share of one W_j
+    torch.testing.assert_close(one.weight.grad, summed, rtol=1e-11, atol=1e-12)
+
+
+def test_a_shared_transformation_with_uniform_coupling_sees_the_sum_of_its_children_alone():
+    layer = class_caps(6, 4, 5, 8, shared=True, routing=dynamic(iterations=1), votes_mib=None)
+    inputs = capsules(3, 6, 4)
+    total = torch.einsum("bk,kjd->bjd", inputs.poses.sum(1), layer.weight[0]) / 5
+    torch.testing.assert_close(layer(inputs).poses, squash(total))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("sizes", [(300, 8, 10, 16), (50, 4, 3, 8), (1152, 8, 50, 16)])
+def test_at_the_start_the_sums_are_as_long_as_independent_children(sizes, shared):
+    torch.manual_seed(0)
+    layer = class_caps(*sizes, shared=shared, routing=dynamic(iterations=1), votes_mib=None)
+    inputs = capsules(64, *sizes[:2])
+    lengths = layer(inputs).activations
+    sums = (lengths / (1 - lengths)).sqrt()  # squash, undone
+    rms = [one.square().mean().sqrt().item() for one in (sums, inputs.activations)]
+    assert math.log2(rms[0] / rms[1]) == pytest.approx(0, abs=0.3)

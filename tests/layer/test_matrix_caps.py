@@ -16,6 +16,7 @@ from capsexp.schedule import Saturating
 
 MIB = 2**20
 MATRICES = {"pose_dim": 16, "pose": "matrix", "identity": 1.0, "noise": 0.5, "votes_mib": None}
+MATRICES["shared_transformations"] = False
 PAPERS_GRID = Grid(4, 4, (8.0, 8.0), 4)  # that of ConvCaps2 for 32x32
 POSE = pytest.mark.parametrize("pose", ["matrix", "vector"])
 LAYERS = pytest.mark.parametrize("make", ["conv", "classes"])
@@ -393,3 +394,30 @@ def test_torch_compile_takes_the_fused_layer_as_a_whole(make):
     got = [*routed[:3], *torch.autograd.grad(loss, inputs, materialize_grads=True)]
     for one, other in zip(expected, got, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-11)
+
+
+@POSE
+@LAYERS
+@pytest.mark.parametrize("implementation", ["reference", "fused"])
+def test_shared_transformations_are_matrices_that_are_all_the_same(make, pose, implementation):
+    routing = em(implementation=implementation)
+    one, given = both(make, pose=pose, routing=routing, shared_transformations=True)
+    each, _ = both(make, pose=pose, routing=em(implementation="reference"))
+    places = 18 if make == "conv" else 2
+    assert (len(one.weight), len(each.weight)) == (1, places)
+    each.weight.data.copy_(one.weight.data.expand_as(each.weight))
+    results = [layer(given) for layer in (one, each)]
+    for got, expected in zip(*(routed[:3] for routed in results), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+    for routed in results:
+        (routed.poses.sin().sum() + routed.activations.sum() + routed.coupling.square().sum()).backward()
+    summed = each.weight.grad.sum(0, keepdim=True)  # every place's share of one W_j
+    torch.testing.assert_close(one.weight.grad, summed, rtol=1e-8, atol=1e-10)
+
+
+@LAYERS
+def test_a_layer_with_shared_transformations_starts_balanced(make):
+    layer, given = both(make, shared_transformations=True)
+    layer.calibrate(given)
+    half = (layer(given).activations > 0.5).double().mean().item()
+    assert half == pytest.approx(0.5, abs=0.07)

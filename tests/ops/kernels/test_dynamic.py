@@ -33,14 +33,28 @@ SWITCHES = [
 ]
 
 
-def layer_of(shape, *, implementation="fused", iterations=3, votes_mib=None, dtype=torch.float64, **changes):
+def layer_of(
+    shape,
+    *,
+    implementation="fused",
+    iterations=3,
+    votes_mib=None,
+    shared=False,
+    dtype=torch.float64,
+    **changes,
+):
     children, numbers, parents, dim = shape
     switches = {"prior": "zero", "bias": False, "leaky": False, "detach": False, **changes}
     routing = functools.partial(
         DynamicRouting, iterations=iterations, implementation=implementation, **switches
     )
     torch.manual_seed(0)
-    layer = ClassCaps(children, numbers, parents, dim, routing=routing, votes_mib=votes_mib)
+    layer = ClassCaps(
+        *(children, numbers, parents, dim),
+        shared_transformations=shared,
+        routing=routing,
+        votes_mib=votes_mib,
+    )
     if layer.routing.prior is not None:
         torch.nn.init.normal_(layer.routing.prior)
     return layer.to(dtype)
@@ -78,6 +92,11 @@ def assert_same(shape, **options):
 def test_values_and_gradients_are_those_of_the_plain_path(shape, iterations):
     assert layer_of(shape).routing.makes_dense_votes(layer_of(shape).weight)
     assert_same(shape, iterations=iterations)
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_shared_transformations_have_the_values_and_gradients_of_the_plain_path(switches):
+    assert_same(SHAPES[2], shared=True, votes_mib=0.01, **switches)
 
 
 @pytest.mark.parametrize("changes", SWITCHES, ids=str)

@@ -19,7 +19,7 @@ class Tally:
         self._counted = counted
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, name: str, values: Shaped[Tensor, "*E B"], *, factor: float = 1) -> None:
+    def add(self, name: str, values: Shaped[Tensor, "*E B"], *, factor: int | float = 1) -> None:
         """A number or truth value of each picture of a batch, or rows of them; times a factor."""
         # float64, on the CPU, because not every device has it.
         total = values.cpu().double().sum(-1) * factor

@@ -24,7 +24,7 @@ class Scale(NamedTuple):
     known: Bool[Tensor, " B"]
     """False for a picture of one colour, which tells no scale: its slope is NaN."""
 
-    def epsilon(self, value: float, *, given: Units, wanted: Units) -> Float64[Tensor, " B"]:
+    def epsilon(self, value: int | float, *, given: Units, wanted: Units) -> Float64[Tensor, " B"]:
         """A distance in other units, for each picture; NaN where its scale is not known."""
         factor = {"input": torch.ones_like(self.slope), "pixel": WHITE / self.slope}
         return value * factor[wanted] / factor[given]
@@ -53,7 +53,7 @@ def scale_of(batch: Batch) -> Scale:
     return Scale(slope, level - slope * middle, known)
 
 
-def ball_of(batch: Batch, scale: Scale, epsilon: float, *, units: Units, clip: bool) -> Ball:
+def ball_of(batch: Batch, scale: Scale, epsilon: int | float, *, units: Units, clip: bool) -> Ball:
     """The ball around each picture; where the scale is not known, without bounds, and empty in pixels.
 
     Args:

@@ -51,14 +51,14 @@ def test_fused_routing_has_the_references_gradient_by_the_picture(
 
     weights = started(settings())
     exact = slopes(settings(), weights, "reference", torch.float64)
+    for name, slope in slopes(settings(), weights, "fused", torch.float64).items():
+        assert (exact[name] != 0).any()
+        scale = exact[name].abs().max().item()
+        torch.testing.assert_close(slope, exact[name], rtol=1e-10, atol=1e-11 * scale)
+    if iterations == 1:
+        return  # at the start of EM routing one iteration sets no class apart: float32 has nothing to hold to
     plain = slopes(settings(), weights, "reference", torch.float32)
     fused = slopes(settings(), weights, "fused", torch.float32)
     for name, wanted in exact.items():
-        assert (wanted != 0).any()
-        scale = wanted.abs().max().item()
-        errors = [(one[name] - wanted).abs().max().item() / scale for one in (plain, fused)]
-        print(name, scale, errors)
-        assert errors[1] <= max(2 * errors[0], 1e-6)
-    if routing == "dynamic":
-        for name, slope in slopes(settings(), weights, "fused", torch.float64).items():
-            torch.testing.assert_close(slope, exact[name], rtol=1e-10, atol=1e-14)
+        allowed, got = [((one[name] - wanted).norm() / wanted.norm()).item() for one in (plain, fused)]
+        assert got <= 2 * allowed + 1e-7

@@ -151,7 +151,7 @@ class Preprocess:
             room = (images.shape[2] - height + 1, images.shape[3] - width + 1)
             crops = [torch.randint(n, (count,), generator=generator) for n in room]
             corners = margin - draws + torch.stack(crops, dim=1)
-            images = _windows(F.pad(images, [self.shift] * 4), corners, height, width)
+            images = windows(F.pad(images, [self.shift] * 4), corners, height, width)
         if self.flip:
             images = _mirror(images, torch.rand(count, generator=generator) < 0.5)
         return images
@@ -183,7 +183,7 @@ class Preprocess:
         return pixels
 
 
-def _windows(
+def windows(
     images: UInt8[Tensor, "B C H W"], corners: Int[Tensor, "B 2"], height: int, width: int
 ) -> UInt8[Tensor, "B C h w"]:
     """From each picture the window whose top left corner is given."""

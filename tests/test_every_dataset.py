@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 
+from capsexp import config
+from capsexp.build import build as build_node
 from capsexp.data import Batches, Dataset
 from capsexp.preprocess import Preprocess
 
@@ -25,17 +26,14 @@ def resolve(target):
 
 
 def node(name, *, data_root="nowhere", path="nowhere"):
-    config = OmegaConf.create({"data_root": str(data_root), "dataset": OmegaConf.load(CONF / f"{name}.yaml")})
-    if OmegaConf.is_missing(config.dataset, "path"):
-        config.dataset.path = str(path)
-    return OmegaConf.to_container(config.dataset, resolve=True, throw_on_missing=True)
+    places = [f"data_root={data_root}", *([f"dataset.path={path}"] if name == "image_folder" else [])]
+    return config.plain(config.compose("train", [f"dataset={name}", *places], config_dir=None))["dataset"]
 
 
 def build(name, **places):
-    keywords = node(name, **places)
-    preprocess = keywords.pop("preprocess")
-    assert resolve(preprocess.pop("_target_")) is Preprocess
-    return resolve(keywords.pop("_target_"))(preprocess=Preprocess(**preprocess), **keywords)
+    built = build_node(node(name, **places), at="dataset")
+    assert isinstance(built.preprocess, Preprocess)
+    return built
 
 
 def own_pictures(folder):

@@ -31,7 +31,7 @@ from capsexp.torchrun import as_one, one_of_several, processes
 
 COMMANDS = {
     "train": "train a network: capsexp train [GROUP=OPTION] [KEY=VALUE] [-m]",
-    "eval": "evaluate a trained run: capsexp eval run=DIR [part=test|validation|train] [KEY=VALUE]",
+    "eval": "evaluate a trained run: capsexp eval run=DIR [part=test|familiar|validation|train] [KEY=VALUE]",
     "predict": "classify pictures: capsexp predict run=DIR FILES… [KEY=VALUE]",
     "analyze": "study a trained run: capsexp analyze study=NAME run=DIR [limit=PICTURES] [KEY=VALUE]",
     "runs": "the runs there are: capsexp runs [DIRS] [FILTERS]",

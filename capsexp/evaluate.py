@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from capsexp import checkpoint
 from capsexp.build import Parts
 from capsexp.capsules import Batch, Output, Routed
-from capsexp.data import Batches
+from capsexp.data import Batches, Dataset, Split
 from capsexp.errors import UserError
 from capsexp.ops.entropy import coupling_entropy
 from capsexp.parallel import ALONE, Processes
@@ -165,12 +165,10 @@ def load_model(parts: Parts, path: Path, *, weights: str) -> tuple[nn.Module, St
 def evaluate_run(parts: Parts, config: Mapping[str, Any]) -> dict[str, float]:
     """`capsexp eval`: print a trained run's figures on a part of its data; evaluations.jsonl keeps them."""
     path, part = Path(config["run"]), config["part"]
-    if part not in ("test", "validation", "train"):
-        raise UserError(f"part: must be 'test', 'validation' or 'train', got {part!r}")
+    if part not in ("test", "familiar", "validation", "train"):
+        raise UserError(f"part: must be 'test', 'familiar', 'validation' or 'train', got {part!r}")
     model, step = load_model(parts, path, weights=str(config["weights"]))
-    split = (
-        parts.dataset.read("test") if part == "test" else parts.dataset.read_training()[part == "validation"]
-    )
+    split = _split(parts.dataset, part)
     if split.size == 0:
         raise UserError("part=validation: this run had no validation pictures")
     batches = parts.batches(split, limit=parts.trainer.limit_eval_batches)
@@ -184,6 +182,20 @@ def evaluate_run(parts: Parts, config: Mapping[str, Any]) -> dict[str, float]:
     with open(path / "evaluations.jsonl", "a") as file:
         file.write(json.dumps({"part": part, "step": step.number, "config": config, **values}) + "\n")
     return values
+
+
+def _split(dataset: Dataset, part: str) -> Split:
+    """The pictures of a part.
+
+    Raises:
+        UserError: there are no familiar test pictures beside the test part.
+    """
+    if part in ("train", "validation"):
+        return dataset.read_training()[part == "validation"]
+    split = dataset.read("test") if part == "test" else dataset.familiar()
+    if split is None:
+        raise UserError(f"part=familiar: {dataset.name} has no familiar test pictures beside its test part")
+    return split
 
 
 def _first_lines(error: Exception) -> str:

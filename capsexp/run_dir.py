@@ -5,7 +5,8 @@ resolved_config.yaml                 the same with every value filled in
 command.txt   env.json  dirty.patch  the command; versions, commit, machine; uncommitted changes
 status.json                          running | completed | failed | interrupted, step, total, heartbeat, best,
                                      steps_per_epoch, seconds of work, results or error,
-                                     choices (option of each config group)
+                                     choices (option of each config group),
+                                     stopped (at which accuracy, on which pictures, if one ended the training)
 metrics.jsonl   train.log   tb/      numbers in full precision; the log; TensorBoard
 figures/                             pictures: NAME.png
 checkpoints/                         see capsexp.checkpoint

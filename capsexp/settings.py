@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 # What does not change a run's results, so a resumed run may have it otherwise.
 NOT_COMPARED = ("run", "resume", "output_root", "data_root", "plugins", "device", "paper")
+ROOTS = ("dataset.root", "dataset.source.root")
 
 
 class Published(NamedTuple):
@@ -62,5 +63,5 @@ def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
     for key, value in node.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
-        elif f"{prefix}{key}" != "dataset.root":
+        elif f"{prefix}{key}" not in ROOTS:
             yield f"{prefix}{key}", value

@@ -1,6 +1,6 @@
 """What a resumed run has to get back."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ class State:
         self.recorded = 0  # bytes of metrics.jsonl
         self.best_accuracy = -1.0
         self.best_step: int | None = None
+        self.stopped: dict[str, Any] | None = None
+        """Where an accuracy ended the training: `on` which pictures, `accuracy`, `step`."""
 
     @property
     def best(self) -> dict[str, int | float] | None:
@@ -30,13 +32,24 @@ class State:
         if accuracy > self.best_accuracy:
             self.best_accuracy, self.best_step = accuracy, self.step
 
+    def note_stop(self, stopped: dict[str, Any], figures: Mapping[str, float]) -> None:
+        """Remember that training ends here, which makes these weights the best, whatever came before."""
+        self.stopped = stopped
+        if "validation/accuracy" in figures:
+            self.best_accuracy, self.best_step = figures["validation/accuracy"], self.step
+
+    @property
+    def chosen_step(self) -> int | None:
+        """The step of the weights that `best.pt` and the test are to have; None for the last."""
+        return self.best_step if self.stopped is None else self.stopped["step"]
+
     def captured(self, randoms: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The state as plain values and tensors.
 
         Args:
             randoms: `random_state` of every process of the run, by rank.
         """
-        numbers = ("step", "epoch", "batch", "recorded", "best_accuracy", "best_step")
+        numbers = ("step", "epoch", "batch", "recorded", "best_accuracy", "best_step", "stopped")
         return {
             **{name: getattr(self, name) for name in numbers},
             "model": self.model.state_dict(),
@@ -55,6 +68,7 @@ class State:
         self.optimizer.load_state_dict(saved["optimizer"])
         for name in ("step", "epoch", "batch", "recorded", "best_accuracy", "best_step"):
             setattr(self, name, saved[name])
+        self.stopped = saved.get("stopped")  # older checkpoints have none
         if rank < processes_of(saved):
             _restore_random(saved if rank == 0 else saved["random_others"][rank - 1])
 

@@ -14,8 +14,9 @@ from capsexp import checkpoint
 from capsexp.build import Parts
 from capsexp.capsules import Batch
 from capsexp.data import Batches, Split, derive_seed
-from capsexp.errors import RunStopped, is_interruption
+from capsexp.errors import RunStopped, UserError, is_interruption
 from capsexp.evaluate import evaluate, inference
+from capsexp.familiar import ending, familiar_batches, remarks_on
 from capsexp.gradients import gradient_norm, gradients
 from capsexp.parallel import ALONE, Processes
 from capsexp.profiler import profiler
@@ -54,6 +55,10 @@ def train(
 
     # Data
     training, validation = _read_splits(parts)
+    familiar = familiar_batches(parts)
+    looked_at = {"validation": validation, "familiar": familiar}
+    if settings.stop_accuracy is not None and looked_at[settings.stop_on] is None:
+        raise UserError("trainer.stop_accuracy: this run has no validation pictures to reach it on")
     total = settings.total_steps(len(training))
 
     # Network, optimiser
@@ -73,6 +78,8 @@ def train(
         torch.manual_seed(derive_seed(parts.seed, saved["step"] if saved else 0, processes.rank, "process"))
     if saved is not None:
         state.restore(saved, rank=processes.rank)
+    if state.stopped is not None and not settings.ends_at(state.stopped):  # resume=force, with other settings
+        state.stopped = None
     run.start(step=state.step, total=total, steps_per_epoch=len(training), best=state.best)
     run.write_environment(f"{device}{processes}")
     beginning: dict[str, Any] = {"start_step": state.step, "length": state.recorded, "settings": config}
@@ -87,9 +94,9 @@ def train(
         if not processes.lead:
             return
         checkpoint.save(run.checkpoints, state.captured(randoms), step=state.step)
-        if state.best_step is not None:
-            checkpoint.point(run.checkpoints, "best", state.best_step)
-        keep = [] if state.best_step is None else [state.best_step]
+        if state.chosen_step is not None:
+            checkpoint.point(run.checkpoints, "best", state.chosen_step)
+        keep = [] if state.chosen_step is None else [state.chosen_step]
         checkpoint.prune(run.checkpoints, keep_last=2, keep_steps=keep, keep_every=settings.keep_every)
 
     def stop_if_asked() -> None:
@@ -113,11 +120,11 @@ def train(
             change = f"was {processes_of(saved)}, is {processes.size}"
             reporter.say(f"number of processes: {change}; the run goes on, but not bit for bit")
         reporter.say(_introduction(model, training, validation, Step(state.step, total)))
-        for remark in parts.dataset.remarks():
+        for remark in [*parts.dataset.remarks(), *remarks_on(familiar)]:
             reporter.say(remark)
         if validation is not None:
             _show_reconstructions(record, model, validation, state.step)
-        while state.step < total or state.batch > 0:
+        while state.stopped is None and (state.step < total or state.batch > 0):
             for batch in _training_batches(training, state.epoch, state.batch, settings.overfit):
                 if state.step >= total:
                     break
@@ -153,13 +160,20 @@ def train(
             # End of an epoch
             ended = state.epoch + 1
             last = state.step >= total
-            if validation is not None and (ended % settings.validate_every == 0 or last):
-                values = mean_figures(validation, "validation")
+            if any(looked_at.values()) and (ended % settings.validate_every == 0 or last):
+                values = {} if validation is None else mean_figures(validation, "validation")
+                if familiar is not None:
+                    values["familiar/accuracy"] = mean_figures(familiar, "familiar")["familiar/accuracy"]
                 record.metrics(state.step, values, epoch=ended)
-                state.note_validation(values["validation/accuracy"])
+                if validation is not None:
+                    state.note_validation(values["validation/accuracy"])
+                # One process decides: if only some of them stopped, the others would wait for ever.
+                stopped = processes.from_lead(functools.partial(settings.stop, values, state.step))
+                if stopped is not None:
+                    state.note_stop(stopped, values)
                 run.say("running", step=state.step, best=state.best)
                 reporter.say(f"epoch {ended}: {_sentence(values)}")
-                if ended % settings.images_every == 0 or last:
+                if validation is not None and (ended % settings.images_every == 0 or last or stopped):
                     _show_reconstructions(record, model, validation, state.step)
             state.epoch, state.batch = state.epoch + 1, 0
             save()
@@ -167,16 +181,20 @@ def train(
         # The test set is read here, once, and chooses nothing.
         testing = True
         results = {"validation/best_accuracy": state.best_accuracy} if state.best_step is not None else {}
+        if settings.stop_accuracy is not None:
+            reporter.say(ending(settings, state.stopped, total))
         if settings.test != "none":
-            if settings.test == "best" and state.best_step is not None:
+            if settings.test == "best" and state.chosen_step is not None:
                 state.restore_weights(
                     processes.from_lead(lambda: checkpoint.load(run.checkpoints / "best.pt"))
                 )
+            if familiar is not None:
+                results["familiar/accuracy"] = mean_figures(familiar, "familiar")["familiar/accuracy"]
             test = parts.batches(parts.dataset.read("test"), limit=settings.limit_eval_batches)
             results |= mean_figures(test, "test")
             reporter.say(f"test set, {test.visited} pictures: {_sentence(results)}")
         record.metrics(state.step, results, epoch=state.epoch)
-        run.say("completed", step=state.step, results=results, exit_code=0)
+        run.say("completed", step=state.step, results=results, stopped=state.stopped, exit_code=0)
     return results
 
 

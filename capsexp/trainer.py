@@ -1,10 +1,14 @@
 """Settings of the training loop."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 
 from capsexp.errors import require_at_least_1
+
+ROUNDING = 1e-6
+"""How far the mean of float32 accuracies may be from a share of whole pictures."""
 
 
 class Trainer:
@@ -29,6 +33,8 @@ class Trainer:
         limit_eval_batches: int | None,
         overfit: bool,
         validate_every: int,
+        stop_accuracy: int | float | None,
+        stop_on: Literal["validation", "familiar"],
         log_every: int,
         images_every: int,
         save_every: int,
@@ -53,6 +59,8 @@ class Trainer:
             raise ValueError(f"grad_clip must be > 0, got {grad_clip}")
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise ValueError(f"ema_decay must be in (0, 1), got {ema_decay}")
+        if stop_accuracy is not None and not 0 < stop_accuracy <= 1:
+            raise ValueError(f"stop_accuracy must be in (0, 1], got {stop_accuracy}")
         if accumulate > batch_size:
             raise ValueError(f"accumulate must be <= batch_size ({batch_size}), got {accumulate}")
         self.max_epochs, self.max_steps, self.batch_size = max_epochs, max_steps, batch_size
@@ -62,8 +70,22 @@ class Trainer:
         self.limit_train_batches, self.limit_eval_batches = limit_train_batches, limit_eval_batches
         self.validate_every, self.log_every, self.images_every = validate_every, log_every, images_every
         self.save_every, self.keep_every = save_every, keep_every
+        self.stop_accuracy, self.stop_on = stop_accuracy, stop_on
 
     def total_steps(self, batches_per_epoch: int) -> int:
         """Optimiser steps of the whole run."""
         steps = self.max_epochs * batches_per_epoch
         return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def stop(self, figures: Mapping[str, float], step: int) -> dict[str, Any] | None:
+        """Where training ends if these figures of a validation round end it; otherwise None."""
+        if self.stop_accuracy is None:
+            return None
+        found = {"on": self.stop_on, "accuracy": figures[f"{self.stop_on}/accuracy"], "step": step}
+        return found if self.ends_at(found) else None
+
+    def ends_at(self, found: Mapping[str, Any]) -> bool:
+        """Whether training ends at what `stop` told, maybe under other settings."""
+        if self.stop_accuracy is None or found["on"] != self.stop_on:
+            return False
+        return bool(found["accuracy"] >= self.stop_accuracy - ROUNDING)

@@ -98,10 +98,16 @@ def test_autocast_is_off_for_float32():
 def test_a_part_that_does_not_exist_or_is_empty_is_refused(tmp_path, train_tiny, tiny_parts):
     train_tiny(tmp_path, "dataset.validation=0", "trainer.max_steps=2", "trainer.test=none")
     told = {"run": str(tmp_path), "weights": "last"}
-    with pytest.raises(UserError, match="part: must be 'test', 'validation' or 'train', got 'all'"):
+    with pytest.raises(
+        UserError, match="part: must be 'test', 'familiar', 'validation' or 'train', got 'all'"
+    ):
         evaluate_run(tiny_parts("dataset.validation=0"), {**told, "part": "all"})
     with pytest.raises(UserError, match="this run had no validation pictures"):
         evaluate_run(tiny_parts("dataset.validation=0"), {**told, "part": "validation"})
+    with pytest.raises(
+        UserError, match="part=familiar: digits has no familiar test pictures beside its test"
+    ):
+        evaluate_run(tiny_parts(), {**told, "part": "familiar"})
 
 
 def test_weights_of_another_network_are_refused(tmp_path, train_tiny, tiny_parts):

@@ -13,6 +13,7 @@ from PIL import Image
 from capsexp.build import build as build_node
 from capsexp.config import compose, plain
 from capsexp.data import Dataset
+from capsexp.preprocess import Preprocess
 
 CONF = Path(__file__).parents[1] / "conf/dataset"
 CONFIGS = sorted(CONF.rglob("*.yaml"))
@@ -31,7 +32,9 @@ def node(name, *, data_root="nowhere", path="nowhere"):
 
 
 def build(name, **places):
-    return build_node(node(name, **places), at="dataset")
+    built = build_node(node(name, **places), at="dataset")
+    assert isinstance(built.preprocess, Preprocess)
+    return built
 
 
 def own_pictures(folder):

@@ -86,6 +86,23 @@ def test_baseline_has_the_papers_number_of_parameters():
     assert count(network("model=cnn_multimnist", image_shape=(1, 36, 36))) == 24_563_978
 
 
+# Section 5.2, affNIST: the networks with their datasets, as the recipes have them.
+@pytest.mark.parametrize(
+    ("experiment", "overrides", "expected"),
+    [
+        ("sabour2017_affnist", [], 13_475_808 - 160),
+        ("sabour2017_affnist", [NO_DECODER], 11_228_064 - 160),
+        ("sabour2017_affnist_baseline", [], 13_460_762),
+        ("sabour2017_mnist_affine", [], 13_475_808 - 160),
+        ("sabour2017_mnist_affine_baseline", [], 13_460_762),
+        ("sabour2017_mnist_affine_laptop", [], 2_276_480),
+        ("sabour2017_mnist_affine_laptop_baseline", [], 2_279_594),
+    ],
+)
+def test_networks_for_affnist_are_of_the_papers_size_and_of_one_size(experiment, overrides, expected):
+    assert count(network(f"experiment={experiment}", *overrides, image_shape=(1, 40, 40))) == expected
+
+
 # Hinton, Sabour, Frosst 2018: 68K and 310K (section 4), with smallNORB's two cameras and primary capsules
 # without biases.
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from capsexp.compare.comparison import Spread, compare, spread, told_apart
+from capsexp.compare.comparison import Spread, beside_paper, compare, spread, told_apart
 from capsexp.compare.runs import find_all, read_all
 from capsexp.errors import Notes
 
@@ -183,3 +183,76 @@ def test_no_runs_are_an_empty_table(notes):
     found = compare([], notes, show=["x/y"], sort_by="z", group_by=["w"])
     assert found.rows == []
     assert notes == Notes()
+
+
+# Ours beside a paper's
+
+
+PAPER = {"error": 0.25, "sd": 0.005}
+
+
+@pytest.fixture
+def table(write_run, tmp_path, notes):
+    """Two recipes of two seeds each, the better one second, and a control that no paper has."""
+    for name, paper, tests in (
+        ("worse", PAPER, (0.90, 0.94)),
+        ("better", {"error": 9.7}, (0.99, 0.97)),
+        ("control", None, (0.5,)),
+    ):
+        for seed, test in enumerate(tests):
+            settings = {"seed": seed, "routing.iterations": len(name), "paper": paper}
+            told = {"choices": {"experiment": name}, "total": 40, "steps_per_epoch": 20}
+            write_run(f"{name}-{seed}", settings, validation=[0.5], test=test, **told)
+    return read_all(find_all([tmp_path], notes), notes)
+
+
+def test_errors_stand_beside_the_papers_in_the_same_unit_and_in_the_order_of_the_table(table, notes):
+    found = beside_paper(table, recipes=["worse", "better", "control"])
+    titles = [one.title for one in found.columns]
+    assert titles == [
+        *("recipe", "test error, %", "paper, %", "steps", "of", "epochs", "time", "status", "run")
+    ]
+    assert column(found, "experiment") == ["worse", "better", "control"]
+    assert [(one.mean, one.n) for one in column(found, "test/error")] == [
+        (pytest.approx(error), n) for error, n in ((8, 2), (2, 2), (50, 1))
+    ]
+    assert column(found, "test/error")[0].sd == pytest.approx(np.std([10, 6], ddof=1))
+    assert column(found, "paper/error") == [Spread(0.25, 0.005, None), Spread(9.7, None, None), None]
+    assert column(found, "epochs")[0].mean == 30 / 20
+    assert column(found, "total")[0].mean == 40
+
+
+def test_settings_that_differ_within_a_recipe_make_rows_of_their_own(table, write_run, notes, tmp_path):
+    more = {"routing.iterations": 6, "paper": PAPER, "loss.present": 0.8}
+    write_run("better-longer", more, choices={"experiment": "better"}, test=0.99)
+    runs = read_all(find_all([tmp_path], notes), notes)
+    found = beside_paper(runs, recipes=["worse", "better", "control"])
+    assert [(row.cells["experiment"], row.cells.get("loss.present")) for row in found.rows] == [
+        *(("worse", None), ("better", None), ("better", 0.8), ("control", None))
+    ]
+
+
+def test_the_papers_figure_is_in_every_table_of_runs_that_have_one_and_tells_no_runs_apart(table, notes):
+    found = compare(table, notes)
+    titles = [one.title for one in found.columns]
+    assert titles == [
+        *("experiment", "iterations", "seed", "validation", "test", "test error, %", "paper, %"),
+        *("steps", "of", "epochs", "time", "status", "run"),
+    ]
+    assert column(compare(table, notes, sort_by="test/error"), "test/error")[0] == pytest.approx(1)
+    assert column(compare(table, notes, sort_by="paper, %"), "paper/error")[0].mean == 0.25
+    means = compare(table, notes, group_by=["seed", "experiment", "iterations"])
+    assert (len(means.rows), means.rows[0].cells.get("paper/error")) == (1, None)  # the paper's own differ
+    assert notes == Notes()
+
+
+def test_without_a_papers_figure_nothing_is_said_of_papers(sweep, notes):
+    assert not {"test/error", "paper/error"} & {one.name for one in compare(sweep, notes).columns}
+    assert "epochs" not in {one.name for one in compare(sweep, notes).columns}
+
+
+def test_a_damaged_figure_is_named_and_the_rest_is_shown(write_run, notes, tmp_path):
+    write_run("a", {"paper": {"error": "low"}}, test=0.5)
+    (run,) = read_all(find_all([tmp_path], notes), notes)
+    assert (run.paper, run.test) == (None, 0.5)
+    assert "paper must be null or {error: PERCENT" in notes.blemishes[0]

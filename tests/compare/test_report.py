@@ -302,3 +302,11 @@ def test_a_link_opens_the_run(runs, page, browse):
     dumped = browse(with_script(text, 'document.querySelector("tbody a").click();'))
     opened = re.findall(r'<details class="run sheet" open="">', dumped)
     assert len(opened) == 1
+
+
+def test_a_papers_figure_has_a_cell_that_is_sorted_as_a_number(write_run, page, notes, tmp_path):
+    write_run("a", {"paper": {"error": 9.7, "sd": None}}, test=0.9)
+    write_run("b", {"paper": {"error": 10, "sd": 0.5}}, test=0.8)
+    text = page(read_all(find_all([tmp_path], notes), notes))
+    assert '<td class="number" data-value="9.7" data-kind="number">9.7</td>' in text
+    assert '<td class="number" data-value="10.0" data-kind="number">10 ± 0.5</td>' in text

@@ -187,3 +187,24 @@ def test_absolute_and_relative_directories_share_none(write_run, notes, tmp_path
     monkeypatch.chdir(tmp_path)
     print_table([tmp_path / "a", tables.Path("b")], notes)
     assert capsys.readouterr().out.endswith("2 runs in .\n")
+
+
+def test_a_papers_figure_is_written_in_every_form(write_run, notes, capsys, tmp_path):
+    paper = {"error": 0.25, "sd": 0.005}
+    for seed, test in enumerate((0.9888, 0.9871)):
+        told = {"choices": {"experiment": "mine"}, "steps_per_epoch": 430}
+        write_run(f"sweep/{seed}", {"seed": seed, "paper": paper}, test=test, **told)
+    found = read_all(find_all([tmp_path], notes), notes)
+    grouped = compare(found, notes, group_by=["seed"])
+    print_comparison(grouped)
+    head, _, row, _ = capsys.readouterr().out.splitlines()
+    assert re.search(r" test error, % \(n\) +paper, % +steps \(n\) +of \(n\) +epochs \(n\) ", head)
+    assert re.search(r" 1\.21 ± 0\.120 \(2\) +0\.25 ± 0\.005 +30 ± 0 \(2\) ", row)
+    assert "| 1.21 ± 0.120 (2) | 0.25 ± 0.005 | 30 ± 0 (2) | 30 ± 0 (2) | 0.07 ± 0 (2) |" in markdown(grouped)
+    (record,) = json.loads(json_text(grouped))
+    assert (record["paper/error.mean"], record["paper/error.sd"]) == (0.25, 0.005)
+    assert record["test/error.mean"] == pytest.approx(1.205)
+    assert "paper/error.n" not in record
+    rows = list(csv.DictReader(io.StringIO(csv_text(compare(found, notes)))))
+    assert sorted(float(row["test/error"]) for row in rows) == pytest.approx([1.12, 1.29])
+    assert {(row["paper/error.mean"], row["paper/error.sd"]) for row in rows} == {("0.25", "0.005")}

@@ -115,3 +115,36 @@ def test_a_short_table_shows_first_what_is_at_work_or_failed(sweep):
     assert [seed for seed in range(8) if f"seed={seed}" in text] == [0, 6, 7]
     assert "8 jobs: 6 finished, 1 running, 1 failed" in text
     assert "8 jobs: 6 finished, 1 died, 1 failed" in shown(sweep, rows=3)
+
+
+def test_recipes_end_beside_their_papers_figure(write_run, tmp_path, capsys):
+    sweep, words = Sweep(tmp_path), ["dataset=digits", "device=cpu", "trainer.max_steps=30"]
+    for name, seed, test in (("b", 0, 0.9), ("b", 1, 0.94), ("a", 0, 0.99)):
+        overrides = [f"experiment={name}", f"seed={seed}", *words]
+        path = sweep.ask(overrides).path
+        told = {"choices": {"experiment": name}, "steps_per_epoch": 20, "test": test}
+        paper = {"error": 0.25, "sd": 0.005} if name == "b" else None
+        write_run(path.name, {"seed": seed, "paper": paper}, **told)
+    sweep.ask(["experiment=a", "seed=1", *words])  # waits
+    sweep.finish()
+    lines = capsys.readouterr().out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.split()[:1] == ["recipe"])
+    cells = [re.split(r"\s{2,}", line.strip()) for line in lines[start + 2 : start + 4]]
+    dash = "–"  # noqa: RUF001
+    assert [row[:6] for row in cells] == [
+        ["b", "8.00 ± 2.83 (2)", "0.25 ± 0.005", "30 ± 0 (2)", "30 ± 0 (2)", "1.5 ± 0 (2)"],
+        ["a", "1.00 (1)", dash, "30 (1)", "30 (1)", "1.5 (1)"],
+    ]
+    remark = "Ours with dataset=digits trainer.max_steps=30; the paper's figures are its own."
+    assert remark in lines
+    written = (tmp_path / "table.md").read_text()
+    assert "| b | 8.00 ± 2.83 (2) | 0.25 ± 0.005 |" in written
+    assert written.endswith(f"|\n\n{remark}\n")
+
+
+def test_without_a_papers_figure_a_sweep_has_no_such_table(write_run, tmp_path, capsys):
+    sweep = Sweep(tmp_path)
+    write_run(sweep.ask(["experiment=a"]).path.name, choices={"experiment": "a"}, test=0.9)
+    sweep.finish()
+    assert "recipe" not in capsys.readouterr().out
+    assert not (tmp_path / "table.md").exists()

@@ -28,7 +28,8 @@ ALL_STATUSES = ["STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING", "STATUS_UN
 
 def start(home, *words):
     """`capsexp train -m` in a process of its own, whose lines can be read as they come."""
-    variables = {"CAPSEXP_OUTPUTS": "outputs", "COLUMNS": "250", "PYTHONPATH": str(Path(__file__).parents[1])}
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {"CAPSEXP_OUTPUTS": "outputs", "COLUMNS": "250", "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.Popen(
         [sys.executable, "-m", "capsexp", "train", "-m", *words],
         cwd=home,
@@ -228,6 +229,45 @@ def test_settings_asked_for_twice_are_one_job_and_the_second_start_of_a_run_is_t
             time.sleep(0.01)
     assert run_dir.status() == {}
     assert job.ending().startswith("a=1: None: exit code 1: it said nothing; see ")
+
+
+@pytest.mark.slow
+def test_a_table_of_recipes_is_one_command_and_ends_beside_the_papers_figures(tmp_path, tiny_overrides):
+    recipes = tmp_path / "own" / "experiment"
+    recipes.mkdir(parents=True)
+    for name, text in {
+        "first": "defaults: [quickstart]\npaper: {error: 9.5, sd: 0.25}",
+        "second": "defaults: [quickstart, override /routing: uniform]\npaper: null",
+        "both": "table: [first, second]",
+    }.items():
+        (recipes / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n")
+    words = [
+        "-cd",
+        "own",
+        "experiment=both",
+        "hydra.launcher.n_jobs=2",
+        *tiny_overrides,
+        "trainer.max_epochs=1",
+    ]
+    told = run(tmp_path, *words)
+    assert told.code == 0, told.said
+    (folder,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    assert re.fullmatch(r"both-[0-9a-f]{8}", folder.name)
+    assert json.loads((folder / "sweep.json").read_text())["command"].startswith("capsexp train -m -cd own ")
+    head, _, first, second = (folder / "table.md").read_text().splitlines()[:4]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (head, first, second)]
+    assert [row[0] for row in cells] == ["recipe", "first", "second"]
+    assert [row[2] for row in cells] == ["paper, %", "9.5 ± 0.25", "–"]  # noqa: RUF001
+    assert [row[3] for row in cells] == ["steps (n)", "5 (1)", "5 (1)"]
+    assert "9.5 ± 0.25" in told.said.partition("└")[2]
+    with open(folder / "results.csv", newline="") as file:
+        assert {row["experiment"]: row["paper/error.mean"] for row in csv.DictReader(file)} == {
+            "first": "9.5",
+            "second": "",
+        }
+    (recipes / "first.yaml").write_text("# @package _global_\ndefaults: [quickstart]\npaper: {error: 9}\n")
+    again = run(tmp_path, *words)
+    assert again.said.count(": finished before") == 2, again.said
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,8 @@ def _rows(name: str) -> list[str]:
     loader = GlobalHydra.instance().config_loader()
     assert isinstance(loader, ConfigLoaderImpl)
     found = loader.repository.load_config(f"experiment/{name}")
-    return [] if found is None else [str(row) for row in found.config.get("table") or []]
+    node = None if found is None else found.config
+    return [str(row) for row in node.get("table") or []] if isinstance(node, DictConfig) else []
 
 
 def _of_rows(line: str, having: Sequence[str], rows: Sequence[str]) -> str:

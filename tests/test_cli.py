@@ -160,6 +160,8 @@ def test_a_users_own_folder_adds_a_model_and_a_root(capsexp, no_runs, tmp_path):
         ),
         ("capsexp train routing.it", {"routing.iterations="}),
         ("capsexp train -m experiment=quick", {"experiment=quickstart"}),
+        ("capsexp train -m experiment=sabour2017_t", {"experiment=sabour2017_table1"}),
+        ("capsexp train -m experiment=sabour2017_table1 trainer.max_s", {"trainer.max_steps="}),
         ("capsexp bench device=c", {"device=cpu", "device=cuda"}),
     ],
 )
@@ -205,6 +207,16 @@ def test_completion_of_a_groups_keys_and_of_all_experiments(capsexp):
         (
             ["train", "--experimental-rerun", "x.pickle"],
             ["--experimental-rerun is switched off: it loads a pickle; use run=DIR"],
+        ),
+        *(
+            (
+                [*words, "experiment=sabour2017_table1"],
+                [
+                    "experiment=sabour2017_table1 is a table of 8 recipes: `capsexp train -m` trains them "
+                    "all, experiment=sabour2017_mnist_baseline is the first of them"
+                ],
+            )
+            for words in (["train"], ["train", "--cfg", "job"], ["bench"])
         ),
         (["train", "-m", "--cfg", "job"], ["--cfg and --info show one run: leave -m out"]),
         (

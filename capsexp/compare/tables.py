@@ -143,8 +143,10 @@ def figure(value: int | float, column: Column) -> str:
         return f"{round(value, 2):g}"
     if column.name in ("steps", TOTAL.name):
         return f"{value:.0f}"
-    if column in (ERROR, PAPER):
-        return f"{value:.3g}"
+    if column == ERROR:
+        return f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+    if column == PAPER:
+        return f"{value:g}"  # as it is printed there
     return f"{value:.4f}" if column.name.endswith("accuracy") else f"{value:.4g}"
 
 
@@ -197,8 +199,8 @@ def _fields(comparison: Comparison) -> list[tuple[str, str]]:
     """Full and short name of each field of machine-readable forms; three for a mean, two for a paper's."""
     found = []
     for column in comparison.columns:
-        parts = ("mean", "sd", "n") if comparison.grouped_by else ()
-        parts = ("mean", "sd") if column == PAPER else parts
+        parts = ["mean", "sd", "n"] if comparison.grouped_by else []
+        parts = ["mean", "sd"] if column == PAPER else parts
         if column.is_figure and parts:
             found += [(f"{column.name}.{part}", f"{column.title} {part}") for part in parts]
         else:

@@ -132,13 +132,13 @@ def test_recipes_end_beside_their_papers_figure(write_run, tmp_path, capsys):
     cells = [re.split(r"\s{2,}", line.strip()) for line in lines[start + 2 : start + 4]]
     dash = "–"  # noqa: RUF001
     assert [row[:6] for row in cells] == [
-        ["b", "8 ± 2.83 (2)", "0.25 ± 0.005", "30 ± 0 (2)", "30 ± 0 (2)", "1.5 ± 0 (2)"],
-        ["a", "1 (1)", dash, "30 (1)", "30 (1)", "1.5 (1)"],
+        ["b", "8.00 ± 2.83 (2)", "0.25 ± 0.005", "30 ± 0 (2)", "30 ± 0 (2)", "1.5 ± 0 (2)"],
+        ["a", "1.00 (1)", dash, "30 (1)", "30 (1)", "1.5 (1)"],
     ]
     remark = "Ours with dataset=digits trainer.max_steps=30; the paper's figures are its own."
     assert remark in lines
     written = (tmp_path / "table.md").read_text()
-    assert "| b | 8 ± 2.83 (2) | 0.25 ± 0.005 |" in written
+    assert "| b | 8.00 ± 2.83 (2) | 0.25 ± 0.005 |" in written
     assert written.endswith(f"|\n\n{remark}\n")
 
 

@@ -28,7 +28,8 @@ ALL_STATUSES = ["STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING", "STATUS_UN
 
 def start(home, *words):
     """`capsexp train -m` in a process of its own, whose lines can be read as they come."""
-    variables = {"CAPSEXP_OUTPUTS": "outputs", "COLUMNS": "250", "PYTHONPATH": str(Path(__file__).parents[1])}
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {"CAPSEXP_OUTPUTS": "outputs", "COLUMNS": "250", "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.Popen(
         [sys.executable, "-m", "capsexp", "train", "-m", *words],
         cwd=home,

@@ -8,12 +8,13 @@ from capsexp.settings import NOT_COMPARED, comparable, differences, fingerprint,
 
 def test_settings_have_dotted_keys_and_leave_out_what_changes_no_result():
     config = dict.fromkeys(NOT_COMPARED, "x") | {"seed": 1, "model": {"sizes": [1, 2], "decoder": None}}
-    config["dataset"] = {"root": "/data", "name": "digits"}
+    config["dataset"] = {"root": "/data", "name": "digits", "source": {"root": "/data", "validation": 5}}
     assert comparable(config) == {
         "seed": 1,
         "model.sizes": [1, 2],
         "model.decoder": None,
         "dataset.name": "digits",
+        "dataset.source.validation": 5,
     }
 
 

@@ -276,8 +276,8 @@ def test_a_shipped_option_cannot_be_shadowed(own):
         ("routing=null", "routing=null: no such option; there is dynamic, em, uniform"),
         (
             "model=3",
-            "model=3: no such option; there is cnn_hinton, cnn_multimnist, cnn_sabour, dynamic_routing, "
-            "dynamic_routing_small, em_routing, em_routing_310k",
+            "model=3: no such option; there is cnn_affnist, cnn_hinton, cnn_multimnist, cnn_sabour, "
+            "dynamic_routing, dynamic_routing_small, em_routing, em_routing_310k",
         ),
         ("seed", "cannot read 'seed': missing EQUAL at '<EOF>'; an override reads KEY=VALUE"),
         ("=3", "cannot read '=3': no key; an override reads KEY=VALUE"),

@@ -16,7 +16,7 @@ from capsexp.evaluate import load_model
 
 STUDIES = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "study").glob("*.yaml"))
 
-NEEDS = {"overlap": ("dataset=multimnist", "dataset@dataset.source=digits", "trainer.max_epochs=3")}
+NEEDS = {"overlap": ("dataset=multimnist", "dataset@dataset.source=digits", "trainer.max_epochs=1")}
 """Overrides for the training of the run that a study needs, if that of the others will not do."""
 
 

@@ -18,7 +18,7 @@ OF_OTHER_DATA = {"viewpoints"}  # tested on stand-ins for those data
 FILES = (Path(__file__).parents[1] / "conf" / "study").glob("*.yaml")
 STUDIES = sorted({path.stem for path in FILES} - OF_OTHER_DATA)
 
-NEEDS = {"overlap": ("dataset=multimnist", "dataset@dataset.source=digits", "trainer.max_epochs=3")}
+NEEDS = {"overlap": ("dataset=multimnist", "dataset@dataset.source=digits", "trainer.max_epochs=1")}
 """Overrides for the training of the run that a study needs, if that of the others will not do."""
 
 

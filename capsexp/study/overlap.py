@@ -157,7 +157,7 @@ def _drawn(shown: list[Column]) -> Any:
     height, width = shown[0].picture.shape[1:]
     inputs = [one.picture.expand(3, -1, -1) for one in shown]
     made = [torch.cat([*one.reconstructions, torch.zeros_like(one.picture)]) for one in shown]
-    figure = Figure(figsize=(max(5, 0.95 * len(shown)), 2.9), layout="constrained")
+    figure = Figure(figsize=(max(5, 0.95 * len(shown)), 2.6), layout="constrained")
     plot = figure.add_subplot()
     plot.imshow(visible(make_grid(torch.stack(inputs + made), nrow=len(shown), padding=1, pad_value=0.5)))
     titles = [f"{one.mark}:{tuple(one.decoded)}\nL:{tuple(one.labels)}" for one in shown]

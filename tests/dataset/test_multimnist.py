@@ -13,7 +13,9 @@ from capsexp.dataset.digits import Digits
 from capsexp.errors import RunStopped, UserError
 from capsexp.evaluate import evaluate, evaluate_run, load_model
 from capsexp.gradients import gradients
+from capsexp.measure import random_batches
 from capsexp.pairs import Pairs
+from capsexp.parallel import Processes
 from capsexp.predict import predict
 from capsexp.run_dir import RunDir
 from capsexp.schedule import Step
@@ -179,6 +181,37 @@ def test_the_parts_of_an_accumulated_batch_add_up(tiny_parts):
         batch = next(parts.batches(parts.dataset.read("train"), limit=1, training=True).training(0))
         values.append(gradients(parts.new_model(), parts.loss, batch, Step(0, 1), parts.trainer))
     assert values[1] == pytest.approx(values[0], rel=1e-4)
+
+
+def test_processes_share_a_batch_of_pairs(tiny_parts):
+    parts = tiny_parts(*SMALL)
+    batch = next(parts.batches(parts.dataset.read("test"), limit=1).in_order())
+    slices, shares = zip(*(Processes(rank, 3).slice_of(batch) for rank in range(3)), strict=True)
+    assert sum(shares) == pytest.approx(1)
+    assert all(map(torch.equal, joined(slices), batch))
+
+
+def test_a_measurement_takes_random_pairs(tiny_parts):
+    batch = next(random_batches(tiny_parts(*SMALL)).training(0))
+    assert (batch.images.shape, batch.labels.shape) == ((100, 1, 12, 12), (100, 2))
+    assert batch.pixels.shape == (100, 2, 1, 12, 12)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "em_routing",
+        "cnn_multimnist model.conv_channels=[4,4] model.hidden=[8] loss=sigmoid_cross_entropy",
+    ],
+)
+def test_every_kind_of_network_learns_from_pairs(model, em_config):
+    name, *words = model.split()
+    shallow = ["model.conv_types=[4]", "model.conv_kernels=[2]", "model.conv_strides=[1]", "loss=margin"]
+    words = words or [*shallow, "model.primary_types=2"]
+    parts = components(em_config(f"model={name}", *SMALL, *words), plugins=[])
+    batch = next(parts.batches(parts.dataset.read("test"), limit=1, training=True).training(0))
+    told = gradients(parts.new_model(), parts.loss, batch, Step(0, 1), parts.trainer)
+    assert 0 <= told["accuracy"] <= told["digit_accuracy"] <= 1
 
 
 def test_overfitting_takes_the_first_pairs(tmp_path, train_tiny, metrics_of):

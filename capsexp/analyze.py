@@ -157,10 +157,14 @@ def analyze(
         write_whole(file, functools.partial(figure.savefig, format="png", dpi=130))
         print(file)
     make_folder(run.path / "studies")
-    told = {"study": settings["study"], "step": step.number, "limit": limit, **findings.numbers}
+    remarks = parts.dataset.remarks()
+    told = {"study": settings["study"], "step": step.number, "limit": limit, "remarks": remarks}
+    told |= findings.numbers
     file = run.path / "studies" / f"{name}.json"
     write_whole(file, lambda opened: opened.write(json.dumps(told, indent=1).encode()))
     _to_tensorboard(run.path / "tb", name, findings, step.number)
+    for remark in remarks:
+        print(remark)
     if findings.table is not None:
         Console().print(findings.table)
     scalars = _scalars(findings.numbers).items()

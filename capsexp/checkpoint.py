@@ -2,7 +2,7 @@
 
 checkpoints/step-00000400.pt     torch.save of plain dicts, tensors and numbers
 checkpoints/step-00000400.json   sha256, size, step: written last, it makes the checkpoint count
-checkpoints/last.pt, best.pt     links to two of them
+checkpoints/last.pt, best.pt     links to two of them; without validation pictures the last is the best
 """
 
 import hashlib

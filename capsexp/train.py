@@ -94,9 +94,10 @@ def train(
         if not processes.lead:
             return
         checkpoint.save(run.checkpoints, state.captured(randoms), step=state.step)
-        if state.chosen_step is not None:
-            checkpoint.point(run.checkpoints, "best", state.chosen_step)
-        keep = [] if state.chosen_step is None else [state.chosen_step]
+        best = state.step if validation is None and state.stopped is None else state.chosen_step
+        if best is not None:
+            checkpoint.point(run.checkpoints, "best", best)
+        keep = [] if best is None else [best]
         checkpoint.prune(run.checkpoints, keep_last=2, keep_steps=keep, keep_every=settings.keep_every)
 
     def stop_if_asked() -> None:

@@ -487,3 +487,9 @@ def test_a_compiled_run_learns_like_a_plain_one_and_its_checkpoints_are_the_same
     assert compiled[2]["train/loss"] == pytest.approx(plain[2]["train/loss"], rel=1e-4)
     names = [set(final_state(tmp_path / name)["model"]) for name in ("plain", "compiled")]
     assert names[0] == names[1]
+
+
+def test_without_validation_pictures_the_last_weights_are_the_best(tmp_path, train_tiny):
+    train_tiny(tmp_path, "dataset.validation=0", "trainer.max_epochs=2")
+    checkpoints = tmp_path / "checkpoints"
+    assert (checkpoints / "best.pt").resolve() == (checkpoints / "last.pt").resolve()

@@ -126,6 +126,15 @@ def vote_distances(
     return distances if squared else distances.sqrt()
 
 
+def shares_and_means(
+    coupling: Float[Tensor, "B I J"], distances: Float[Tensor, "B I J"]
+) -> tuple[Float[Tensor, "B J"], Float[Tensor, "B J"]]:
+    """Of all assignment the share that each parent gets, and its mean distance under it."""
+    mass = coupling.sum(1)
+    means = (distances * coupling).sum(1) / mass.clamp_min(torch.finfo(mass.dtype).tiny)
+    return mass / mass.sum(1, keepdim=True), means
+
+
 def excess(state: Routed, activations: Float[Tensor, "B I"], positions: int) -> Float[Tensor, "B P J"]:
     """What each class gets of the active children at each place beyond an even share.
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
+from rich import get_console
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -81,7 +82,9 @@ class Subject:
         """A split in order, by default the test part, below a progress bar."""
         split = self.parts.dataset.read("test") if split is None else split
         batches = self.in_batches(split)
-        yield from track(batches.in_order(), what, total=len(batches), transient=True)
+        # Without a terminal a bar would leave an empty line for each time the pictures are read.
+        silent = not get_console().is_terminal
+        yield from track(batches.in_order(), what, total=len(batches), transient=True, disable=silent)
 
     def in_batches(self, split: Split) -> Batches:
         """A split, or as much of it as the limit allows, on the run's device."""

@@ -99,8 +99,8 @@ def parents(one: Shown, grid: Grid, classes: Sequence[str]) -> Any:
     plot.set_yticks([(row + 0.5) * down for row in range(rows)], [str(row + 1) for row in range(rows)])
     plot.tick_params(length=0)
     figure.suptitle(
-        f"test picture {_named(one, classes)}: what each class gets of the active children in a place, "
-        "beyond an even share",
+        f"test picture {_named(one, classes)}: what each class gets\n"
+        "of the active children in a place, beyond an even share",
         fontsize=10,
     )
     figure.colorbar(shown, ax=plot, shrink=0.8)

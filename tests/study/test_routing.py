@@ -1,3 +1,4 @@
+import io
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,15 @@ def test_every_layer_of_a_network_with_em_routing_is_followed_or_the_one_that_is
     assert named["layers"]["conv_caps_2"]["entropy"] == pytest.approx(layers["conv_caps_2"]["entropy"])
     with pytest.raises(UserError, match=r"^study\.layer: must be null or one of conv_caps_1, conv_caps_2, "):
         Routing(**{**SETTINGS, "layer": "conv_caps_3"})(one)
+
+
+def test_the_control_without_routing_has_one_iteration_in_which_nothing_changes(em_config):
+    words = ["model=dynamic_routing_small", "model.conv_channels=8", "model.decoder=null", "routing=uniform"]
+    numbers, figures = Routing(**SETTINGS)(untrained(em_config(*words)))
+    layer = numbers["layers"]["class_caps"]
+    assert layer == {"iterations": 1, "entropy": [pytest.approx(1)], "coupling_change": []}
+    for name in ("routing-change", "routing-entropy"):
+        figures[name].savefig(io.BytesIO())
 
 
 def test_distances_of_all_pictures_are_the_mean_of_those_of_each(em_config):

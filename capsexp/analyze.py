@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
+from rich import get_console
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -85,7 +86,9 @@ class Subject:
         """A split in order, by default the test part, below a progress bar."""
         split = self.parts.dataset.read("test") if split is None else split
         batches = self.in_batches(split)
-        yield from track(batches.in_order(), what, total=len(batches), transient=True)
+        # Without a terminal a bar would leave an empty line for each time the pictures are read.
+        silent = not get_console().is_terminal
+        yield from track(batches.in_order(), what, total=len(batches), transient=True, disable=silent)
 
     def in_batches(self, split: Split) -> Batches:
         """A split, or what the limit leaves of it, on the run's device."""

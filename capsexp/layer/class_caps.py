@@ -68,8 +68,11 @@ class ClassCaps(nn.Module):
 
     def calibrate(self, capsules: Capsules) -> None:
         """Let the routing start balanced on these capsules, if it can."""
-        images = self._images_per_piece()
-        balance(self.routing, lambda poses: make_votes(poses, self._matrices()), capsules, images=images)
+        balance(self.routing, self.votes, capsules, images=self._images_per_piece())
+
+    def votes(self, poses: Float[Tensor, "B I K"]) -> Float[Tensor, "B I J D"]:
+        """û_j|i of every child."""
+        return make_votes(poses, self._matrices())
 
     def without_routing(self) -> "UnroutedClassCaps":
         """The same matrices without the routing, for comparison."""
@@ -88,7 +91,7 @@ class ClassCaps(nn.Module):
         # Votes in the weights' precision also under autocast: writing them is most of the work, and a routing
         # that wants float32 would write them a second time.
         with torch.autocast(poses.device.type, enabled=False):
-            votes = make_votes(poses.to(self.weight.dtype), self._matrices())
+            votes = self.votes(poses.to(self.weight.dtype))
             return self.routing(votes, activations.to(self.weight.dtype))
 
 

@@ -188,6 +188,8 @@ class SharedClassCaps(MatrixCaps):
     """
 
     coordinates: Tensor | None
+    coordinate_elements: tuple[int, int] | None
+    """Elements of a vote that row and column are added to; None without coordinates."""
 
     def __init__(
         self,
@@ -227,9 +229,11 @@ class SharedClassCaps(MatrixCaps):
             votes_per_image=in_caps * classes * pose_dim,
         )
         offsets = None
+        self.coordinate_scale, self.coordinate_elements = coordinate_scale, None
         if coordinates is not None:
+            self.coordinate_elements = _coordinate_elements(pose_dim, coordinates)
             centres = coordinate_scale * (grid.centres() - torch.tensor(image_size) / 2)
-            offsets = centres @ _coordinate_axes(pose_dim, coordinates)  # [P, D]
+            offsets = centres @ torch.eye(pose_dim)[[*self.coordinate_elements]]  # [P, D]
         self.register_buffer("coordinates", offsets, persistent=False)
 
     def votes(self, poses: Float[Tensor, "B I D"]) -> Float[Tensor, "B I J D"]:
@@ -261,8 +265,7 @@ def matrix_side(pose_dim: int, pose: str) -> int:
     return side
 
 
-def _coordinate_axes(pose_dim: int, placement: str) -> Float[Tensor, "2 D"]:
+def _coordinate_elements(pose_dim: int, placement: str) -> tuple[int, int]:
     """Which element of a pose the row goes to, and which the column."""
     columns = math.isqrt(pose_dim)
-    places = [columns - 1, 2 * columns - 1] if placement == "paper" else [0, 1]
-    return torch.eye(pose_dim)[places]
+    return (columns - 1, 2 * columns - 1) if placement == "paper" else (0, 1)

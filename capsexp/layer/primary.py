@@ -43,10 +43,10 @@ class PrimaryCaps(nn.Module):
         self.types, self.dim, self.padding, self.scale = types, dim, padding, scale
         self.conv = nn.Conv2d(in_channels, types * dim, kernel, stride)
 
-    def grid(self, height: int, width: int) -> Grid:
-        """Places of capsules for features of this size; 0 rows or less where they are too small."""
+    def grid(self, features: Grid) -> Grid:
+        """Places of capsules for features at these; 0 rows or less where they are too few."""
         kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
-        return Grid(height, width).seen_through((kernel, kernel), stride, self.padding)
+        return features.seen_through((kernel, kernel), stride, self.padding)
 
     def forward(self, features: Float[Tensor, "B C H W"]) -> Capsules:
         """Capsules in the order (row, column, type)."""

@@ -11,6 +11,7 @@ from capsexp.errors import require_at_least_1, require_one_of
 from capsexp.layer.class_caps import ClassCaps
 from capsexp.layer.decoder import check_mask, decoded_class
 from capsexp.layer.primary import PrimaryCaps
+from capsexp.ops.receptive_fields import Grid
 from capsexp.ops.weights import kernels_and_matrices
 
 INITIALISATIONS = ("default", "official")
@@ -84,8 +85,10 @@ class CapsNet(nn.Module):
             scale=primary_scale,
         )
         self.conv = nn.Conv2d(image_shape[0], conv_channels, conv_kernel, padding=padding)
+        self.grid = self._grid(*image_shape[1:])
+        """Where the children of the class capsules look."""
         self.class_caps = ClassCaps(
-            self._primary_count(*image_shape[1:]),
+            self.grid.positions * primary_types,
             primary_dim,
             classes,
             class_dim,
@@ -119,16 +122,17 @@ class CapsNet(nn.Module):
         if hasattr(self.class_caps.routing, "balance"):  # else the features would be for nothing
             self.class_caps.calibrate(self.primary_caps(self.conv(images).relu()))
 
-    def _primary_count(self, height: int, width: int) -> int:
-        lost = self.conv.kernel_size[0] - 1 if self.conv.padding == "valid" else 0
-        grid = self.primary_caps.grid(height - lost, width - lost)
+    def _grid(self, height: int, width: int) -> Grid:
+        kernel, padding = self.conv.kernel_size[0], str(self.conv.padding)
+        grid = self.primary_caps.grid(Grid(height, width).seen_through((kernel, kernel), 1, padding))
         if grid.rows < 1 or grid.columns < 1:
+            lost = kernel - 1 if padding == "valid" else 0
             smallest = lost + self.primary_caps.conv.kernel_size[0]
             raise ValueError(
                 f"image_shape must be at least {smallest}x{smallest} for conv_kernel {lost + 1} and "
                 f"primary_kernel {smallest - lost} with padding valid, got {height}x{width}"
             )
-        return grid.positions * self.primary_caps.types
+        return grid
 
     def _initialise_officially(self) -> None:
         for name, parameter in self.named_parameters():

@@ -106,6 +106,8 @@ class MatrixCapsNet(nn.Module):
             layer = ConvCaps(grid, types, types=parents, kernel=kernel, stride=stride, **shared)
             self.add_module(name, layer)
             grid, types = layer.grid, parents
+        self.grid = grid
+        """Where the children of the class capsules look."""
         self.class_caps = SharedClassCaps(
             grid,
             types,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from capsexp.capsules import Routed
-from capsexp.errors import require_one_of
+from capsexp.errors import require_at_least_1, require_one_of
 from capsexp.ops.kernels import HAS_TRITON
 from capsexp.ops.kernels.compiled import why_no_library
 from capsexp.ops.kernels.dynamic import NARROWEST, dynamic_routing_op
@@ -91,6 +91,8 @@ class DynamicRouting(nn.Module):
 
     prior: nn.Parameter | None
     bias: nn.Parameter | None
+    squashes = True
+    """A pose is a squashed sum of votes, not their mean."""
 
     def __init__(
         self,
@@ -130,6 +132,34 @@ class DynamicRouting(nn.Module):
             detach=self.detach,
             implementation=self.implementation,
         )
+
+    def trace(
+        self,
+        votes: Float[Tensor, "B I J D"],
+        activations: Float[Tensor, "B I"],
+        *,
+        iterations: int | None = None,
+    ) -> list[Routed]:
+        """The state after each of so many passes, by plain PyTorch and without a gradient.
+
+        None is the module's own number; nothing ties the procedure to it.
+
+        Raises: ValueError: no pass.
+        """
+        require_at_least_1(iterations=iterations)
+        votes = votes.detach().to(torch.promote_types(votes.dtype, torch.float32)).transpose(1, 2)
+        with torch.no_grad(), torch.autocast(votes.device.type, enabled=False):
+            passes = _passes(votes, self.prior, self.bias, iterations or self.iterations, self.leaky)
+        return [
+            Routed(poses, length(poses), coupling.transpose(1, 2))
+            for coupling, poses in zip(passes[::3], passes[2::3], strict=True)
+        ]
+
+    def agreement(
+        self, votes: Float[Tensor, "B I J D"], poses: Float[Tensor, "B J D"]
+    ) -> Float[Tensor, "B I J"]:
+        """What a pass that ends with these poses adds to the logits b_ij."""
+        return _agreement(votes.transpose(1, 2), poses).transpose(1, 2)
 
     def makes_dense_votes(self, weight: Float[Tensor, "I K J D"]) -> bool:
         """Whether a layer with these matrices should call `route_dense`."""

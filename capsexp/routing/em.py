@@ -266,6 +266,14 @@ class EMRouting(nn.Module):
         """Route votes [B, I, J, D], or [B, P, K, J, D] in a convolutional layer."""
         return self._fit(votes, activations)[0]
 
+    @torch.no_grad()
+    def trace(self, votes: Float[Tensor, "B *I J D"], activations: Float[Tensor, "B I"]) -> list[Routed]:
+        """The state after each iteration 1 … T, by plain PyTorch.
+
+        lambda of an iteration does not depend on how many follow. Beyond T no lambda was ever trained with.
+        """
+        return [self._fit(votes, activations, count)[0] for count in range(1, self.iterations + 1)]
+
     def why_plain(self, weight: Float[Tensor, "W J n n"]) -> str | None:
         """Why a layer with these matrices takes the plain path; None where it takes the fused one."""
         if self.implementation == "reference":
@@ -319,7 +327,9 @@ class EMRouting(nn.Module):
             middle = ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]
             self.beta_a.copy_(0.5 * middle / self.gain)
 
-    def _fit(self, votes: Tensor, activations: Tensor) -> tuple[Routed, Tensor]:
+    def _fit(
+        self, votes: Tensor, activations: Tensor, iterations: int | None = None
+    ) -> tuple[Routed, Tensor]:
         fields = None
         if self.windows is None:
             votes = votes.unsqueeze(1)
@@ -331,7 +341,7 @@ class EMRouting(nn.Module):
             fields=fields,
             beta_u=self.beta_u,
             beta_a=self.gain * self.beta_a,
-            inverse_temperature=self.inverse_temperatures * self.ramp,
+            inverse_temperature=self.inverse_temperatures[:iterations] * self.ramp,
             **self.options,
         )
 

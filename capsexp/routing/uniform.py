@@ -38,6 +38,8 @@ class UniformRouting(nn.Module):
     """
 
     bias: nn.Parameter | None
+    squashes = True
+    """As in `DynamicRouting`."""
 
     def __init__(self, in_caps: int, out_caps: int, pose_dim: int, *, bias: bool) -> None:
         super().__init__()
@@ -46,3 +48,8 @@ class UniformRouting(nn.Module):
     def forward(self, votes: Float[Tensor, "B I J D"], activations: Float[Tensor, "B I"]) -> Routed:
         """Route. The activations count only through the votes, as in dynamic routing."""
         return uniform_routing(votes, bias=self.bias)
+
+    @torch.no_grad()
+    def trace(self, votes: Float[Tensor, "B I J D"], activations: Float[Tensor, "B I"]) -> list[Routed]:
+        """The state after the only iteration there is."""
+        return [self(votes, activations)]

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from capsexp.layer.primary import PrimaryCaps
+from capsexp.ops.receptive_fields import Grid
 from capsexp.ops.squash import squash
 
 SMALL = {"types": 4, "dim": 3, "kernel": 3, "stride": 2, "padding": "valid", "scale": 1.0}
@@ -63,7 +64,7 @@ def test_same_padding_puts_the_odd_pixel_at_the_end(size, kernel, centre):
         primary.conv.weight[0, 0, centre, centre] = 1  # picks the first pixel, then every other one
     features = torch.rand(1, 1, size, size)
     expected = features[0, 0, ::2, ::2]
-    assert primary.grid(size, size)[:2] == expected.shape
+    assert primary.grid(Grid(size, size))[:2] == expected.shape
     torch.testing.assert_close(primary(features).poses.flatten(), squash(expected.reshape(-1, 1)).flatten())
 
 

@@ -19,6 +19,7 @@ COLOURS = {
     "worst": "black",
 }
 DASHES = {"cnn": ":", "capsules": "--"}
+WHERE = {"": "-", " on run": "-", " on source": ":", " made on run": "--"}
 UNITS = {"input": "in units of the network's input", "pixel": "in pixels of 0 … 255"}
 
 
@@ -41,12 +42,13 @@ def figures_of_curves(numbers: Mapping[str, Any], *, units: str) -> dict[str, An
     }
     figures = {}
     for name in [name for name in told if name in numbers]:
-        lines = {key: line for key, line in numbers[name].items() if isinstance(line, list)}
+        found = {key: line for key, line in numbers[name].items() if isinstance(line, list)}
+        lines = {(key, ""): line for key, line in found.items()}
         if name == "transfer":
             white = numbers["untargeted"]
-            lines |= {
-                f"{attack}, made on run": white[attack] for attack in ("fgsm", "bim") if attack in white
-            }
+            split = {(key, key.partition(" on ")[0]): line for key, line in found.items()}
+            lines = {(attack, key.removeprefix(attack)): line for (key, attack), line in split.items()}
+            lines |= {(attack, " made on run"): white[attack] for _, attack in split}
         figures[f"attacks-{name}"] = _curves(
             lines,
             numbers[name]["epsilons"][units],
@@ -59,7 +61,7 @@ def figures_of_curves(numbers: Mapping[str, Any], *, units: str) -> dict[str, An
 
 
 def _curves(
-    lines: Mapping[str, Curve],
+    lines: Mapping[tuple[str, str], Curve],
     epsilons: Curve,
     *,
     units: str,
@@ -70,7 +72,7 @@ def _curves(
     """One line for each attack, thin ones for the paper's and for chance.
 
     Args:
-        lines: by attack.
+        lines: by attack, and what is added to its name.
         epsilons: where they are known.
         units: of the epsilons.
         told: what the lines show.
@@ -82,7 +84,7 @@ def _curves(
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     plot = figure.add_subplot()
     plot.axhline(chance, color="grey", linewidth=0.8)
-    plot.annotate("chance", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", size=8)
+    plot.text(1.01, chance, "chance", transform=plot.get_yaxis_transform(), va="center", size=8)
     for network in DASHES if paper else ():
         for attack, line in (paper or {})[network].items():
             style: dict[str, Any] = {
@@ -91,9 +93,9 @@ def _curves(
                 "linewidth": 1,
             }
             plot.plot((paper or {})["epsilons"], line, **style, label=f"paper, {network}: {attack}")
-    for number, (name, line) in enumerate(lines.items()):
-        colour = COLOURS.get(name, f"C{number}")
-        plot.plot(epsilons, line, color=colour, marker=".", label=name)
+    for (attack, where), line in lines.items():
+        style = {"color": COLOURS.get(attack), "linestyle": WHERE[where], "marker": "."}
+        plot.plot(epsilons, line, **style, label=f"{attack}{where}")
     plot.set(xlabel=f"epsilon, {UNITS[units]}", ylabel=told, ylim=(-0.03, 1.03))
     figure.legend(loc="outside right upper", fontsize=8)
     return figure

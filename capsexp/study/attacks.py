@@ -35,7 +35,8 @@ class Attacks:
 
     As in the paper, the success of aimed attacks is the share of all pictures that are taken for the class
     aimed at, averaged over all classes, the right one included: 1 / J without an attack. What they come to
-    for wrong classes only stands beside it.
+    for wrong classes only stands beside it. Exactly zero gradients count those of pixels that no filter sees,
+    such as the last ones where a stride does not come out even.
 
     Args:
         attacks: away from the right class: `fgsm`, `bim`, `pgd`.

@@ -18,6 +18,7 @@ QUICK = {
     "restarts": 1,
     "pictures": 3,
 }
+SHORT = ("trainer.max_epochs=1", "trainer.limit_train_batches=5")  # where nothing need be learnt
 STANDARDISED = ("dataset.preprocess.standardise=last",)
 
 
@@ -33,11 +34,11 @@ def study(**changes):
 
 
 def test_curves_begin_at_clean_accuracy_and_the_worst_is_at_most_every_other(subject):
-    one = subject(limit=90)
-    numbers, figures = study(targeted=["fgsm", "bim"])(one)
+    one = subject(limit=60)
+    numbers, figures = study(targeted=["bim"])(one)
     right = torch.cat([output.scores.argmax(1) == batch.labels for batch, output in one.outputs()])
     counted = torch.cat([output.scores.argmax(1).bincount(minlength=10) for _, output in one.outputs()])
-    assert (numbers["pictures"], counted.sum()) == (90, 90)
+    assert (numbers["pictures"], counted.sum()) == (60, 60)
     clean = right.float().mean().item()
     assert 0.3 < clean < 1
     lines = numbers["untargeted"]
@@ -52,10 +53,10 @@ def test_curves_begin_at_clean_accuracy_and_the_worst_is_at_most_every_other(sub
 
 
 def test_success_without_an_attack_is_the_share_predicted_as_each_class(subject):
-    one = subject(limit=90)
+    one = subject(limit=60)
     numbers, _ = study(attacks=["fgsm"], targeted=["fgsm", "pgd"])(one)
     wrong = (
-        sum((output.scores.argmax(1) != batch.labels).sum().item() for batch, output in one.outputs()) / 90
+        sum((output.scores.argmax(1) != batch.labels).sum().item() for batch, output in one.outputs()) / 60
     )
     for attack in ("fgsm", "pgd own", "pgd difference"):
         line, others = numbers["targeted"][attack], numbers["targeted"]["wrong_classes"][attack]
@@ -85,7 +86,7 @@ def test_numbers_do_not_depend_on_the_batch_size_and_hang_on_the_seed(subject):
 
 
 def test_gradients_at_the_pictures_are_told(subject):
-    one = subject(limit=20)
+    one = subject(*SHORT, limit=20)
     numbers, _ = study(attacks=["fgsm"], targeted=[])(one)
     lively = numbers["gradients"]
     for name in ("own", "difference"):
@@ -106,7 +107,7 @@ def test_gradients_at_the_pictures_are_told(subject):
 
 
 def test_units_of_pixels_are_those_of_the_input_at_the_pictures_scale(subject):
-    one = subject(*STANDARDISED, limit=40)
+    one = subject(*SHORT, *STANDARDISED, limit=40)
     pictures = torch.cat([batch.pixels.flatten(1).double() for batch in one.batches()])
     deviation = pictures.std(1, correction=0)
     numbers, _ = study(attacks=["fgsm"], targeted=[], clip=False)(one)
@@ -120,7 +121,7 @@ def test_units_of_pixels_are_those_of_the_input_at_the_pictures_scale(subject):
 
 
 def test_the_papers_curves_are_drawn_beside_its_own_data_and_units_only(subject):
-    one = subject(*STANDARDISED, limit=10)
+    one = subject(*SHORT, *STANDARDISED, limit=10)
     only = {"attacks": ["fgsm"], "targeted": [], "epsilons": [0, 0.1]}
     numbers, figures = study(**only)(one)
     assert numbers["paper"] == "left out: it is on smallnorb, standardised"
@@ -135,7 +136,6 @@ def test_the_papers_curves_are_drawn_beside_its_own_data_and_units_only(subject)
 
 
 def other_run(path, train_tiny, *words):
-    words = ("trainer.max_epochs=2", "trainer.limit_train_batches=40", "trainer.batch_size=32", *words)
     train_tiny(path, *words)
     (path / ".hydra").mkdir()
     shutil.copy(path / "resolved_config.yaml", path / ".hydra" / "config.yaml")
@@ -143,7 +143,7 @@ def other_run(path, train_tiny, *words):
 
 
 def test_examples_of_a_run_on_itself_are_those_of_the_white_box(subject, tmp_path, train_tiny):
-    one = subject(limit=50)
+    one = subject(limit=40)
     (one.path / ".hydra").mkdir()
     shutil.copy(one.path / "resolved_config.yaml", one.path / ".hydra" / "config.yaml")
     numbers, figures = study(targeted=[], source=str(one.path))(one)
@@ -153,7 +153,7 @@ def test_examples_of_a_run_on_itself_are_those_of_the_white_box(subject, tmp_pat
     assert len(figures["attacks-transfer"].axes[0].lines) == 7
     other = other_run(tmp_path / "other", train_tiny, "seed=1")
     numbers, _ = study(targeted=[], source=other)(one)
-    source = Subject(one.another(other).model, one.parts, path=one.path, step=one.step, limit=50)
+    source = Subject(one.another(other).model, one.parts, path=one.path, step=one.step, limit=40)
     alone, _ = study(targeted=[], attacks=["fgsm", "bim"])(source)
     for attack in ("fgsm", "bim"):
         assert numbers["transfer"][f"{attack} on source"] == alone["untargeted"][attack]
@@ -162,7 +162,7 @@ def test_examples_of_a_run_on_itself_are_those_of_the_white_box(subject, tmp_pat
 
 
 def test_a_source_that_takes_other_pictures_is_refused(subject, tmp_path, train_tiny):
-    one = subject(limit=5)
+    one = subject(*SHORT, limit=5)
     for name, words, told in (
         ("standardised", STANDARDISED, r"its standardise must be None, as here, got last"),
         (
@@ -171,10 +171,10 @@ def test_a_source_that_takes_other_pictures_is_refused(subject, tmp_path, train_
             r"its picture shape must be \(1, 8, 8\), as here, got \(1, 10",
         ),
     ):
-        run = other_run(tmp_path / name, train_tiny, *words)
+        run = other_run(tmp_path / name, train_tiny, "trainer.max_epochs=1", *words)
         with pytest.raises(UserError, match=rf"^study\.source: {told}"):
             study(source=run)(one)
-    run = other_run(tmp_path / "same", train_tiny)
+    run = other_run(tmp_path / "same", train_tiny, "trainer.max_epochs=1")
     one.parts.dataset.classes = tuple("abcdefghij")
     with pytest.raises(
         UserError, match=r"^study\.source: its classes must be a, b, c, d, e, f, g, h, i, j, as"
@@ -186,14 +186,14 @@ def test_a_source_that_takes_other_pictures_is_refused(subject, tmp_path, train_
 
 
 def test_pictures_of_several_classes_are_refused(subject):
-    one = subject(limit=5)
+    one = subject(*SHORT, limit=5)
     one.parts.dataset.targets = 2
     with pytest.raises(UserError, match=r"^study=attacks is for pictures of one class: here each shows 2$"):
         study()(one)
 
 
 def test_shown_pictures_are_right_of_different_classes_and_attacked_as_told(subject):
-    one = subject(limit=90)
+    one = subject(limit=60)
     made = study(attacks=["fgsm"], targeted=[], pictures=4, shown=[0.1, 0.4])
     attacker = made._attacker(one)
     batch = next(one.batches())

@@ -107,8 +107,7 @@ class Attacks:
         Raises:
             UserError: pictures of several classes, or a `source` that does not match.
         """
-        if (several := getattr(subject.parts.dataset, "targets", 1)) != 1:
-            raise UserError(f"study=attacks is for pictures of one class: here each shows {several}")
+        subject.single()
         attacker = self._attacker(subject)
         source = None if self.source is None else self._attacker(_matching(subject, self.source))
         tally = Tally(counted="accuracy")

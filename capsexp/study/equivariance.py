@@ -60,10 +60,9 @@ class Equivariance:
 
     def __call__(self, subject: Subject) -> Findings:
         """Accuracy, change and R² for each kind of move; as scalars the R² of one map for each class."""
-        if getattr(subject.parts.dataset, "targets", 1) != 1:
-            raise UserError("study=equivariance is for pictures of one class each")
+        subject.single()
         split = subject.parts.dataset.read("test")
-        split = split.take(torch.arange(min(subject.limit or split.size, split.size)))
+        split = split.take(subject.chosen(split.size))
         self._require_in_sight(split)
         unmoved = _seen(subject, split, "unmoved")
         if unmoved.right.sum() < 2:

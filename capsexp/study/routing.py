@@ -66,8 +66,7 @@ class Routing:
 
     def __call__(self, subject: Subject) -> Findings:
         """Curves by layer over all pictures; histograms and maps of a few."""
-        if getattr(subject.parts.dataset, "targets", 1) != 1:
-            raise UserError("study=routing is for pictures of one class each")
+        subject.single()
         curves: dict[str, dict[str, Tensor]] = {}
         own: dict[str, int] = {}
         votes: dict[str, Tensor] = {}

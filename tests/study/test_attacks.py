@@ -35,7 +35,7 @@ def study(**changes):
 
 def test_curves_begin_at_clean_accuracy_and_the_worst_is_at_most_every_other(subject):
     one = subject(limit=60)
-    numbers, figures = study(targeted=["bim"])(one)
+    numbers, figures, _ = study(targeted=["bim"])(one)
     right = torch.cat([output.scores.argmax(1) == batch.labels for batch, output in one.outputs()])
     counted = torch.cat([output.scores.argmax(1).bincount(minlength=10) for _, output in one.outputs()])
     assert (numbers["pictures"], counted.sum()) == (60, 60)
@@ -54,7 +54,7 @@ def test_curves_begin_at_clean_accuracy_and_the_worst_is_at_most_every_other(sub
 
 def test_success_without_an_attack_is_the_share_predicted_as_each_class(subject):
     one = subject(limit=60)
-    numbers, _ = study(attacks=["fgsm"], targeted=["fgsm", "pgd"])(one)
+    numbers, *_ = study(attacks=["fgsm"], targeted=["fgsm", "pgd"])(one)
     wrong = (
         sum((output.scores.argmax(1) != batch.labels).sum().item() for batch, output in one.outputs()) / 60
     )
@@ -72,7 +72,7 @@ def test_numbers_do_not_depend_on_the_batch_size_and_hang_on_the_seed(subject):
     one, found = subject(limit=60), []
     for batch_size, seed in ((32, 0), (7, 0), (32, 1)):
         one.parts.trainer.batch_size = batch_size
-        numbers, _ = study(targeted=[], epsilons=[0.04, 0.08], seed=seed, pgd_steps=1, pgd_step_size=0.01)(
+        numbers, *_ = study(targeted=[], epsilons=[0.04, 0.08], seed=seed, pgd_steps=1, pgd_step_size=0.01)(
             one
         )
         found.append(numbers)
@@ -87,7 +87,7 @@ def test_numbers_do_not_depend_on_the_batch_size_and_hang_on_the_seed(subject):
 
 def test_gradients_at_the_pictures_are_told(subject):
     one = subject(*SHORT, limit=20)
-    numbers, _ = study(attacks=["fgsm"], targeted=[])(one)
+    numbers, *_ = study(attacks=["fgsm"], targeted=[])(one)
     lively = numbers["gradients"]
     for name in ("own", "difference"):
         assert lively[name]["pictures_without_gradient"] == 0
@@ -96,7 +96,7 @@ def test_gradients_at_the_pictures_are_told(subject):
     # Capsules of length 0 pass nothing on.
     with torch.no_grad():
         one.model.class_caps.weight.zero_()
-    numbers, _ = study(attacks=["fgsm", "bim"], targeted=[])(one)
+    numbers, *_ = study(attacks=["fgsm", "bim"], targeted=[])(one)
     for name in ("own", "difference"):
         assert numbers["gradients"][name] == {
             "share_exactly_zero": 1,
@@ -110,10 +110,10 @@ def test_units_of_pixels_are_those_of_the_input_at_the_pictures_scale(subject):
     one = subject(*SHORT, *STANDARDISED, limit=40)
     pictures = torch.cat([batch.pixels.flatten(1).double() for batch in one.batches()])
     deviation = pictures.std(1, correction=0)
-    numbers, _ = study(attacks=["fgsm"], targeted=[], clip=False)(one)
+    numbers, *_ = study(attacks=["fgsm"], targeted=[], clip=False)(one)
     wanted = [epsilon * 255 * deviation.mean().item() for epsilon in (0, 0.1, 0.3)]
     assert numbers["untargeted"]["epsilons"]["pixel"] == pytest.approx(wanted)
-    numbers, _ = study(attacks=["fgsm"], targeted=[], units="pixel", epsilons=[0, 8, 32])(one)
+    numbers, *_ = study(attacks=["fgsm"], targeted=[], units="pixel", epsilons=[0, 8, 32])(one)
     wanted = [epsilon / 255 / (1 / (1 / deviation).mean().item()) for epsilon in (0, 8, 32)]
     assert numbers["untargeted"]["epsilons"]["input"] == pytest.approx(wanted)
     assert numbers["untargeted"]["epsilons"]["pixel"] == [0, 8, 32]
@@ -123,14 +123,14 @@ def test_units_of_pixels_are_those_of_the_input_at_the_pictures_scale(subject):
 def test_the_papers_curves_are_drawn_beside_its_own_data_and_units_only(subject):
     one = subject(*SHORT, *STANDARDISED, limit=10)
     only = {"attacks": ["fgsm"], "targeted": [], "epsilons": [0, 0.1]}
-    numbers, figures = study(**only)(one)
+    numbers, figures, _ = study(**only)(one)
     assert numbers["paper"] == "left out: it is on smallnorb, standardised"
     assert len(figures["attacks-untargeted"].axes[0].lines) == 3
     mine = settings()["paper"] | {"dataset": "digits"}
-    numbers, figures = study(**only, paper=mine)(one)
+    numbers, figures, _ = study(**only, paper=mine)(one)
     assert numbers["paper"]["untargeted"]["capsules"]["bim"][-1] == 0.545
     assert len(figures["attacks-untargeted"].axes[0].lines) == 7
-    numbers, _ = study(**only, paper=mine, units="pixel")(one)
+    numbers, *_ = study(**only, paper=mine, units="pixel")(one)
     assert numbers["paper"] == "left out: its unit is most likely that of the network's input"
     assert study(**only, paper=None)(one).numbers["paper"] is None
 
@@ -146,15 +146,15 @@ def test_examples_of_a_run_on_itself_are_those_of_the_white_box(subject, tmp_pat
     one = subject(limit=40)
     (one.path / ".hydra").mkdir()
     shutil.copy(one.path / "resolved_config.yaml", one.path / ".hydra" / "config.yaml")
-    numbers, figures = study(targeted=[], source=str(one.path))(one)
+    numbers, figures, _ = study(targeted=[], source=str(one.path))(one)
     for attack in ("fgsm", "bim"):
         assert numbers["transfer"][f"{attack} on run"] == numbers["untargeted"][attack]
         assert numbers["transfer"][f"{attack} on source"] == numbers["untargeted"][attack]
     assert len(figures["attacks-transfer"].axes[0].lines) == 7
     other = other_run(tmp_path / "other", train_tiny, "seed=1")
-    numbers, _ = study(targeted=[], source=other)(one)
+    numbers, *_ = study(targeted=[], source=other)(one)
     source = Subject(one.another(other).model, one.parts, path=one.path, step=one.step, limit=40)
-    alone, _ = study(targeted=[], attacks=["fgsm", "bim"])(source)
+    alone, *_ = study(targeted=[], attacks=["fgsm", "bim"])(source)
     for attack in ("fgsm", "bim"):
         assert numbers["transfer"][f"{attack} on source"] == alone["untargeted"][attack]
         assert numbers["transfer"][f"{attack} on run"][-1] >= numbers["untargeted"]["worst"][-1]
@@ -188,7 +188,9 @@ def test_a_source_that_takes_other_pictures_is_refused(subject, tmp_path, train_
 def test_pictures_of_several_classes_are_refused(subject):
     one = subject(*SHORT, limit=5)
     one.parts.dataset.targets = 2
-    with pytest.raises(UserError, match=r"^study=attacks is for pictures of one class: here each shows 2$"):
+    with pytest.raises(
+        UserError, match=r"^this study needs pictures of one class each; those of digits have 2$"
+    ):
         study()(one)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from capsexp.analyze import Subject
 from capsexp.capsules import Output, Routed
-from capsexp.data import Dataset, Split
+from capsexp.data import Dataset, Split, epoch_order
 from capsexp.errors import UserError
 from capsexp.preprocess import Preprocess
 from capsexp.schedule import Step
@@ -77,7 +77,7 @@ def study(poses, tiny_parts, right=lambda labels: labels, limit=None, moves=MOVE
 
 
 def test_a_pose_that_says_where_the_picture_is_is_equivariant(tiny_parts):
-    (numbers, figures), _ = study(lambda images: 0.01 * middle(images), tiny_parts)
+    (numbers, figures, _), _ = study(lambda images: 0.01 * middle(images), tiny_parts)
     down, right = numbers["moves"]["down"], numbers["moves"]["right"]
     for told, slopes in ((down, (1, 0)), (right, (0, 1))):
         assert told["r2"]["one_map"] == pytest.approx(1, abs=1e-4)
@@ -95,7 +95,7 @@ def test_a_pose_that_says_where_the_picture_is_is_equivariant(tiny_parts):
 
 def test_noise_is_no_equivariance(tiny_parts):
     torch.manual_seed(0)
-    (numbers, _), _ = study(lambda images: torch.randn(len(images), 4), tiny_parts)
+    (numbers, *_), _ = study(lambda images: torch.randn(len(images), 4), tiny_parts)
     for told in numbers["moves"].values():
         for kind in ("r2", "explained"):
             assert max(told[kind].values()) < 0.15
@@ -107,7 +107,7 @@ def test_poses_that_classes_move_in_ways_of_their_own_need_a_map_for_each(tiny_p
         return signs[:, None] * middle(images)
 
     moves = {"shifts": [-1, 1], "rotations": [], "seed": 0}
-    (numbers, _), _ = study(poses, lambda *_: tiny_parts("trainer.batch_size=60"), moves=moves)
+    (numbers, *_), _ = study(poses, lambda *_: tiny_parts("trainer.batch_size=60"), moves=moves)
     r2 = numbers["moves"]["down"]["r2"]
     assert r2["each_class"] == pytest.approx(1, abs=1e-4)
     assert r2["one_map"] < 0.9
@@ -118,9 +118,10 @@ def test_the_stored_pictures_are_moved_and_then_preprocessed(tiny_parts):
     changes = {"crop": 12, "standardise": "last"}
     moves = {"shifts": [3], "rotations": [], "seed": 0}
     words = {"limit": 7, "moves": moves, **changes}
-    (numbers, _), model = study(lambda images: images.flatten(1)[:, :5], tiny_parts, **words)
+    (numbers, *_), model = study(lambda images: images.flatten(1)[:, :5], tiny_parts, **words)
     assert numbers["pictures"] == 7
-    images = Blobs().read("test").images[:7]
+    blobs = Blobs().read("test")
+    images = blobs.images[epoch_order(blobs.size, seed=0, epoch=0)[:7].sort().values]
     moved = torch.zeros_like(images)
     moved[:, :, 3:] = images[:, :, :-3]
     unmoved, down, right = model.inputs
@@ -168,7 +169,7 @@ def test_too_few_rows_and_outputs_that_are_all_the_same_have_no_share():
 
 def test_a_trained_network_loses_accuracy_and_its_poses_change_as_it_is_moved(subject):
     one = subject(limit=200)
-    numbers, _ = Equivariance(shifts=[1, 3], rotations=[30], seed=0)(one)
+    numbers, *_ = Equivariance(shifts=[1, 3], rotations=[30], seed=0)(one)
     right = sum((output.scores.argmax(1) == batch.labels).sum().item() for batch, output in one.outputs())
     assert numbers["accuracy"] == pytest.approx(right / 200)
     down = numbers["moves"]["down"]
@@ -188,7 +189,7 @@ def test_networks_and_pictures_without_a_pose_to_follow_are_refused(tiny_parts, 
     with pytest.raises(UserError, match=r"^this network has no capsules, so there are no poses to follow$"):
         Equivariance(**MOVES)(one)
     parts.dataset.targets = 2
-    with pytest.raises(UserError, match=r"^study=equivariance is for pictures of one class each$"):
+    with pytest.raises(UserError, match=r"^this study needs pictures of one class each; those of "):
         Equivariance(**MOVES)(one)
 
 

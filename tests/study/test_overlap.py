@@ -36,7 +36,7 @@ def both_right(one):
 
 def test_columns_are_decoded_from_labels_predictions_and_digits_that_are_not_there(pairs):
     one = pairs()
-    numbers, figures = Overlap(correct=3, wrong=2, absent=2)(one)
+    numbers, figures, _ = Overlap(correct=3, wrong=2, absent=2)(one)
     shown = numbers["shown"]
     marks = [mark for mark, _, _ in shown]
     assert marks == ["R"] * marks.index("*R") + ["*R"] * 2 + ["R", "R:P"] * 2
@@ -58,7 +58,7 @@ def test_columns_are_decoded_from_labels_predictions_and_digits_that_are_not_the
 
 def test_the_numbers_are_means_over_all_pictures(pairs):
     one = pairs()
-    numbers, _ = Overlap(correct=1, wrong=0, absent=0)(one)
+    numbers, *_ = Overlap(correct=1, wrong=0, absent=0)(one)
     found = list(both_right(one))
     assert numbers["pictures"] == numbers["test_pairs"] == len(found) == 359
     assert numbers["error"] == pytest.approx(1 - found.count(2) / 359)
@@ -76,7 +76,7 @@ def test_the_numbers_are_means_over_all_pictures(pairs):
 
 
 def test_a_limit_is_kept_to_the_picture(pairs):
-    numbers, _ = Overlap(correct=0, wrong=1, absent=0)(pairs(limit=37))
+    numbers, *_ = Overlap(correct=0, wrong=1, absent=0)(pairs(limit=37))
     assert (numbers["pictures"], numbers["test_pairs"]) == (37, 359)
 
 

@@ -38,7 +38,7 @@ def drawn(axes):
 
 def test_curves_are_those_of_the_network_over_all_pictures_and_go_on_beyond_its_iterations(subject):
     one = subject(limit=150)
-    numbers, figures = Routing(**SETTINGS)(one)
+    numbers, figures, _ = Routing(**SETTINGS)(one)
     expected = 0.0
     for batch, output in one.outputs():
         told = told_about(output, batch, {"loss": torch.zeros(())})
@@ -55,7 +55,7 @@ def test_curves_are_those_of_the_network_over_all_pictures_and_go_on_beyond_its_
 
 def test_pictures_are_the_first_right_ones_of_different_classes_and_the_first_wrong_one(subject):
     one = subject(limit=200)
-    numbers, figures = Routing(**{**SETTINGS, "pictures": 3})(one)
+    numbers, figures, _ = Routing(**{**SETTINGS, "pictures": 3})(one)
     right, wrong = {}, []
     for batch, output in one.outputs():
         predictions = output.scores.argmax(1)
@@ -109,7 +109,7 @@ def test_a_place_is_drawn_about_the_centre_of_what_it_sees(grid):
 
 def test_every_layer_of_a_network_with_em_routing_is_followed_or_the_one_that_is_named(em_config):
     one = untrained(em_config(*EM))
-    numbers, figures = Routing(**SETTINGS)(one)
+    numbers, figures, _ = Routing(**SETTINGS)(one)
     layers = numbers["layers"]
     assert list(layers) == ["conv_caps_1", "conv_caps_2", "class_caps"]
     for layer in layers.values():
@@ -119,7 +119,7 @@ def test_every_layer_of_a_network_with_em_routing_is_followed_or_the_one_that_is
         assert "logit_change" not in layer
     assert numbers["class_capsules"]["share_of_label"][0] == pytest.approx(0.1)
     assert any(name.startswith("routing-votes-") for name in figures)
-    named, _ = Routing(**{**SETTINGS, "layer": "conv_caps_2"})(one)
+    named, *_ = Routing(**{**SETTINGS, "layer": "conv_caps_2"})(one)
     assert list(named["layers"]) == ["conv_caps_2"]
     assert named["layers"]["conv_caps_2"]["entropy"] == pytest.approx(layers["conv_caps_2"]["entropy"])
     with pytest.raises(UserError, match=r"^study\.layer: must be null or one of conv_caps_1, conv_caps_2, "):
@@ -128,7 +128,7 @@ def test_every_layer_of_a_network_with_em_routing_is_followed_or_the_one_that_is
 
 def test_the_control_without_routing_has_one_iteration_in_which_nothing_changes(em_config):
     words = ["model=dynamic_routing_small", "model.conv_channels=8", "model.decoder=null", "routing=uniform"]
-    numbers, figures = Routing(**SETTINGS)(untrained(em_config(*words)))
+    numbers, figures, _ = Routing(**SETTINGS)(untrained(em_config(*words)))
     layer = numbers["layers"]["class_caps"]
     assert layer == {"iterations": 1, "entropy": [pytest.approx(1)], "coupling_change": []}
     for name in ("routing-change", "routing-entropy"):
@@ -137,10 +137,11 @@ def test_the_control_without_routing_has_one_iteration_in_which_nothing_changes(
 
 def test_distances_of_all_pictures_are_the_mean_of_those_of_each(em_config):
     one = untrained(em_config(*EM), limit=3)
-    numbers, _ = Routing(**SETTINGS)(one)
+    numbers, *_ = Routing(**SETTINGS)(one)
     expected = 0.0
-    for number in range(3):
-        split = one.parts.dataset.read("test").take(torch.tensor([number]))
+    test = one.parts.dataset.read("test")
+    for number in one.chosen(test.size):
+        split = test.take(number[None])
         (batch, output), *_ = one.outputs(split)
         layer = one.model.class_caps
         below = output.layers["conv_caps_2"]
@@ -161,7 +162,9 @@ def test_a_network_that_routes_nothing_and_pictures_of_several_classes_are_refus
     with pytest.raises(UserError, match=r"^this network has no `grid`, so nobody knows where the children"):
         Routing(**SETTINGS)(one)
     one.parts.dataset.targets = 2
-    with pytest.raises(UserError, match=r"^study=routing is for pictures of one class each$"):
+    with pytest.raises(
+        UserError, match=r"^this study needs pictures of one class each; those of digits have 2$"
+    ):
         Routing(**SETTINGS)(one)
 
 

@@ -77,7 +77,7 @@ def _drawn(right: list[Triple], failures: list[Triple]) -> Any:
     from matplotlib.figure import Figure
 
     shown = right + failures
-    figure = Figure(figsize=(1.1 * len(shown), 3), layout="constrained")
+    figure = Figure(figsize=(1.1 * len(shown), 2.6), layout="constrained")
     for column, one in enumerate(shown):
         for row, picture in enumerate((one.picture, one.reconstruction)):
             plot = figure.add_subplot(2, len(shown), row * len(shown) + column + 1)

@@ -7,11 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from capsexp.data import Dataset, Part, Split, derive_seed
-from capsexp.download import Progress
+from capsexp.derived import DerivedDataset
 from capsexp.preprocess import Preprocess, windows
 
 
-class Expanded(Dataset):
+class Expanded(DerivedDataset):
     """The pictures of a square set, each somewhere on a larger canvas; test pictures are of another kind.
 
     Training pictures lie in the middle: `preprocess.shift` places them anew in each epoch. Validation and
@@ -53,11 +53,10 @@ class Expanded(Dataset):
                 f"preprocess.shift must be <= {self.margin}, the margin of {height}x{width} pictures on a "
                 f"canvas of {canvas}x{canvas}, got {preprocess.shift}"
             )
-        self.source, self.canvas, self.placement_seed = source, canvas, placement_seed
+        self.canvas, self.placement_seed = canvas, placement_seed
         self.test_pictures = test_pictures
-        self.classes, self.folder = source.classes, source.folder
         self.stored_shape = (channels, canvas, canvas)
-        super().__init__(preprocess=preprocess, validation=0, split_seed=0)
+        super().__init__(source, preprocess=preprocess, validation=0, split_seed=0)
 
     def read_training(self) -> tuple[Split, Split]:
         """The source's training pictures in the middle, and its validation pictures at their places."""
@@ -67,26 +66,6 @@ class Expanded(Dataset):
     def familiar(self) -> Split:
         """The source's test pictures, each at its place: the "expanded" test set."""
         return self._placed(self.source.read("test"), "test")
-
-    def missing(self) -> list[str]:
-        """Names of the source's files that are not there."""
-        return self.source.missing()
-
-    def require_files(self) -> None:
-        """Refuse to start without the source's files."""
-        self.source.require_files()
-
-    def prepare(self, progress: Progress) -> None:
-        """Get what is missing of the source."""
-        self.source.prepare(progress)
-
-    def problems(self) -> list[str]:
-        """The source's."""
-        return self.source.problems()
-
-    def remarks(self) -> list[str]:
-        """The source's."""
-        return self.source.remarks()
 
     @abstractmethod
     def _affine(self) -> Split:

@@ -1,19 +1,18 @@
 """Two digits in one picture: MultiMNIST, or the same with the pictures of any other set of one channel."""
 
-from pathlib import Path
 from typing import Any
 
 from torch.nn import functional as F
 
 from capsexp.data import Batches, Dataset, Part, Split
-from capsexp.download import Progress
+from capsexp.derived import DerivedDataset
 from capsexp.pairs import Pairs
 from capsexp.preprocess import Preprocess
 
 PAPERS_PARTNERS = 1000
 
 
-class MultiMNIST(Dataset):
+class MultiMNIST(DerivedDataset):
     """Each picture overlaid with another of the same split but another class, both shifted.
 
     Sabour et al., "Dynamic routing between capsules" (NIPS 2017), section 6. Pairs are made on the fly: an
@@ -55,13 +54,11 @@ class MultiMNIST(Dataset):
                 raise ValueError(f"{key} must be >= {smallest[key]}, got {value}")
         if shift >= pad + min(height, width):
             raise ValueError(f"shift must be < pad + the picture's {height}x{width}, got {shift}")
-        self.source, self.shift, self.pad = source, shift, pad
+        self.shift, self.pad = shift, pad
         self.pair_seed, self.test_partners = pair_seed, test_partners
-        self.classes = source.classes
-        self.folder: Path | None = source.folder
         self.stored_shape = (channels, height + 2 * pad, width + 2 * pad)
         super().__init__(
-            preprocess=_bytes_to_unit(), validation=source.validation, split_seed=source.split_seed
+            source, preprocess=_bytes_to_unit(), validation=source.validation, split_seed=source.split_seed
         )
 
     def read_training(self) -> tuple[Split, Split]:
@@ -85,22 +82,6 @@ class MultiMNIST(Dataset):
             pair_seed=self.pair_seed,
             **options,
         )
-
-    def missing(self) -> list[str]:
-        """The source's."""
-        return self.source.missing()
-
-    def require_files(self) -> None:
-        """Refuse to start without the source's files."""
-        self.source.require_files()
-
-    def prepare(self, progress: Progress) -> None:
-        """Get what the source misses."""
-        self.source.prepare(progress)
-
-    def problems(self) -> list[str]:
-        """The source's."""
-        return self.source.problems()
 
     def remarks(self) -> list[str]:
         """The source's, and how many pairs there are where the paper has a thousand for each picture."""

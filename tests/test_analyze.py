@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from capsexp import cli
 from capsexp.analyze import Subject
 from capsexp.errors import UserError
 from capsexp.evaluate import load_model
@@ -27,6 +28,18 @@ def capsexp(*words, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
 
 
+@pytest.fixture
+def analyze(monkeypatch, capsys):
+    """The command in this process: a study is quicker than the start of another."""
+
+    def call(*words, cwd):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["capsexp", "analyze", *words])
+        return subprocess.CompletedProcess(words, cli.main(), *capsys.readouterr())
+
+    return call
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with the run of a small network that has learnt something."""
@@ -38,12 +51,12 @@ def home(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("study", STUDIES)
-def test_every_study_leaves_figures_numbers_and_its_page_in_tensorboard(study, home, tmp_path):
+def test_every_study_leaves_figures_numbers_and_its_page_in_tensorboard(study, home, tmp_path, analyze):
     if study in NEEDS:
         home = tmp_path
         done = capsexp("train", "run=run", "device=cpu", *NEEDS[study], cwd=home)
         assert done.returncode == 0, done.stderr
-    done = capsexp("analyze", f"study={study}", "run=run", "limit=200", cwd=home)
+    done = analyze(f"study={study}", "run=run", "limit=200", cwd=home)
     assert (done.returncode, done.stderr) == (0, "")
     told = json.loads((home / "run" / "studies" / f"{study}.json").read_text())
     assert told["limit"] == 200
@@ -74,15 +87,15 @@ def test_every_study_leaves_figures_numbers_and_its_page_in_tensorboard(study, h
         (["study=viewpoints"], "study=viewpoints is for runs on smallnorb, whose views are known; run is "),
     ],
 )
-def test_wrong_use_is_one_line(words, line, home):
-    done = capsexp("analyze", "run=run", *words, cwd=home)
+def test_wrong_use_is_one_line(words, line, home, analyze):
+    done = analyze("run=run", *words, cwd=home)
     assert done.returncode == 2
     (told,) = done.stderr.splitlines()
     assert told.startswith(f"capsexp: {line}")
 
 
-def test_a_study_has_to_be_chosen(home):
-    done = capsexp("analyze", "run=run", cwd=home)
+def test_a_study_has_to_be_chosen(home, analyze):
+    done = analyze("run=run", cwd=home)
     assert done.returncode == 2
     assert "study=" in done.stderr
     assert "reconstructions" in done.stderr

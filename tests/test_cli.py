@@ -258,7 +258,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(words, lines, capsexp, no_runs):
 def test_data_prepare_needs_names(capsexp):
     code, _, error = capsexp("data", "prepare")
     assert code == 2
-    assert "capsexp data prepare needs names: cifar10, digits, " in error
+    assert "capsexp data prepare needs names: affnist, cifar10, digits, " in error
 
 
 def test_a_mistake_in_a_process_of_its_own_has_no_traceback(tmp_path):
@@ -415,7 +415,7 @@ def test_eval_takes_overrides(at_home, capsexp):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["part=tset"], "part: must be 'test', 'validation' or 'train', got 'tset'"),
+        (["part=tset"], "part: must be 'test', 'familiar', 'validation' or 'train', got 'tset'"),
         (["weights=bst"], r"run/checkpoints/bst.pt: refused, there is no such file"),
         (["weights=7"], r"run/checkpoints/step-00000007.pt: refused, there is no such file"),
         (["model.class_dim=8"], "the weights in run are of another network: "),

@@ -115,6 +115,22 @@ def constants_and_swept(overrides: Sequence[str]) -> tuple[list[str], list[str]]
         return constants, [one.key_or_group for one in parsed if one.is_sweep_override()]
 
 
+def with_constants_swept(overrides: Sequence[str], *, config_dir: str | None) -> list[str]:
+    """The overrides of a sweep over groups, each constant made a sweep of its one value; others as they are.
+
+    Before its first job Hydra composes a config without anything swept, and would refuse a key that only a
+    swept choice has: `experiment=a,b dataset.cameras=left`.
+    """
+    with searching(config_dir):
+        parsed, _ = parse_all(overrides)
+        if not any(one.is_sweep_override() and _options(one.key_or_group) for one in parsed):
+            return list(overrides)
+        # For another sweeper, such as a search, a choice of one would be one more thing to search for.
+        if any(one.key_or_group == "hydra/sweeper" for one in parsed):
+            return list(overrides)
+        return [_as_sweep(one) for one in parsed]
+
+
 def load_run(
     overrides: Sequence[str], *, command: str, groups: Mapping[str, str] | None = None, **extra: Any
 ) -> None:
@@ -295,6 +311,14 @@ def _texts(override: Override) -> list[str]:
         return [str(override.input_line)]
     choices = override.sweep_string_iterator() if override.is_discrete_sweep() else _ends(override)
     return [f"{override.get_key_element()}={choice}" for choice in choices]
+
+
+def _as_sweep(override: Override) -> str:
+    """A constant as a sweep of one value, where that can be."""
+    text = str(override.input_line)
+    key, _, value = text.partition("=")
+    fixed = override.is_sweep_override() or override.is_delete() or not value
+    return text if fixed or override.key_or_group.startswith("hydra") else f"{key}=choice({value})"
 
 
 def _ends(override: Override) -> list[Any]:

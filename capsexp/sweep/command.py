@@ -40,7 +40,8 @@ def sweep(options: Namespace, flags: Sequence[str], overrides: Sequence[str]) ->
     if composed.run is not None:
         raise UserError("run: a sweep makes a directory for each of its runs; choose hydra.sweep.dir=DIR")
     parts.dataset.require_files()
-    return _run(_folder(composed, overrides), [*flags, *jobs, "hydra.output_subdir=null"])
+    words = config.with_constants_swept(jobs, config_dir=folder)
+    return _run(_folder(composed, overrides), [*flags, *words, "hydra.output_subdir=null"])
 
 
 def _folder(composed: DictConfig, overrides: Sequence[str]) -> Path:

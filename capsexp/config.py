@@ -317,8 +317,11 @@ def _as_sweep(override: Override) -> str:
     """A constant as a sweep of one value, where that can be."""
     text = str(override.input_line)
     key, _, value = text.partition("=")
-    fixed = override.is_sweep_override() or override.is_delete() or not value
-    return text if fixed or override.key_or_group.startswith("hydra") else f"{key}=choice({value})"
+    if override.is_sweep_override() or override.is_delete() or override.key_or_group.startswith("hydra"):
+        return text
+    if override.value() is None:  # no choice of Hydra's; added, it asks for no key
+        return f"++{key.lstrip('+')}=null"
+    return f"{key}=choice({value})" if value else text
 
 
 def _ends(override: Override) -> list[Any]:

@@ -562,9 +562,10 @@ def test_a_plugin_that_is_not_installed_is_named_with_its_extra(known, monkeypat
 
 def test_constants_beside_a_swept_group_are_choices_of_one_so_that_hydra_asks_for_their_keys_last():
     words = ["experiment=quickstart,sabour2017_mnist", "dataset.root='a, b'", "+new=[1,2]", "~seed", "seed="]
-    words += ["hydra.launcher.n_jobs=2", "loss=margin"]
+    words += ["hydra.launcher.n_jobs=2", "loss=margin", "dataset.validation_instance=null"]
     expected = [words[0], "dataset.root=choice('a, b')", "+new=choice([1,2])", "~seed", "seed="]
     expected += ["hydra.launcher.n_jobs=2", "loss=choice(margin)"]
+    expected += ["++dataset.validation_instance=null"]
     assert config.with_constants_swept(words, config_dir=None) == expected
     for others in (["seed=1,2", "run=x"], [*words, "hydra/sweeper=search"]):
         assert config.with_constants_swept(others, config_dir=None) == others

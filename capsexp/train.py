@@ -189,7 +189,9 @@ def train(
                 state.restore_weights(
                     processes.from_lead(lambda: checkpoint.load(run.checkpoints / "best.pt"))
                 )
-            if familiar is not None:
+            if familiar is not None and state.stopped is not None:  # it was told of these very weights
+                results["familiar/accuracy"] = state.stopped["accuracy"]
+            elif familiar is not None:
                 results["familiar/accuracy"] = mean_figures(familiar, "familiar")["familiar/accuracy"]
             test = parts.batches(parts.dataset.read("test"), limit=settings.limit_eval_batches)
             results |= mean_figures(test, "test")

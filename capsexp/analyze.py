@@ -72,14 +72,14 @@ class Subject:
         self.classes: tuple[str, ...] = parts.dataset.classes
         self._plugins = plugins
 
-    def another(self, run: str, *, weights: str = "best") -> "Subject":
-        """The network of another run, on the same device and under the same limit.
+    def another(self, run: str) -> "Subject":
+        """The best weights of another run, on the same device and under the same limit.
 
         Raises:
             UserError: no such run, or it cannot be loaded.
         """
         parts = components(config.of_run(Path(run)), plugins=self._plugins)._replace(device=self.parts.device)
-        model, step = load_model(parts, Path(run), weights=weights)
+        model, step = load_model(parts, Path(run), weights="best")
         return Subject(model, parts, path=Path(run), step=step, limit=self.limit, plugins=self._plugins)
 
     def batches(self, split: Split | None = None, *, what: str = "pictures") -> Iterator[Batch]:

@@ -24,7 +24,9 @@ from torch.utils.tensorboard import SummaryWriter
 from capsexp import config
 from capsexp.build import Parts, components
 from capsexp.capsules import Batch, Output
-from capsexp.data import Batches, Split, epoch_order
+from capsexp.data.batches import Batches
+from capsexp.data.seeds import epoch_order
+from capsexp.data.split import Split
 from capsexp.errors import UserError
 from capsexp.evaluate import inference, load_model
 from capsexp.files import make_folder, write_whole

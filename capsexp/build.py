@@ -19,7 +19,7 @@ from capsexp.signature import fits, signature_problems
 # What a config may name: classes that only hold numbers, tensors and each other. Nothing that takes a
 # path to load code from, a command or a pickle may be added here.
 OWN_PACKAGES = ("model", "routing", "layer", "loss", "dataset", "study")
-OWN_MODULES = ("schedule", "preprocess", "device", "trainer")
+OWN_MODULES = ("schedule", "data.preprocess", "device", "trainer")
 OUTSIDE = ("torch.nn.", "torch.optim.", "torchvision.transforms.", "torchvision.models.")
 RUN_TIME = {"model": {"image_shape", "classes"}, "optimizer": {"params"}}  # known only when a run starts
 GROUPS = ("device", "trainer", "dataset", "loss", "optimizer", "model")  # what no run can do without
@@ -40,7 +40,7 @@ class Parts(NamedTuple):
     learning_rate: Callable[..., float]
 
     def batches(self, split: Any, *, limit: int | None, training: bool = False) -> Any:
-        """A split as batches on the run's device (`capsexp.data.Batches`)."""
+        """A split as batches on the run's device (`capsexp.data.batches.Batches`)."""
         return self.dataset.batches(
             split,
             batch_size=self.trainer.batch_size,

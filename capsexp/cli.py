@@ -185,7 +185,7 @@ def _data(arguments: list[str]) -> int:
         raise UserError(f"unknown command 'data {action}'{config.nearest(action, DATA_ACTIONS)}")
     names = [text for text in rest if "=" not in text]
     datasets = _datasets([text for text in rest if "=" in text], names or None)
-    from capsexp import prepare
+    from capsexp.data import prepare
 
     if action == "list":
         prepare.print_list(datasets)

@@ -9,10 +9,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from capsexp.data import Dataset
+from capsexp.data.dataset import Dataset
+from capsexp.data.prepare import list_datasets
 from capsexp.device import available, best, has_tunable_allocator
 from capsexp.ops.kernels.compiled import compiler, library_path
-from capsexp.prepare import list_datasets
 from capsexp.run_dir import PACKAGES
 
 

@@ -99,3 +99,7 @@ class JobFailed(UserError):  # noqa: N818 - the end of a job, told in the table 
 
 class Preempted(SystemExit):
     """The end of a process whose scheduler takes the run away, and may start it again."""
+
+
+class DataError(UserError, ValueError):
+    """Data that are missing, damaged or not what they should be. The message says what to do."""

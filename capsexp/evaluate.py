@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from capsexp import checkpoint
 from capsexp.build import Parts
 from capsexp.capsules import Batch, Output, Routed
-from capsexp.data import Batches, Dataset, Split
+from capsexp.data.batches import Batches
+from capsexp.data.dataset import Dataset
+from capsexp.data.split import Split
 from capsexp.errors import UserError
 from capsexp.ops.entropy import coupling_entropy
 from capsexp.parallel import ALONE, Processes

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from capsexp.build import Parts
-from capsexp.data import Batches
+from capsexp.data.batches import Batches
 from capsexp.errors import UserError
 from capsexp.trainer import Trainer
 

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from capsexp.bench import NETWORK, processor, variants_of
 from capsexp.errors import UserError
+from capsexp.files import require_picture_file
 from capsexp.measure import changed, in_process
-from capsexp.picture_file import require_picture_file
 
 BATCHES = (8, 16, 32, 64, 128)
 ITERATIONS = (1, 2, 3, 4, 5)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from capsexp.build import Parts, components
 from capsexp.capsules import Capsules
-from capsexp.data import Batches, Split
+from capsexp.data.batches import Batches
+from capsexp.data.split import Split
 from capsexp.errors import UserError
 from capsexp.evaluate import autocast, inference
 from capsexp.gradients import gradient_norm, gradients

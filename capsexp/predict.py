@@ -12,10 +12,10 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from capsexp.build import Parts
+from capsexp.data.preprocess import Shape, resized
 from capsexp.dataset.image_folder import decode
 from capsexp.errors import UserError
 from capsexp.evaluate import inference, load_model
-from capsexp.preprocess import Shape, resized
 
 
 def predict(parts: Parts, config: Mapping[str, Any], files: Sequence[str]) -> None:

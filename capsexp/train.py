@@ -13,7 +13,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from capsexp import checkpoint
 from capsexp.build import Parts
 from capsexp.capsules import Batch
-from capsexp.data import Batches, Split, derive_seed
+from capsexp.data.batches import Batches
+from capsexp.data.seeds import derive_seed
+from capsexp.data.split import Split
 from capsexp.errors import RunStopped, UserError, is_interruption
 from capsexp.evaluate import evaluate, inference
 from capsexp.familiar import ending, familiar_batches, remarks_on

@@ -351,7 +351,7 @@ def test_no_module_outside_the_allowed_packages_is_imported(mischief, marker):
 @pytest.mark.parametrize(
     "target",
     [
-        "capsexp.download.fetch",
+        "capsexp.data.download.fetch",
         "capsexp.cli.os.system",
         "capsexp.record.Record",
         "capsexp.checkpoint.load",

@@ -3,11 +3,12 @@ import torch
 from torch import nn
 
 from capsexp.capsules import Output
-from capsexp.data import Batches, Split
+from capsexp.data.batches import Batches
+from capsexp.data.preprocess import Preprocess
+from capsexp.data.split import Split
 from capsexp.dataset.digits import Digits
 from capsexp.errors import UserError
 from capsexp.evaluate import autocast, evaluate, evaluate_run, inference, load_model, pooled
-from capsexp.preprocess import Preprocess
 from capsexp.schedule import Step
 
 

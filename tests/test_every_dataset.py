@@ -12,8 +12,8 @@ from PIL import Image
 
 from capsexp.build import build as build_node
 from capsexp.config import compose, plain
-from capsexp.data import Dataset
-from capsexp.preprocess import Preprocess
+from capsexp.data.dataset import Dataset
+from capsexp.data.preprocess import Preprocess
 
 CONF = Path(__file__).parents[1] / "conf/dataset"
 CONFIGS = sorted(CONF.rglob("*.yaml"))

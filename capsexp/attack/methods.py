@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from capsexp.data import derive_seed
+from capsexp.data.seeds import derive_seed
 
 Objective = Callable[[Float[Tensor, "B C H W"]], Float[Tensor, ""]]
 

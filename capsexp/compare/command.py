@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from capsexp.errors import Notes, UserError
-from capsexp.picture_file import require_picture_file
+from capsexp.files import require_picture_file
 
 WORDS = """\
 DIRS     directories of runs, or folders with runs below them; without one, $CAPSEXP_OUTPUTS or outputs

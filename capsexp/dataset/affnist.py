@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 from scipy.io import loadmat
 from torch import Tensor
 
-from capsexp.data import Dataset, Split
-from capsexp.download import DataError, Progress, digest
-from capsexp.expanded import Expanded
-from capsexp.preprocess import Preprocess
+from capsexp.data.dataset import Dataset
+from capsexp.data.download import Progress, digest
+from capsexp.data.expanded import Expanded
+from capsexp.data.preprocess import Preprocess
+from capsexp.data.split import Split
+from capsexp.errors import DataError
 
 URL = "https://www.cs.toronto.edu/~tijmen/affNIST/32x/transformed/test.mat.zip"
 FILE = "affNIST/test.mat"

@@ -3,9 +3,9 @@
 import torch
 from torchvision import datasets
 
-from capsexp.data import Part, Split
-from capsexp.download import RemoteFile, StoredFile
-from capsexp.stored import StoredDataset
+from capsexp.data.download import RemoteFile, StoredFile
+from capsexp.data.published import PublishedDataset
+from capsexp.data.split import Part, Split
 
 FOLDER = "cifar-10-batches-py/"
 CHECKSUMS = {
@@ -19,7 +19,7 @@ CHECKSUMS = {
 }
 
 
-class CIFAR10(StoredDataset):
+class CIFAR10(PublishedDataset):
     """50,000 training and 10,000 test pictures in 10 classes."""
 
     name = "cifar10"

@@ -3,7 +3,8 @@
 import torch
 from sklearn.datasets import load_digits
 
-from capsexp.data import Dataset, Part, Split, stratified
+from capsexp.data.dataset import Dataset
+from capsexp.data.split import Part, Split, stratified
 
 TEST_SHARE = 0.2
 TEST_SEED = 0

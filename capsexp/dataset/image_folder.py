@@ -11,9 +11,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from capsexp.data import Dataset, Part, Split, stratified
-from capsexp.download import DataError
-from capsexp.preprocess import Preprocess
+from capsexp.data.dataset import Dataset
+from capsexp.data.preprocess import Preprocess
+from capsexp.data.split import Part, Split, stratified
+from capsexp.errors import DataError
 
 GREY_MODES = {"1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I"}
 COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}

@@ -5,11 +5,13 @@ from typing import Literal
 
 import torch
 
-from capsexp.affine import randomly_transformed
-from capsexp.data import Dataset, Split, derive_seed
+from capsexp.data.affine import randomly_transformed
+from capsexp.data.dataset import Dataset
+from capsexp.data.expanded import Expanded
+from capsexp.data.preprocess import Preprocess
+from capsexp.data.seeds import derive_seed
+from capsexp.data.split import Split
 from capsexp.errors import require_at_least_1
-from capsexp.expanded import Expanded
-from capsexp.preprocess import Preprocess
 
 
 class MNISTAffine(Expanded):

@@ -4,10 +4,12 @@ from typing import Any
 
 from torch.nn import functional as F
 
-from capsexp.data import Batches, Dataset, Part, Split
-from capsexp.derived import DerivedDataset
-from capsexp.pairs import Pairs
-from capsexp.preprocess import Preprocess
+from capsexp.data.batches import Batches
+from capsexp.data.dataset import Dataset
+from capsexp.data.derived import DerivedDataset
+from capsexp.data.pairs import Pairs
+from capsexp.data.preprocess import Preprocess
+from capsexp.data.split import Part, Split
 
 PAPERS_PARTNERS = 1000
 

@@ -12,12 +12,13 @@ from jaxtyping import Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capsexp.cache import cached, fingerprint
-from capsexp.data import Part, Split
-from capsexp.download import DataError, Progress, RemoteFile, StoredFile, digest
-from capsexp.norb_file import open_norb
-from capsexp.preprocess import RESIZE_CHUNK, Preprocess
-from capsexp.stored import StoredDataset
+from capsexp.data.cache import cached, fingerprint
+from capsexp.data.download import Progress, RemoteFile, StoredFile, digest
+from capsexp.data.norb_file import open_norb
+from capsexp.data.preprocess import RESIZE_CHUNK, Preprocess
+from capsexp.data.published import PublishedDataset
+from capsexp.data.split import Part, Split
+from capsexp.errors import DataError
 
 URL = "https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/"
 FOLDER = "smallnorb/"
@@ -87,15 +88,15 @@ def _file(part: Part, kind: str, packed: str, unpacked: str) -> RemoteFile:
     return RemoteFile(f"{FOLDER}{name}.gz", f"{URL}{name}.gz", packed, (StoredFile(FOLDER + name, unpacked),))
 
 
-class SmallNORB(StoredDataset):
+class SmallNORB(PublishedDataset):
     """24,300 training and 24,300 test pairs of pictures in 5 classes, each with 5 instances per part.
 
     Reduced pictures are kept beside the files as `cache-…`, which may be deleted. Classes and factors must be
     the published ones to the byte; pictures that are not (a converted copy) are read, with a remark.
 
     Args:
-        root: see `StoredDataset`.
-        download: see `StoredDataset`.
+        root: see `PublishedDataset`.
+        download: see `PublishedDataset`.
         cameras: `stereo` for two channels, or one of them.
         validation_instance: the training instance, of every class, that is set aside for validation.
         viewpoint: what is limited to familiar values in training: `azimuth` (300 … 40 degrees, a third),

@@ -3,9 +3,9 @@
 import torch
 from torchvision import datasets
 
-from capsexp.data import Part, Split
-from capsexp.download import RemoteFile, StoredFile
-from capsexp.stored import StoredDataset
+from capsexp.data.download import RemoteFile, StoredFile
+from capsexp.data.published import PublishedDataset
+from capsexp.data.split import Part, Split
 
 URL = "https://ufldl.stanford.edu/housenumbers/"
 FOLDER = "svhn/"
@@ -15,7 +15,7 @@ def _file(name: str, sha256: str) -> RemoteFile:
     return RemoteFile(FOLDER + name, URL + name, sha256, (StoredFile(FOLDER + name, f"sha256:{sha256}"),))
 
 
-class SVHN(StoredDataset):
+class SVHN(PublishedDataset):
     """73,257 training and 26,032 test pictures in 10 classes, without the additional set."""
 
     name = "svhn"

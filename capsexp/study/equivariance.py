@@ -11,9 +11,9 @@ from torchvision.transforms.functional import InterpolationMode, rotate
 
 from capsexp.analyze import Findings, Subject
 from capsexp.capsules import Routed
-from capsexp.data import Split
+from capsexp.data.preprocess import RESIZE_CHUNK
+from capsexp.data.split import Split
 from capsexp.errors import UserError
-from capsexp.preprocess import RESIZE_CHUNK
 
 Move = Callable[[UInt8[Tensor, "N C H W"], int | float], UInt8[Tensor, "N C H W"]]
 

@@ -10,8 +10,8 @@ from torchvision.utils import make_grid
 
 from capsexp.analyze import Findings, Subject, visible
 from capsexp.capsules import Batch, Output
+from capsexp.data.pairs import Pairs
 from capsexp.errors import UserError
-from capsexp.pairs import Pairs
 from capsexp.targets import exactly, predicted, presence, share_found
 
 PAPERS_OVERLAP = 0.8

@@ -4,9 +4,9 @@ import torch
 from capsexp.attack.methods import fgsm
 from capsexp.attack.units import Scale, as_pixels, ball_of, scale_of
 from capsexp.capsules import Batch
+from capsexp.data.preprocess import Preprocess
 from capsexp.dataset.digits import Digits
 from capsexp.errors import UserError
-from capsexp.preprocess import Preprocess
 
 
 def digits(standardise, crop=None):

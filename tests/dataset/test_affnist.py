@@ -8,11 +8,10 @@ from scipy.io import savemat
 
 from capsexp import config
 from capsexp.build import build
-from capsexp.data import Split
+from capsexp.data.prepare import prepare, verify
+from capsexp.data.split import Split
 from capsexp.dataset.affnist import FILE, URL, AffNIST, class_means, upright
-from capsexp.download import DataError
-from capsexp.errors import UserError
-from capsexp.prepare import prepare, verify
+from capsexp.errors import DataError, UserError
 
 DIGITS = ("dataset@dataset.source=digits", "dataset.canvas=12", "dataset.preprocess.shift=2")
 ORIGINALS, TRANSFORMS = 359, 2

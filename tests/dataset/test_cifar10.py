@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from capsexp.data.preprocess import Preprocess
 from capsexp.dataset.cifar10 import CHECKSUMS, CIFAR10, FOLDER
-from capsexp.download import DataError
-from capsexp.preprocess import Preprocess
+from capsexp.errors import DataError
 
 
 def cifar10(root):

@@ -1,9 +1,9 @@
 import pytest
 from torchvision import datasets
 
+from capsexp.data.preprocess import Preprocess
 from capsexp.dataset.fashion_mnist import FOLDER, FashionMNIST
-from capsexp.download import DataError
-from capsexp.preprocess import Preprocess
+from capsexp.errors import DataError
 
 
 def fashion_mnist(root):

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from capsexp.data.preprocess import Preprocess
 from capsexp.dataset.mnist import FOLDER, MNIST
-from capsexp.download import DataError
-from capsexp.preprocess import Preprocess
+from capsexp.errors import DataError
 
 
 def mnist(root, *, download=False):

@@ -8,13 +8,13 @@ from PIL import Image
 from capsexp.build import build, components
 from capsexp.capsules import Batch
 from capsexp.config import compose, plain
-from capsexp.data import Batches
+from capsexp.data.batches import Batches
+from capsexp.data.pairs import Pairs
 from capsexp.dataset.digits import Digits
 from capsexp.errors import RunStopped, UserError
 from capsexp.evaluate import evaluate, evaluate_run, load_model
 from capsexp.gradients import gradients
 from capsexp.measure import random_batches
-from capsexp.pairs import Pairs
 from capsexp.parallel import Processes
 from capsexp.predict import predict
 from capsexp.run_dir import RunDir

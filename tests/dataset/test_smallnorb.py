@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from capsexp.data import Batches
+from capsexp.data.batches import Batches
+from capsexp.data.download import RemoteFile, StoredFile
+from capsexp.data.prepare import prepare, verify
+from capsexp.data.preprocess import Preprocess, resized
 from capsexp.dataset.smallnorb import FACTORS, FOLDER, STEM, Setup, SmallNORB
-from capsexp.download import DataError, RemoteFile, StoredFile
-from capsexp.prepare import prepare, verify
-from capsexp.preprocess import Preprocess, resized
+from capsexp.errors import DataError
 
 SETUP = Setup(
     instances={"train": (4, 9), "test": (0, 5)},
@@ -257,7 +258,7 @@ def test_a_folder_that_cannot_be_written_to_is_read_all_the_same(world, monkeypa
     def refuse(path, write):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr("capsexp.cache.write_whole", refuse)
+    monkeypatch.setattr("capsexp.data.cache.write_whole", refuse)
     for dataset in (world(), world()):
         assert dataset.read("train").size == COUNT
         assert dataset.remarks() == []

@@ -8,9 +8,11 @@ from torch import nn
 
 from capsexp.analyze import Subject
 from capsexp.capsules import Output, Routed
-from capsexp.data import Dataset, Split, epoch_order
+from capsexp.data.dataset import Dataset
+from capsexp.data.preprocess import Preprocess
+from capsexp.data.seeds import epoch_order
+from capsexp.data.split import Split
 from capsexp.errors import UserError
-from capsexp.preprocess import Preprocess
 from capsexp.schedule import Step
 from capsexp.study import equivariance
 from capsexp.study.equivariance import Equivariance, held_out_r2

@@ -6,10 +6,10 @@ from torch import nn
 
 from capsexp.analyze import Subject
 from capsexp.capsules import Output
-from capsexp.data import Split
+from capsexp.data.preprocess import Preprocess
+from capsexp.data.split import Split
 from capsexp.dataset.smallnorb import SmallNORB
 from capsexp.errors import UserError
-from capsexp.preprocess import Preprocess
 from capsexp.schedule import Step
 from capsexp.study.viewpoints import Viewpoints
 

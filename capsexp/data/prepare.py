@@ -9,8 +9,9 @@ from rich.progress import Progress as Bars
 from rich.progress import TaskID
 from rich.table import Table
 
-from capsexp.data import Dataset
-from capsexp.download import DataError, Progress
+from capsexp.data.dataset import Dataset
+from capsexp.data.download import Progress
+from capsexp.errors import DataError
 
 Say = Callable[[str], None]
 """Prints one line."""

@@ -6,9 +6,11 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from capsexp.data import Dataset, Part, Split, derive_seed
-from capsexp.derived import DerivedDataset
-from capsexp.preprocess import Preprocess, windows
+from capsexp.data.dataset import Dataset
+from capsexp.data.derived import DerivedDataset
+from capsexp.data.preprocess import Preprocess, windows
+from capsexp.data.seeds import derive_seed
+from capsexp.data.split import Part, Split
 
 
 class Expanded(DerivedDataset):

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from capsexp.data import Dataset
-from capsexp.download import Progress
-from capsexp.preprocess import Preprocess
+from capsexp.data.dataset import Dataset
+from capsexp.data.download import Progress
+from capsexp.data.preprocess import Preprocess
 
 
 class DerivedDataset(Dataset):

@@ -11,8 +11,8 @@ from jaxtyping import Float64, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from capsexp.download import DataError
-from capsexp.preprocess import windows
+from capsexp.data.preprocess import windows
+from capsexp.errors import DataError
 
 CHUNK = 512
 """Pictures transformed at a time, so that a whole set is never in memory as coordinates."""

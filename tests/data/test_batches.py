@@ -3,17 +3,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capsexp.data import (
-    Batches,
-    Dataset,
-    Split,
-    derive_seed,
-    epoch_order,
-    split_validation,
-    stratified,
-)
-from capsexp.download import DataError
-from capsexp.preprocess import Preprocess
+from capsexp.data.batches import Batches
+from capsexp.data.dataset import Dataset
+from capsexp.data.preprocess import Preprocess
+from capsexp.data.seeds import derive_seed, epoch_order
+from capsexp.data.split import Split, split_validation, stratified
+from capsexp.errors import DataError
 
 OFF = {
     "resize": None,

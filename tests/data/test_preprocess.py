@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from capsexp.preprocess import Preprocess
+from capsexp.data.preprocess import Preprocess
 
 OFF = {
     "resize": None,

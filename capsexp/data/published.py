@@ -5,14 +5,16 @@ from pathlib import Path
 
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
-from capsexp.data import Dataset, Part, Split
-from capsexp.download import DataError, Progress, RemoteFile, StoredFile, missing, obtain, verify
-from capsexp.preprocess import Preprocess
+from capsexp.data.dataset import Dataset
+from capsexp.data.download import Progress, RemoteFile, StoredFile, missing, obtain, verify
+from capsexp.data.preprocess import Preprocess
+from capsexp.data.split import Part, Split
+from capsexp.errors import DataError
 
 IDX_PREFIX: dict[Part, str] = {"train": "train-", "test": "t10k-"}
 
 
-class StoredDataset(Dataset):
+class PublishedDataset(Dataset):
     """A published data set: known files, each with a checksum that is compared before it is read.
 
     Args:
@@ -87,7 +89,7 @@ class StoredDataset(Dataset):
         """Whether reading this part opens this file."""
 
 
-class IdxDataset(StoredDataset):
+class IdxDataset(PublishedDataset):
     """A set in MNIST's own file format: 28x28 grey pictures and their labels, for training and for testing.
 
     Its files must have the names of MNIST's, such as `train-images-idx3-ubyte`.

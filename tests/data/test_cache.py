@@ -7,8 +7,8 @@ import textwrap
 import numpy as np
 import pytest
 
-from capsexp import cache
-from capsexp.cache import cached, fingerprint
+from capsexp.data import cache
+from capsexp.data.cache import cached, fingerprint
 
 ARRAY = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
 
@@ -112,7 +112,7 @@ def test_processes_that_start_together_leave_one_whole_file(tmp_path):
         import sys, time
         from pathlib import Path
         import numpy as np
-        from capsexp.cache import cached
+        from capsexp.data.cache import cached
 
         def compute():
             time.sleep(0.2)

@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from capsexp.capsules import Batch
-from capsexp.data import Batches, Split, derive_seed, epoch_order
+from capsexp.data.batches import Batches
+from capsexp.data.preprocess import Preprocess, windows
+from capsexp.data.seeds import derive_seed, epoch_order
+from capsexp.data.split import Split
 from capsexp.errors import UserError
-from capsexp.preprocess import Preprocess, windows
 
 Boxes = Int[Tensor, "B 2 2 2"]
 """Of each picture of a pair, the first row and column, and those behind the last."""

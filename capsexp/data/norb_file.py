@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capsexp.download import DataError
+from capsexp.errors import DataError
 
 MAGIC = {"uint8": 0x1E3D4C55, "int32": 0x1E3D4C54}
 LEAST_DIMENSIONS = 3

@@ -14,8 +14,9 @@ from email.message import Message
 
 import pytest
 
-from capsexp import download
-from capsexp.download import DataError, RemoteFile, StoredFile, fetch, missing, obtain, verify
+from capsexp.data import download
+from capsexp.data.download import RemoteFile, StoredFile, fetch, missing, obtain, verify
+from capsexp.errors import DataError
 
 CONTENT = bytes(range(256)) * 100
 URL = "https://example.org/data.bin"
@@ -264,7 +265,7 @@ SLOW_DOWNLOAD = """
     import io, sys, time
     from pathlib import Path
     from capsexp import download
-    from capsexp.download import RemoteFile, StoredFile, obtain
+    from capsexp.data.download import RemoteFile, StoredFile, obtain
 
     class Slow(io.BytesIO):
         headers = {}
@@ -318,7 +319,7 @@ def test_the_lock_is_waited_for(tmp_path, monkeypatch):
     code = """
         import sys, time
         from pathlib import Path
-        from capsexp.download import _lock
+        from capsexp.data.download import _lock
         with _lock(Path(sys.argv[1])):
             print("locked", flush=True)
             time.sleep(0.5)

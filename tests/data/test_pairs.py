@@ -3,10 +3,10 @@ import itertools
 import pytest
 import torch
 
-from capsexp.data import Split
+from capsexp.data.pairs import Pairs
+from capsexp.data.preprocess import Preprocess
+from capsexp.data.split import Split
 from capsexp.errors import UserError
-from capsexp.pairs import Pairs
-from capsexp.preprocess import Preprocess
 
 PLAIN = {
     "resize": None,

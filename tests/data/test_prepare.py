@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from capsexp.data import Split
+from capsexp.data.download import RemoteFile, StoredFile
+from capsexp.data.prepare import list_datasets, prepare, verify
+from capsexp.data.preprocess import Preprocess
+from capsexp.data.published import PublishedDataset
+from capsexp.data.split import Split
 from capsexp.dataset.digits import Digits
-from capsexp.download import RemoteFile, StoredFile
-from capsexp.prepare import list_datasets, prepare, verify
-from capsexp.preprocess import Preprocess
-from capsexp.stored import StoredDataset
 
 CONTENTS = {"train": bytes(range(16)), "test": bytes(range(8))}
 PREPROCESS = Preprocess(
@@ -33,7 +33,7 @@ def remote(name, content):
     return RemoteFile(f"toy/{name}.gz", f"https://example.invalid/{name}.gz", sha256, (stored,))
 
 
-class Toy(StoredDataset):
+class Toy(PublishedDataset):
     name = "toy"
     classes = ("a", "b")
     stored_shape = (1, 2, 2)

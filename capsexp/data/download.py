@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from capsexp.errors import UserError
+from capsexp.errors import DataError
 from capsexp.files import put_in_place
 
 Progress = Callable[[str, int, int], None]
@@ -29,10 +29,6 @@ Progress = Callable[[str, int, int], None]
 BLOCK = 1 << 20
 TIMEOUT = 60.0
 """Seconds without an answer after which a download is given up."""
-
-
-class DataError(UserError, ValueError):
-    """Data that are missing, damaged or not what they should be. The message says what to do."""
 
 
 class StoredFile(NamedTuple):

@@ -5,8 +5,8 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
-from capsexp.affine import matrices, randomly_transformed, somewhere, transformed
-from capsexp.download import DataError
+from capsexp.data.affine import matrices, randomly_transformed, somewhere, transformed
+from capsexp.errors import DataError
 
 
 def double(*values):

@@ -3,8 +3,8 @@ import struct
 import numpy as np
 import pytest
 
-from capsexp.download import DataError
-from capsexp.norb_file import open_norb
+from capsexp.data.norb_file import open_norb
+from capsexp.errors import DataError
 
 NUMBERS = np.arange(2 * 3 * 4 * 5, dtype=np.uint8).reshape(2, 3, 4, 5)
 BYTES = NUMBERS.tobytes()

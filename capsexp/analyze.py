@@ -21,9 +21,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from capsexp import config
-from capsexp.build import Parts, components
 from capsexp.capsules import Batch, Output
+from capsexp.config.build import components
+from capsexp.config.parts import Parts
+from capsexp.config.saved import load_saved_config
 from capsexp.data.batches import Batches
 from capsexp.data.seeds import epoch_order
 from capsexp.data.split import Split
@@ -54,7 +55,7 @@ class Subject:
         path: of the run.
         step: that the weights are from.
         limit: pictures at most of any split; None for all.
-        plugins: see `capsexp.build.components`.
+        plugins: see `capsexp.config.build.components`.
     """
 
     def __init__(
@@ -80,7 +81,9 @@ class Subject:
         Raises:
             UserError: no such run, or it cannot be loaded.
         """
-        parts = components(config.of_run(Path(run)), plugins=self._plugins)._replace(device=self.parts.device)
+        parts = components(load_saved_config(Path(run)), plugins=self._plugins)._replace(
+            device=self.parts.device
+        )
         model, step = load_model(parts, Path(run), weights="best")
         return Subject(model, parts, path=Path(run), step=step, limit=self.limit, plugins=self._plugins)
 
@@ -151,7 +154,7 @@ def analyze(
         name: as in `study=NAME`.
         parts: of the run.
         settings: the plain config: `run`, `weights`, `limit`, `study`.
-        plugins: see `capsexp.build.components`.
+        plugins: see `capsexp.config.build.components`.
     """
     run, limit = RunDir(Path(settings["run"])), settings["limit"]
     model, step = load_model(parts, run.path, weights=str(settings["weights"]))

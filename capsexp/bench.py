@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from capsexp.build import components
+from capsexp.config.build import components
 from capsexp.device import has_tunable_allocator
 from capsexp.measure import Variant, changed, in_process, is_routed
 

@@ -12,9 +12,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from capsexp import config
-from capsexp.arguments import parse, plugins, quoted, value
-from capsexp.errors import UserError
+from capsexp.config.compose import compose, conf_dir, to_plain
+from capsexp.config.naming import new_run_dir
+from capsexp.config.overrides import parse, plugins, quoted, value
+from capsexp.config.saved import register_saved_config
+from capsexp.errors import UserError, nearest
 from capsexp.files import make_folder
 from capsexp.jobs import (
     checked,
@@ -25,7 +27,6 @@ from capsexp.jobs import (
     nothing,
     training_job,
 )
-from capsexp.naming import new_run_dir
 from capsexp.sweep.job_process import WATCHED, end_with_launcher
 from capsexp.torchrun import as_one, one_of_several, processes
 
@@ -75,7 +76,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"capsexp {_version()}")
         return 0
     if command not in COMMANDS:
-        raise UserError(f"unknown command {command!r}{config.nearest(command, COMMANDS)}")
+        raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
     if command != "train" and one_of_several():
         raise UserError(f"capsexp {command} works in one process: start it without torchrun")
     if command in ("runs", "compare", "report"):
@@ -105,7 +106,7 @@ def _train(arguments: list[str]) -> int:
         from capsexp.sweep.command import sweep
 
         return sweep(options, flags, overrides)
-    composed = config.compose(name, overrides, config_dir=folder)
+    composed = compose(name, overrides, config_dir=folder)
     if options.cfg or options.info:
         return hand_over([*flags, *overrides], "train", nothing)
     parts = checked(composed, overrides)
@@ -116,14 +117,14 @@ def _train(arguments: list[str]) -> int:
 
         check(parts, processes())
         if not processes().lead:
-            return follow(parts, config.plain(composed))
+            return follow(parts, to_plain(composed))
     return hand_over([*words, *_where(composed, overrides)], "train", training_job)
 
 
 def _eval(arguments: list[str]) -> int:
     options, flags, overrides = parse(arguments)
-    config.load_run(overrides, command="eval", part="test", weights="best")
-    composed = config.compose("eval_run", overrides, config_dir=options.config_dir)
+    register_saved_config(overrides, command="eval", part="test", weights="best")
+    composed = compose("eval_run", overrides, config_dir=options.config_dir)
     if not (options.cfg or options.info):
         checked(composed, overrides)
     return hand_over([*flags, *overrides], "eval_run", evaluation_job)
@@ -132,23 +133,23 @@ def _eval(arguments: list[str]) -> int:
 def _predict(arguments: list[str]) -> int:
     files = [text for text in arguments if "=" not in text or Path(text).exists()]
     overrides = [text for text in arguments if text not in files]
-    config.load_run(overrides, command="predict", top=3, weights="best", reconstructions=True)
-    composed = config.compose("predict_run", overrides, config_dir=None)
+    register_saved_config(overrides, command="predict", top=3, weights="best", reconstructions=True)
+    composed = compose("predict_run", overrides, config_dir=None)
     if not files:
         raise UserError("capsexp predict needs pictures: capsexp predict run=DIR FILES…")
     from capsexp.predict import predict
 
-    predict(checked(composed, overrides), config.plain(composed), files)
+    predict(checked(composed, overrides), to_plain(composed), files)
     return 0
 
 
 def _analyze(arguments: list[str]) -> int:
     options, _, overrides = parse(arguments)
-    config.load_run(overrides, command="analyze", groups={"study": "???"}, weights="best", limit=None)
-    composed = config.compose("analyze_run", overrides, config_dir=options.config_dir)
-    parts, plain = checked(composed, overrides), config.plain(composed)
+    register_saved_config(overrides, command="analyze", groups={"study": "???"}, weights="best", limit=None)
+    composed = compose("analyze_run", overrides, config_dir=options.config_dir)
+    parts, plain = checked(composed, overrides), to_plain(composed)
     from capsexp.analyze import analyze
-    from capsexp.build import checked_part
+    from capsexp.config.build import checked_part
 
     named = plugins(overrides)
     study = checked_part(plain["study"], at="study", plugins=named)
@@ -164,25 +165,25 @@ def _bench(arguments: list[str]) -> int:
     overrides = [text for text in overrides if text.partition("=")[0] not in ("growth", "compiled")]
     if not isinstance(compiled, bool):
         raise UserError(f"compiled must be true or false, got {compiled}")
-    composed = config.compose(options.config_name or "train", overrides, config_dir=options.config_dir)
+    composed = compose(options.config_name or "train", overrides, config_dir=options.config_dir)
     if options.cfg or options.info:
         return hand_over([*flags, *overrides], "train", nothing)
     checked(composed, overrides)
     if picture is not None:
         from capsexp.growth import growth
 
-        growth(config.plain(composed), Path(str(picture)), plugins=plugins(overrides))
+        growth(to_plain(composed), Path(str(picture)), plugins=plugins(overrides))
         return 0
     from capsexp.bench import bench
 
-    bench(config.plain(composed), plugins=plugins(overrides), compiled=compiled)
+    bench(to_plain(composed), plugins=plugins(overrides), compiled=compiled)
     return 0
 
 
 def _data(arguments: list[str]) -> int:
     action, *rest = arguments or ["list"]
     if action not in DATA_ACTIONS:
-        raise UserError(f"unknown command 'data {action}'{config.nearest(action, DATA_ACTIONS)}")
+        raise UserError(f"unknown command 'data {action}'{nearest(action, DATA_ACTIONS)}")
     names = [text for text in rest if "=" not in text]
     datasets = _datasets([text for text in rest if "=" in text], names or None)
     from capsexp.data import prepare
@@ -217,18 +218,18 @@ def _where(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
 
 def _datasets(overrides: Sequence[str], names: Sequence[str] | None) -> dict[str, Any]:
     """The data sets that need no further setting, or those named, by name."""
-    from capsexp.build import build
+    from capsexp.config.build import build
 
-    known = sorted(path.stem for path in Path(config.conf_dir(), "dataset").glob("*.yaml"))
+    known = sorted(path.stem for path in Path(conf_dir(), "dataset").glob("*.yaml"))
     for name in names or []:
         if name not in known:
-            raise UserError(f"unknown data set {name!r}{config.nearest(name, known)}")
+            raise UserError(f"unknown data set {name!r}{nearest(name, known)}")
     found = {}
     for name in names or known:
-        composed = config.compose("train", [f"dataset={name}", *overrides], config_dir=None)
+        composed = compose("train", [f"dataset={name}", *overrides], config_dir=None)
         if names is None and OmegaConf.missing_keys(composed.dataset):
             continue
-        plain = config.plain(composed)
+        plain = to_plain(composed)
         found[name] = build(plain["dataset"], at="dataset", plugins=plugins(overrides))
     return found
 

@@ -1,6 +1,7 @@
 """What a user can put right: told in one line, without a traceback."""
 
-from collections.abc import Collection, Sequence
+import difflib
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -103,3 +104,17 @@ class Preempted(SystemExit):
 
 class DataError(UserError, ValueError):
     """Data that are missing, damaged or not what they should be. The message says what to do."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`: did you mean 'x'?`, or the known names when none is near."""
+    known = sorted(set(known))
+    same_leaf = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or same_leaf[:1]
+    if not close:
+        leaves = {key.rsplit(".", 1)[-1]: key for key in known}
+        leaf = name.rsplit(".", 1)[-1]
+        close = [leaves[one] for one in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
+    if close:
+        return f": did you mean {close[0]!r}?"
+    return f"; there is {', '.join(known)}" if len(known) <= 20 else ""

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capsexp import checkpoint
-from capsexp.build import Parts
 from capsexp.capsules import Batch, Output, Routed
+from capsexp.config.parts import Parts
 from capsexp.data.batches import Batches
 from capsexp.data.dataset import Dataset
 from capsexp.data.split import Split
@@ -144,7 +144,7 @@ def load_model(parts: Parts, path: Path, *, weights: str) -> tuple[nn.Module, St
     """A trained network on its device, and the step that its weights are from.
 
     Args:
-        parts: what `capsexp.build.components` returned.
+        parts: what `capsexp.config.build.components` returned.
         path: the run directory.
         weights: `best`, `last`, or the number of a step.
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from capsexp.build import Parts
+from capsexp.config.parts import Parts
 from capsexp.data.batches import Batches
 from capsexp.errors import UserError
 from capsexp.trainer import Trainer

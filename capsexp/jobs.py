@@ -13,18 +13,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from capsexp import config
-from capsexp.arguments import plugins
+from capsexp.config.compose import GROUPS, VERSION_BASE, conf_dir, to_plain
+from capsexp.config.overrides import plugins
+from capsexp.config.settings import published
 from capsexp.errors import JobFailed, UserError
 from capsexp.run_dir import RunDir
-from capsexp.settings import published
 from capsexp.torchrun import launcher, one_voice, processes
 
 
 def hand_over(arguments: list[str], config_name: str, job: Callable[[DictConfig], Any]) -> int:
     """Let Hydra take the words after a subcommand, and call the job with what it composes of them."""
     sys.argv = [sys.argv[0], *arguments]
-    hydra.main(config_path=config.conf_dir(), config_name=config_name, **config.VERSION_BASE)(job)()
+    hydra.main(config_path=conf_dir(), config_name=config_name, **VERSION_BASE)(job)()
     return 0
 
 
@@ -46,11 +46,11 @@ def training_job(composed: DictConfig) -> float | None:
 
 
 def _train_in(run: RunDir, composed: DictConfig) -> None:
-    from capsexp.build import components
+    from capsexp.config.build import components
     from capsexp.memory import told_when_used_up
     from capsexp.train import train
 
-    plain = config.plain(composed)
+    plain = to_plain(composed)
     parts = components(plain, plugins=plugins(HydraConfig.get().overrides.task))
     with run.owned():
         finished = run.is_finished(plain)
@@ -62,7 +62,7 @@ def _train_in(run: RunDir, composed: DictConfig) -> None:
             figures = "  ".join(f"{name} {value:.4f}" for name, value in run.status()["results"].items())
             print(f"{run.path} is complete: {figures}")
             return
-        choices = {group: HydraConfig.get().runtime.choices.get(group) for group in config.GROUPS}
+        choices = {group: HydraConfig.get().runtime.choices.get(group) for group in GROUPS}
         attempt = run.attempt({group: choice for group, choice in choices.items() if choice})
         with attempt, told_when_used_up(batch_size=parts.trainer.batch_size):
             train(parts, run, plain, processes())
@@ -83,10 +83,10 @@ def follow(parts: Any, plain: dict[str, Any]) -> int:
 
 def evaluation_job(composed: DictConfig) -> None:
     """`capsexp eval`."""
-    from capsexp.build import components
+    from capsexp.config.build import components
     from capsexp.evaluate import evaluate_run
 
-    plain = config.plain(composed)
+    plain = to_plain(composed)
     try:
         evaluate_run(components(plain, plugins=plugins(HydraConfig.get().overrides.task)), plain)
     except UserError as error:
@@ -95,14 +95,14 @@ def evaluation_job(composed: DictConfig) -> None:
 
 def checked(composed: DictConfig, overrides: Sequence[str]) -> Any:
     """Build the parts of the run on the meta device: every mistake is told before any work starts."""
-    plain = config.plain(composed)
+    plain = to_plain(composed)
     resume = plain.get("resume")
     problems = [] if resume in ("auto", "force") else [f"resume: must be 'auto' or 'force', got {resume!r}"]
     try:
         published(plain)
     except ValueError as error:
         problems.append(str(error))
-    from capsexp.build import components
+    from capsexp.config.build import components
 
     try:
         parts = components(plain, plugins=plugins(overrides))

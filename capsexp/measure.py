@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from capsexp.build import Parts, components
 from capsexp.capsules import Capsules
+from capsexp.config.build import components
+from capsexp.config.parts import Parts
 from capsexp.data.batches import Batches
 from capsexp.data.split import Split
 from capsexp.errors import UserError

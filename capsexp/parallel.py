@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from capsexp.build import Parts
 from capsexp.capsules import Batch
+from capsexp.config.parts import Parts
 from capsexp.errors import UserError
 
 Told = TypeVar("Told")

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 from torchvision.utils import save_image
 
-from capsexp.build import Parts
+from capsexp.config.parts import Parts
 from capsexp.data.preprocess import Shape, resized
 from capsexp.dataset.image_folder import decode
 from capsexp.errors import UserError
@@ -25,7 +25,7 @@ def predict(parts: Parts, config: Mapping[str, Any], files: Sequence[str]) -> No
     show several classes each, as many of the likeliest are reconstructed, one at a time.
 
     Args:
-        parts: what `capsexp.build.components` returned.
+        parts: what `capsexp.config.build.components` returned.
         config: the plain config: `run`, `weights`, `top` (classes to print), `reconstructions`.
         files: the pictures.
     Raises:

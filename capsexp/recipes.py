@@ -13,8 +13,8 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from capsexp import config
-from capsexp.arguments import value
+from capsexp.config.compose import compose, override_values, parse_all, searching, swept_variants
+from capsexp.config.overrides import value
 from capsexp.errors import UserError
 from capsexp.jobs import checked
 
@@ -24,10 +24,10 @@ COMPARED = ("model", "routing", "loss")
 
 def with_rows(overrides: Sequence[str], *, config_dir: str | None) -> tuple[list[str], list[str]]:
     """The overrides of a sweep with a table's rows in its place, and these rows; none without a table."""
-    with config.searching(config_dir):
-        for one in config.parse_all(overrides)[0]:
+    with searching(config_dir):
+        for one in parse_all(overrides)[0]:
             if one.key_or_group == "experiment" and not one.is_delete():
-                names = [str(name) for name in config.values(one)]
+                names = [str(name) for name in override_values(one)]
                 rows = list(dict.fromkeys(row for name in names for row in _rows(name) or [name]))
                 if rows != names:
                     text = f"{one.get_key_element()}={','.join(rows)}"
@@ -44,7 +44,7 @@ def checked_sweep(
         name: of the root config.
         overrides: as `with_rows` returns them.
         rows: its other result.
-        config_dir: see `config.compose`.
+        config_dir: see `compose`.
 
     Returns:
         Config and parts of the first job.
@@ -59,14 +59,14 @@ def checked_sweep(
 
     def check(words: Sequence[str], row: str, *, sweep: bool) -> None:
         try:
-            composed = config.compose(name, words, config_dir=config_dir, sweep=sweep)
+            composed = compose(name, words, config_dir=config_dir, sweep=sweep)
             first.append((composed, checked(composed, overrides)))
         except UserError as error:
             for line in error.problems:
                 told.setdefault(line, []).append(row)
 
     check(overrides, rows[0] if rows else "", sweep=True)
-    for words in config.swept_variants(overrides, config_dir=config_dir):
+    for words in swept_variants(overrides, config_dir=config_dir):
         check(words, str(value(words, "experiment")), sweep=False)
     if told:
         raise UserError(
@@ -94,13 +94,13 @@ def _made_the_same(
     name: str, overrides: Sequence[str], rows: Sequence[str], config_dir: str | None
 ) -> Iterator[str]:
     """Overrides of what the rows differ in: all would be one network, under the names of several."""
-    with config.searching(config_dir):
-        keys = {one.input_line: one.key_or_group for one in config.parse_all(overrides)[0]}
+    with searching(config_dir):
+        keys = {one.input_line: one.key_or_group for one in parse_all(overrides)[0]}
     judged = {text: key for text, key in keys.items() if re.split(r"[./]", key)[0] in COMPARED}
     if not judged or not rows:
         return
     try:
-        alone = [config.compose(name, [f"experiment={row}"], config_dir=config_dir) for row in rows]
+        alone = [compose(name, [f"experiment={row}"], config_dir=config_dir) for row in rows]
     except UserError:  # told when the jobs are checked
         return
     for text, key in judged.items():

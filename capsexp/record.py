@@ -17,9 +17,9 @@ from torch import Tensor, cat
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 
+from capsexp.config.settings import comparable, fingerprint, without
 from capsexp.errors import UserError
 from capsexp.files import write_whole
-from capsexp.settings import comparable, fingerprint, without
 
 _BEGIN, _END = "events.out.tfevents.0000000000.begin", ".end"
 STATUS = {"completed": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE}

@@ -29,9 +29,9 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from capsexp.config.settings import comparable, differences
 from capsexp.errors import UserError, exit_code, is_interruption
 from capsexp.files import make_folder, write_whole
-from capsexp.settings import comparable, differences
 
 LOCK = "run.lock"
 KEPT = (

@@ -11,8 +11,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from capsexp import checkpoint
-from capsexp.build import Parts
 from capsexp.capsules import Batch
+from capsexp.config.parts import Parts
 from capsexp.data.batches import Batches
 from capsexp.data.seeds import derive_seed
 from capsexp.data.split import Split
@@ -39,7 +39,7 @@ def train(
     """Train a network in a run directory, from its last checkpoint if there is one, and test it once.
 
     Args:
-        parts: what `capsexp.build.components` returned.
+        parts: what `capsexp.config.build.components` returned.
         run: the directory, owned by this process or by the lead, which alone writes there.
         config: the plain config, for TensorBoard's table.
         processes: those that train together; each calls this function and shares every batch.

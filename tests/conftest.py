@@ -20,8 +20,9 @@ from omegaconf import OmegaConf
 # Tests are many small operations: with more threads they wait for each other, most of all on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from capsexp import config
-from capsexp.build import Parts, components
+from capsexp.config.build import components
+from capsexp.config.compose import GROUPS, compose, to_plain
+from capsexp.config.parts import Parts
 from capsexp.run_dir import RunDir
 
 # Small enough for a second, large enough for every part: several steps an epoch, a smaller last batch.
@@ -43,14 +44,14 @@ TINY = (
 
 def composed(*overrides: str) -> dict[str, Any]:
     """The plain config of `capsexp train`, tiny unless overridden."""
-    return config.plain(config.compose("train", [*TINY, *overrides], config_dir=None))
+    return to_plain(compose("train", [*TINY, *overrides], config_dir=None))
 
 
 @pytest.fixture(autouse=True)
 def no_stored_options():
     """What a test stores as a run's config is gone after it."""
     yield
-    for group in config.GROUPS:
+    for group in GROUPS:
         ConfigStore.instance().repo.get(group, {}).pop("stored.yaml", None)
 
 
@@ -68,7 +69,7 @@ def tiny_config() -> Callable[..., dict[str, Any]]:
 def em_config() -> Callable[..., dict[str, Any]]:
     """The plain config of a run with EM routing, of embedded digits unless overridden."""
     always = ("model=em_routing", "device=cpu", "device.allocator=default", "device.threads=1")
-    return lambda *overrides: config.plain(config.compose("train", [*always, *overrides], config_dir=None))
+    return lambda *overrides: to_plain(compose("train", [*always, *overrides], config_dir=None))
 
 
 @pytest.fixture

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from capsexp import config, torchrun
-from capsexp.build import components
+from capsexp import torchrun
 from capsexp.capsules import Batch
+from capsexp.config.build import components
+from capsexp.config.compose import compose, to_plain
 from capsexp.errors import RunStopped
 from capsexp.evaluate import evaluate
 from capsexp.gradients import gradients
@@ -50,7 +51,7 @@ EM = (*CPU, "model=em_routing", "model.conv_types=[4]", "model.conv_kernels=[2]"
 
 
 def composed(*overrides):
-    return config.plain(config.compose("train", list(overrides), config_dir=None))
+    return to_plain(compose("train", list(overrides), config_dir=None))
 
 
 def setting(*overrides, dtype=torch.float32):

@@ -82,9 +82,9 @@ def test_layers_are_told_in_milliseconds_per_image():
 
 
 def test_a_network_without_routing_is_measured_alone(quick, capsys):
-    from capsexp import config
+    from capsexp.config.compose import compose, to_plain
 
     overrides = ["device=cpu", "model=cnn_sabour", "model.conv_channels=[2,2]", "model.hidden=[4,4]"]
-    settings = config.plain(config.compose("train", [*overrides, "trainer.batch_size=8"], config_dir=None))
+    settings = to_plain(compose("train", [*overrides, "trainer.batch_size=8"], config_dir=None))
     bench.bench(settings, plugins=[])
     assert "ratio to" not in capsys.readouterr().out

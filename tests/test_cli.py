@@ -14,8 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from capsexp import cli, jobs
-from capsexp.arguments import parse
-from capsexp.naming import job_name
+from capsexp.config.naming import job_name
+from capsexp.config.overrides import parse
 from capsexp.run_dir import RunDir
 
 SCRIPT = str(Path(sys.executable).with_name("capsexp"))

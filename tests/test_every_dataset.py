@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from capsexp.build import build as build_node
-from capsexp.config import compose, plain
+from capsexp.config.build import build as build_node
+from capsexp.config.compose import compose, to_plain
 from capsexp.data.dataset import Dataset
 from capsexp.data.preprocess import Preprocess
 
@@ -28,7 +28,7 @@ def resolve(target):
 def node(name, *, data_root="nowhere", path="nowhere"):
     words = [f"dataset={name}", f"data_root={data_root}"]
     words += [f"dataset.path={path}"] if name == "image_folder" else []
-    return plain(compose("train", words, config_dir=None))["dataset"]
+    return to_plain(compose("train", words, config_dir=None))["dataset"]
 
 
 def build(name, **places):

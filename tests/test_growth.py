@@ -2,7 +2,7 @@ import matplotlib.image
 import pytest
 
 from capsexp import growth
-from capsexp.build import components
+from capsexp.config.build import components
 from capsexp.errors import UserError
 
 

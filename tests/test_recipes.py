@@ -5,14 +5,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from capsexp import config
-from capsexp.config import compose, plain
+from capsexp.config.compose import compose, conf_dir, to_plain
+from capsexp.config.naming import sweep_name
+from capsexp.config.settings import Published, comparable, published
 from capsexp.errors import UserError
-from capsexp.naming import sweep_name
 from capsexp.recipes import checked_sweep, with_rows
-from capsexp.settings import Published, comparable, published
 
-EXPERIMENTS = {path.stem: path for path in Path(config.conf_dir(), "experiment").glob("*.yaml")}
+EXPERIMENTS = {path.stem: path for path in Path(conf_dir(), "experiment").glob("*.yaml")}
 TABLES = {
     name: rows
     for name, path in EXPERIMENTS.items()
@@ -100,12 +99,12 @@ def test_every_row_of_a_table_is_a_recipe(name):
 
 @pytest.mark.parametrize("name", sorted(EXPERIMENTS.keys() - TABLES.keys() - NOT_PRINTED))
 def test_a_recipe_has_the_papers_figure(name):
-    assert published(plain(compose("train", [f"experiment={name}"], config_dir=None))) == PRINTED[name]
+    assert published(to_plain(compose("train", [f"experiment={name}"], config_dir=None))) == PRINTED[name]
 
 
 @pytest.mark.parametrize("name", sorted(NOT_PRINTED))
 def test_what_no_paper_has_gets_no_figure(name):
-    assert published(plain(compose("train", [f"experiment={name}"], config_dir=None))) is None
+    assert published(to_plain(compose("train", [f"experiment={name}"], config_dir=None))) is None
 
 
 def test_a_tables_rows_stand_where_its_name_was(pair):

@@ -10,9 +10,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from capsexp import run_dir
+from capsexp.config.settings import NOT_COMPARED
 from capsexp.errors import RunStopped, UserError
 from capsexp.run_dir import RunDir
-from capsexp.settings import NOT_COMPARED
 
 CONFIG = {
     "seed": 0,

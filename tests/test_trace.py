@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from capsexp import trace
-from capsexp.build import components
 from capsexp.capsules import Capsules, Routed
-from capsexp.config import compose, plain
+from capsexp.config.build import components
+from capsexp.config.compose import compose, to_plain
 from capsexp.errors import UserError
 from capsexp.ops.receptive_fields import of_children
 from capsexp.trace import excess, measured, routed_layers, traced, vote_distances
@@ -19,7 +19,7 @@ EM = ["model=em_routing", "model.conv_channels=8", "model.primary_types=2", "mod
 
 
 def network(*overrides, seed=0):
-    config = plain(compose("train", ["device=cpu", "device.threads=1", *overrides], config_dir=None))
+    config = to_plain(compose("train", ["device=cpu", "device.threads=1", *overrides], config_dir=None))
     torch.manual_seed(seed)
     model = components(config, plugins=[]).new_model().double().eval()
     images = torch.rand(5, 1, 8, 8, dtype=torch.float64)
@@ -162,7 +162,7 @@ def test_an_even_share_is_no_excess_and_what_one_class_gains_others_lose(words):
     ids=["dynamic", "em"],
 )
 def test_the_grid_of_a_network_is_where_the_children_of_its_classes_look(words):
-    config = plain(compose("train", ["device=cpu", *words], config_dir=None))
+    config = to_plain(compose("train", ["device=cpu", *words], config_dir=None))
     parts = components(config, plugins=[])
     model = parts.new_model().double()
     centres = model.grid.centres()

@@ -136,12 +136,12 @@ def test_whatever_is_switched_on_survives_a_resume(overrides, tmp_path, monkeypa
     ids=["dropout", "matrix capsules, a balanced start, ramps"],
 )
 def test_other_networks_go_on_as_if_nothing_had_been(network, tmp_path, monkeypatch, tiny_overrides):
-    from capsexp import config
-    from capsexp.build import components
+    from capsexp.config.build import components
+    from capsexp.config.compose import compose, to_plain
     from capsexp.train import train
 
     overrides = [text for text in tiny_overrides if not text.startswith("model.")]
-    settings = config.plain(config.compose("train", [*overrides, *network], config_dir=None))
+    settings = to_plain(compose("train", [*overrides, *network], config_dir=None))
 
     def run(path):
         directory = RunDir(path)

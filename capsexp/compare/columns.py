@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from capsexp.compare.runs import Run
-from capsexp.config import nearest
-from capsexp.errors import UserError
+from capsexp.errors import UserError, nearest
 
 # In the order of their columns. `device` has no part in a run's results.
 GROUPS = ("experiment", "dataset", "model", "routing", "loss", "optimizer", "trainer")

@@ -26,8 +26,7 @@ from capsexp.compare.columns import (
     text,
 )
 from capsexp.compare.runs import Run, counted, is_number
-from capsexp.config import nearest
-from capsexp.errors import Notes, UserError
+from capsexp.errors import Notes, UserError, nearest
 
 LOST = ("failed", "died")
 

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 from capsexp.compare import history
 from capsexp.compare.comparison import Comparison, Row, compare, spread, told_apart
 from capsexp.compare.runs import Run
-from capsexp.config import nearest
-from capsexp.errors import Notes
+from capsexp.errors import Notes, nearest
 from capsexp.files import write_whole
 
 TAGS = ("validation/accuracy", "train/loss")

@@ -8,8 +8,7 @@ from typing import Any
 from capsexp.compare import runs
 from capsexp.compare.columns import distinct_keys, resolve, text
 from capsexp.compare.runs import STATUSES, Run, is_number
-from capsexp.config import nearest
-from capsexp.errors import Notes, UserError
+from capsexp.errors import Notes, UserError, nearest
 
 _COMMA = re.compile(r",(?![^\[]*\])")  # not within a list
 

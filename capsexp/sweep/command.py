@@ -8,11 +8,11 @@ from pathlib import Path
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
-from capsexp import config
-from capsexp.arguments import quoted, value
+from capsexp.config.compose import constants_and_swept, with_constants_swept
+from capsexp.config.naming import sweep_name
+from capsexp.config.overrides import quoted, value
 from capsexp.errors import JobFailed, UserError
 from capsexp.jobs import hand_over, training_job, typed_command
-from capsexp.naming import sweep_name
 from capsexp.recipes import checked_sweep, with_rows
 from capsexp.sweep.folder import Sweep
 from capsexp.torchrun import one_of_several
@@ -40,7 +40,7 @@ def sweep(options: Namespace, flags: Sequence[str], overrides: Sequence[str]) ->
     if composed.run is not None:
         raise UserError("run: a sweep makes a directory for each of its runs; choose hydra.sweep.dir=DIR")
     parts.dataset.require_files()
-    words = config.with_constants_swept(jobs, config_dir=folder)
+    words = with_constants_swept(jobs, config_dir=folder)
     return _run(_folder(composed, overrides), [*flags, *words, "hydra.output_subdir=null"])
 
 
@@ -48,7 +48,7 @@ def _folder(composed: DictConfig, overrides: Sequence[str]) -> Path:
     """The folder of a sweep: the user's choice, or one that the same command always has."""
     if composed.hydra.sweep.dir != "auto":
         return Path(composed.hydra.sweep.dir)
-    constants, swept = config.constants_and_swept(overrides)
+    constants, swept = constants_and_swept(overrides)
     typed = value(overrides, "experiment")  # of a table its name, not its first row
     choices = {**composed.hydra.runtime.choices, **({"experiment": typed} if isinstance(typed, str) else {})}
     return Path(composed.output_root) / "sweeps" / sweep_name(choices, constants, swept)

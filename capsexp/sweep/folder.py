@@ -21,9 +21,9 @@ from rich.text import Text
 from capsexp.compare.comparison import beside_paper
 from capsexp.compare.runs import read_all, shown_status
 from capsexp.compare.tables import as_csv, markdown, print_comparison
+from capsexp.config.naming import counts, job_name
 from capsexp.errors import Notes
 from capsexp.files import write_whole
-from capsexp.naming import counts, job_name
 from capsexp.run_dir import RunDir, hold
 
 COLOURS = {"finished": "green", "failed": "red", "died": "red", "running": "cyan", "interrupted": "yellow"}

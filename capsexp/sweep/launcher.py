@@ -18,8 +18,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.live import Live
 
-from capsexp import config
-from capsexp.arguments import quoted
+from capsexp.config.compose import to_plain
+from capsexp.config.overrides import quoted
 from capsexp.errors import JobFailed, RunStopped
 from capsexp.run_dir import RunDir
 from capsexp.stop_signal import StopSignal
@@ -230,7 +230,7 @@ def _command(context: HydraContext, master: DictConfig, job: Job) -> list[str] |
     with open_dict(composed):
         composed.hydra.job.id, composed.hydra.job.num = "0", 0
     HydraConfig.instance().set_config(composed)
-    if job.run.is_finished(config.plain(composed)):
+    if job.run.is_finished(to_plain(composed)):
         return None
     sources = composed.hydra.runtime.config_sources
     folders = [word for one in sources if one.provider == "command-line" for word in ("-cd", one.path)]

@@ -5,7 +5,7 @@ import torch
 
 from capsexp.attack.objective import difference, own_loss
 from capsexp.attack.sweep import Attacker, Plan
-from capsexp.build import components
+from capsexp.config.build import components
 from capsexp.schedule import Step
 
 PLAN = Plan(1, 1, 1.0, 1, ("own", "difference"), 0)

@@ -264,7 +264,7 @@ def test_verify_names_a_file_that_cannot_be_read(tmp_path):
 SLOW_DOWNLOAD = """
     import io, sys, time
     from pathlib import Path
-    from capsexp import download
+    from capsexp.data import download
     from capsexp.data.download import RemoteFile, StoredFile, obtain
 
     class Slow(io.BytesIO):

@@ -4,8 +4,8 @@ import re
 import pytest
 import torch
 
-from capsexp import config
-from capsexp.build import build
+from capsexp.config.build import build
+from capsexp.config.compose import compose, to_plain
 from capsexp.errors import UserError
 
 DIGITS = ("dataset@dataset.source=digits", "dataset.canvas=12", "dataset.preprocess.shift=2")
@@ -17,7 +17,7 @@ def affine():
 
     def make(*overrides, source="digits"):
         words = ["dataset=mnist_affine", *(DIGITS if source == "digits" else ()), *overrides]
-        return build(config.plain(config.compose("train", words, config_dir=None))["dataset"], at="dataset")
+        return build(to_plain(compose("train", words, config_dir=None))["dataset"], at="dataset")
 
     return make
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy.io import savemat
 
-from capsexp import config
-from capsexp.build import build
+from capsexp.config.build import build
+from capsexp.config.compose import compose, to_plain
 from capsexp.data.prepare import prepare, verify
 from capsexp.data.split import Split
 from capsexp.dataset.affnist import FILE, URL, AffNIST, class_means, upright
@@ -19,7 +19,7 @@ ORIGINALS, TRANSFORMS = 359, 2
 
 def make(name, root, *overrides):
     words = [f"dataset={name}", f"data_root={root}", *overrides]
-    return build(config.plain(config.compose("train", words, config_dir=None))["dataset"], at="dataset")
+    return build(to_plain(compose("train", words, config_dir=None))["dataset"], at="dataset")
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from capsexp.build import build, components
 from capsexp.capsules import Batch
-from capsexp.config import compose, plain
+from capsexp.config.build import build, components
+from capsexp.config.compose import compose, to_plain
 from capsexp.data.batches import Batches
 from capsexp.data.pairs import Pairs
 from capsexp.dataset.digits import Digits
@@ -26,7 +26,7 @@ SMALL = ("dataset=multimnist", "dataset@dataset.source=digits", "dataset.shift=2
 
 def of_digits(*overrides):
     words = [*SMALL, *overrides]
-    return build(plain(compose("train", words, config_dir=None))["dataset"], at="dataset")
+    return build(to_plain(compose("train", words, config_dir=None))["dataset"], at="dataset")
 
 
 def joined(batches):
@@ -34,7 +34,7 @@ def joined(batches):
 
 
 def test_it_is_made_of_mnist_unless_another_set_is_named():
-    node = plain(compose("train", ["dataset=multimnist", "data_root=nowhere"], config_dir=None))["dataset"]
+    node = to_plain(compose("train", ["dataset=multimnist", "data_root=nowhere"], config_dir=None))["dataset"]
     assert node["source"]["_target_"] == "capsexp.dataset.mnist.MNIST"
     dataset = build(node, at="dataset")
     assert dataset.image_shape == dataset.raw_shape == (1, 36, 36)

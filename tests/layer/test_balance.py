@@ -3,15 +3,15 @@ import functools
 import pytest
 import torch
 
-from capsexp.build import build
 from capsexp.capsules import Capsules
-from capsexp.config import compose, plain
+from capsexp.config.build import build
+from capsexp.config.compose import compose, to_plain
 from capsexp.layer.class_caps import ClassCaps
 from capsexp.routing.uniform import UniformRouting
 
 
 def em(*overrides):
-    node = plain(compose("train", ["routing=em", *overrides], config_dir=None))["routing"]
+    node = to_plain(compose("train", ["routing=em", *overrides], config_dir=None))["routing"]
     return build(node, at="routing")
 
 

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from capsexp.build import build
 from capsexp.capsules import Batch, Output
-from capsexp.config import compose, plain
+from capsexp.config.build import build
+from capsexp.config.compose import compose, to_plain
 from capsexp.loss.spread import Spread
 from capsexp.schedule import Linear, Step
 
@@ -14,7 +14,7 @@ START = Step(0, 100)
 
 
 def configured(*overrides):
-    node = plain(compose("train", ["model=em_routing", *overrides], config_dir=None))["loss"]
+    node = to_plain(compose("train", ["model=em_routing", *overrides], config_dir=None))["loss"]
     return build(node, at="loss")
 
 

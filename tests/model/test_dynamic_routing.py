@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from capsexp.build import build
 from capsexp.capsules import Batch
-from capsexp.config import compose, plain
+from capsexp.config.build import build
+from capsexp.config.compose import compose, to_plain
 from capsexp.errors import UserError
 from capsexp.model.dynamic_routing import CapsNet
 from capsexp.ops.squash import squash
@@ -18,7 +18,7 @@ MNIST = (1, 28, 28)
 
 
 def parts(*overrides):
-    return plain(compose("train", list(overrides), config_dir=None))
+    return to_plain(compose("train", list(overrides), config_dir=None))
 
 
 def network(*overrides, image_shape=MNIST, classes=10):

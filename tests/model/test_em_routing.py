@@ -3,9 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from capsexp.build import build
 from capsexp.capsules import Batch, Capsules, Routed
-from capsexp.config import compose, plain
+from capsexp.config.build import build
+from capsexp.config.compose import compose, to_plain
 from capsexp.errors import UserError
 from capsexp.model.em_routing import MatrixCapsNet
 from capsexp.schedule import Step
@@ -21,7 +21,7 @@ LAYERS = ["primary_caps", "conv_caps_1", "conv_caps_2", "class_caps"]
 
 
 def parts(*overrides):
-    return plain(compose("train", list(overrides), config_dir=None))
+    return to_plain(compose("train", list(overrides), config_dir=None))
 
 
 def network(*overrides, image_shape=STEREO, classes=5):

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal
 
-from capsexp.build import build
-from capsexp.config import compose, plain
+from capsexp.config.build import build
+from capsexp.config.compose import compose, to_plain
 from capsexp.ops.receptive_fields import Grid, of_children, receptive_fields
 from capsexp.routing import em
 from capsexp.routing.em import EMRouting, em_routing
@@ -478,7 +478,7 @@ def votes_for(layer, **options):
 
 
 def test_lambda_is_that_of_the_authors():
-    node = plain(compose("train", ["routing=em", "routing.iterations=5"], config_dir=None))["routing"]
+    node = to_plain(compose("train", ["routing=em", "routing.iterations=5"], config_dir=None))["routing"]
     make = build(node, at="routing")
     expected = [5.0e-4, 9.75e-4, 1.426e-3, 1.855e-3, 2.262e-3]
     conv, classes = make(25, 2, 16, fields_of((5, 5, 1, (3, 3), 1, 2))), make(25, 2, 16)
@@ -608,7 +608,7 @@ def test_every_setting_acts(name):
 
 
 def test_no_setting_of_the_config_is_left_out():
-    node = plain(compose("train", ["routing=em"], config_dir=None))["routing"]
+    node = to_plain(compose("train", ["routing=em"], config_dir=None))["routing"]
     assert set(node) - {"_target_", "_partial_"} == set(MODULE) == {*SETTINGS, "implementation"}
 
 

@@ -6,7 +6,7 @@ import yaml
 
 from capsexp.analyze import Subject
 from capsexp.attack.sweep import predicted
-from capsexp.config import conf_dir
+from capsexp.config.compose import conf_dir
 from capsexp.errors import UserError
 from capsexp.study.attacks import Attacks
 

@@ -6,7 +6,7 @@ import torch
 
 from capsexp import routing_figures
 from capsexp.analyze import Subject
-from capsexp.build import components
+from capsexp.config.build import components
 from capsexp.errors import UserError
 from capsexp.evaluate import figures as told_about
 from capsexp.ops.receptive_fields import Grid

@@ -5,8 +5,8 @@ import socket
 import pytest
 from rich.console import Console
 
+from capsexp.config.naming import job_name
 from capsexp.errors import UserError
-from capsexp.naming import job_name
 from capsexp.run_dir import RunDir
 from capsexp.sweep.folder import Sweep, table, told_apart
 

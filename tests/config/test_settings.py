@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from capsexp.settings import NOT_COMPARED, comparable, differences, fingerprint, without
+from capsexp.config.settings import NOT_COMPARED, comparable, differences, fingerprint, without
 
 
 def test_settings_have_dotted_keys_and_leave_out_what_changes_no_result():
@@ -29,7 +29,7 @@ def test_without_leaves_the_rest():
 
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
 def test_fingerprints_are_the_same_in_every_process(hash_seed):
-    code = "from capsexp.settings import fingerprint; print(fingerprint({'a': 1, 'b': 'x'}))"
+    code = "from capsexp.config.settings import fingerprint; print(fingerprint({'a': 1, 'b': 'x'}))"
     told = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

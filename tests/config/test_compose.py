@@ -11,11 +11,19 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 import capsexp
-from capsexp import config
-from capsexp.build import RUN_TIME, checked_part, components, resolve
-from capsexp.config import compose, conf_dir, nearest, plain, store_as_primary, swept_variants
+from capsexp.config import compose as config
+from capsexp.config.build import RUN_TIME, checked_part, components, resolve
+from capsexp.config.compose import (
+    HYDRA_1_3,
+    compose,
+    conf_dir,
+    swept_variants,
+    to_plain,
+    with_constants_swept,
+)
+from capsexp.config.saved import store_as_primary
 from capsexp.device import available
-from capsexp.errors import UserError
+from capsexp.errors import UserError, nearest
 from capsexp.schedule import Linear, Step, Warmup
 
 CONF = Path(conf_dir())
@@ -32,7 +40,7 @@ def named(path):
 
 
 def composed(*overrides, **keywords):
-    return plain(compose("train", list(overrides), config_dir=None, **keywords))
+    return to_plain(compose("train", list(overrides), config_dir=None, **keywords))
 
 
 @functools.cache
@@ -165,11 +173,11 @@ def test_experiment_quickstart_is_what_train_alone_does():
 
 
 def test_conf_of_a_checkout_is_the_checkouts_own():
-    assert Path(__file__).resolve().parents[1] / "conf" == CONF
+    assert Path(__file__).resolve().parents[2] / "conf" == CONF
 
 
 def test_without_conf_the_installation_is_broken(tmp_path, monkeypatch):
-    monkeypatch.setattr(config, "__file__", str(tmp_path / "capsexp" / "config.py"))
+    monkeypatch.setattr(config, "__file__", str(tmp_path / "capsexp" / "config" / "compose.py"))
     with pytest.raises(FileNotFoundError, match=r"conf/train.yaml is neither in .* nor beside it"):
         conf_dir()
 
@@ -178,7 +186,7 @@ def test_conf_inside_the_package_comes_before_conf_beside_it(tmp_path, monkeypat
     for folder in ("capsexp/conf", "conf"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "train.yaml").touch()
-    monkeypatch.setattr(config, "__file__", str(tmp_path / "capsexp" / "config.py"))
+    monkeypatch.setattr(config, "__file__", str(tmp_path / "capsexp" / "config" / "compose.py"))
     assert conf_dir() == str(tmp_path / "capsexp" / "conf")
 
 
@@ -227,16 +235,16 @@ model:
 
 def test_an_experiment_wins_over_what_its_model_brings(own):
     folder = own("model/mine", MINE)
-    mine = plain(compose("train", ["model=mine"], config_dir=folder))
+    mine = to_plain(compose("train", ["model=mine"], config_dir=folder))
     assert mine["optimizer"]["_target_"] == "torch.optim.SGD"
     assert mine["loss"]["_target_"] == "capsexp.loss.margin.Margin"
     assert mine["model"]["class_dim"] == 4
     own("experiment/recipe", RECIPE)
-    recipe = plain(compose("train", ["experiment=recipe"], config_dir=folder))
+    recipe = to_plain(compose("train", ["experiment=recipe"], config_dir=folder))
     assert recipe["loss"]["_target_"] == "capsexp.loss.cross_entropy.CrossEntropy"
     assert recipe["optimizer"]["_target_"] == "torch.optim.SGD"
     assert recipe["model"]["class_dim"] == 6
-    last = plain(
+    last = to_plain(
         compose("train", ["experiment=recipe", "optimizer=adam", "model.class_dim=8"], config_dir=folder)
     )
     assert last["optimizer"]["_target_"] == "torch.optim.Adam"
@@ -245,12 +253,14 @@ def test_an_experiment_wins_over_what_its_model_brings(own):
 
 def test_a_users_own_root_config_is_found_in_a_users_own_folder(own):
     folder = own("mine", "defaults: [train, _self_]\nseed: 7\n")
-    assert plain(compose("mine", [], config_dir=folder))["seed"] == 7
+    assert to_plain(compose("mine", [], config_dir=folder))["seed"] == 7
 
 
 def test_a_shipped_option_cannot_be_shadowed(own):
     folder = own("loss/margin", "_target_: mine.Margin\n")
-    assert plain(compose("train", [], config_dir=folder))["loss"]["_target_"] == "capsexp.loss.margin.Margin"
+    assert (
+        to_plain(compose("train", [], config_dir=folder))["loss"]["_target_"] == "capsexp.loss.margin.Margin"
+    )
 
 
 # Mistakes
@@ -292,7 +302,7 @@ def test_a_shipped_option_cannot_be_shadowed(own):
     ],
 )
 def test_a_wrong_override_is_one_line_with_the_nearest_name(override, line):
-    if override.startswith("model.routing.") and not config.HYDRA_1_3:
+    if override.startswith("model.routing.") and not HYDRA_1_3:
         pytest.skip("Hydra 1.4 follows the interpolation and sets routing.iterations")
     told = problems(override)
     assert len(told) == 1
@@ -392,7 +402,7 @@ def test_a_setting_of_the_trainer_out_of_range_is_told(key, value, message):
 
 def loss_of(*overrides, **keywords):
     keywords.setdefault("config_dir", None)
-    return components(plain(compose("train", list(overrides), **keywords)), plugins=[]).loss
+    return components(to_plain(compose("train", list(overrides), **keywords)), plugins=[]).loss
 
 
 def rate(*overrides):
@@ -506,13 +516,13 @@ def as_root(stored, *overrides):
 
 
 def test_a_stored_config_comes_back_as_it_was(stored):
-    back = plain(as_root(stored))
+    back = to_plain(as_root(stored))
     assert back.pop("part") == "test"
     assert back == composed("loss.present=0.8")
 
 
 def test_a_stored_config_takes_overrides_and_other_options(stored):
-    changed = plain(as_root(stored, "routing.iterations=5", "dataset=mnist", "part=train"))
+    changed = to_plain(as_root(stored, "routing.iterations=5", "dataset=mnist", "part=train"))
     assert changed["model"]["routing"]["iterations"] == 5
     assert changed["dataset"]["_target_"].endswith("MNIST")
     assert (changed["part"], changed["loss"]["present"]) == ("train", 0.8)
@@ -529,7 +539,7 @@ def test_a_stored_config_without_a_routing_comes_back():
     node = OmegaConf.to_container(compose("train", ["model=cnn_sabour"], config_dir=None), resolve=False)
     del node["hydra"]
     for change in ({}, {"routing": None}):
-        back = plain(as_root(node | change))
+        back = to_plain(as_root(node | change))
         assert back["model"]["_target_"] == "capsexp.model.cnn_sabour.CNN"
         assert back.get("routing") is None
 
@@ -544,7 +554,7 @@ def test_what_could_start_code_is_left_out_of_a_stored_config(stored):
         "experiment": {"callbacks": hostile},
     }
     root = as_root(stored | extra | {"model": stored["model"] | moved})
-    assert plain(root)["plugins"] == []
+    assert to_plain(root)["plugins"] == []
     assert root.hydra.callbacks == {}
     assert "defaults" not in root.model
     assert ConfigStore.instance().load("model/stored.yaml").node.get("defaults") is None
@@ -554,7 +564,7 @@ def test_what_could_start_code_is_left_out_of_a_stored_config(stored):
 def test_a_plugin_that_is_not_installed_is_named_with_its_extra(known, monkeypatch):
     monkeypatch.setattr(config, "EXTRAS", {"nomad": "cluster"} if known else {})
     with pytest.raises(UserError) as told:
-        config.compose("train", ["hydra/launcher=nomad_local"], config_dir=None, sweep=True)
+        compose("train", ["hydra/launcher=nomad_local"], config_dir=None, sweep=True)
     (line,) = told.value.problems
     assert line.startswith("hydra/launcher=nomad_local: no such option")
     assert line.endswith(": it comes with capsexp's extra [cluster]") == known
@@ -566,6 +576,6 @@ def test_constants_beside_a_swept_group_are_choices_of_one_so_that_hydra_asks_fo
     expected = [words[0], "dataset.root=choice('a, b')", "+new=choice([1,2])", "~seed", "seed="]
     expected += ["hydra.launcher.n_jobs=2", "loss=choice(margin)"]
     expected += ["++dataset.validation_instance=null"]
-    assert config.with_constants_swept(words, config_dir=None) == expected
+    assert with_constants_swept(words, config_dir=None) == expected
     for others in (["seed=1,2", "run=x"], [*words, "hydra/sweeper=search"]):
-        assert config.with_constants_swept(others, config_dir=None) == others
+        assert with_constants_swept(others, config_dir=None) == others

@@ -10,11 +10,11 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from capsexp.config import nearest
-from capsexp.errors import UserError
-from capsexp.signature import fits, signature_problems
+from capsexp.config.parts import Parts
+from capsexp.config.signature import fits, signature_problems
+from capsexp.errors import UserError, nearest
 
 # What a config may name: classes that only hold numbers, tensors and each other. Nothing that takes a
 # path to load code from, a command or a pickle may be added here.
@@ -25,33 +25,6 @@ RUN_TIME = {"model": {"image_shape", "classes"}, "optimizer": {"params"}}  # kno
 GROUPS = ("device", "trainer", "dataset", "loss", "optimizer", "model")  # what no run can do without
 
 
-class Parts(NamedTuple):
-    """Everything that a run is made of; `train` and `eval` get it from the same function."""
-
-    seed: int
-    device: Any
-    trainer: Any
-    dataset: Any
-    loss: Any
-    new_model: Callable[[], Any]
-    """Builds the network on the CPU from the global random state, so that every device starts alike."""
-    new_optimizer: Callable[..., Any]
-    """Takes the parameters and `lr`."""
-    learning_rate: Callable[..., float]
-
-    def batches(self, split: Any, *, limit: int | None, training: bool = False) -> Any:
-        """A split as batches on the run's device (`capsexp.data.batches.Batches`)."""
-        return self.dataset.batches(
-            split,
-            batch_size=self.trainer.batch_size,
-            seed=self.seed,
-            device=self.device.torch_device,
-            memory_format=self.device.memory_format,
-            limit=limit,
-            training=training,
-        )
-
-
 def components(config: dict[str, Any], *, plugins: Sequence[str]) -> Parts:
     """Check a whole config and build the parts of a run.
 
@@ -59,7 +32,7 @@ def components(config: dict[str, Any], *, plugins: Sequence[str]) -> Parts:
     a mistake in them is told before any work starts.
 
     Args:
-        config: plain values, as `capsexp.config.plain` returns them.
+        config: plain values, as `capsexp.config.compose.to_plain` returns them.
         plugins: further packages that `_target_` may name, from this call's command line only.
 
     Raises:

@@ -18,8 +18,9 @@ import yaml
 from omegaconf import OmegaConf
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-from capsexp import cli, config
-from capsexp.build import build, components, resolve
+from capsexp import cli
+from capsexp.config.build import build, components, resolve
+from capsexp.config.compose import compose, conf_dir, to_plain
 from capsexp.errors import UserError
 from capsexp.schedule import Linear, Warmup
 
@@ -83,7 +84,7 @@ HOSTILE = (
 
 @functools.cache
 def quickstart():
-    return config.plain(config.compose("train", [], config_dir=None))
+    return to_plain(compose("train", [], config_dir=None))
 
 
 def composed(*changes):
@@ -135,7 +136,7 @@ def stored_run(tmp_path):
     """Make a run directory of a config, as somebody might send one; returns its path."""
 
     def make(**changes):
-        settings = OmegaConf.to_container(config.compose("train", [], config_dir=None), resolve=False)
+        settings = OmegaConf.to_container(compose("train", [], config_dir=None), resolve=False)
         del settings["hydra"]
         path = tmp_path / "sent"
         (path / ".hydra").mkdir(parents=True)
@@ -356,7 +357,7 @@ def test_no_module_outside_the_allowed_packages_is_imported(mischief, marker):
         "capsexp.record.Record",
         "capsexp.checkpoint.load",
         "capsexp.run_dir.RunDir",
-        "capsexp.build.build",
+        "capsexp.config.build.build",
         "capsexp.model",
         "capsexp",
         "torch.nn",
@@ -672,4 +673,4 @@ def test_checking_leaves_the_random_state_and_builds_nothing_but_on_meta():
     parts = components(composed(), plugins=[])
     assert torch.equal(torch.get_rng_state(), before)
     assert {one.device.type for one in parts.new_model().parameters()} == {"cpu"}
-    assert Path(config.conf_dir()).is_dir()
+    assert Path(conf_dir()).is_dir()

@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from capsexp import naming
-from capsexp.naming import job_name, new_run_dir, sweep_name
+from capsexp.config import naming
+from capsexp.config.naming import job_name, new_run_dir, sweep_name
 
 CHOICES = {"model": "em_routing", "dataset": "digits", "experiment": None}
 
@@ -64,8 +64,8 @@ def test_a_sweep_is_named_after_its_recipe_and_not_after_what_it_varies():
 EIGHT_NAMES = """
 import random, sys, time, secrets
 from pathlib import Path
-from capsexp import naming
-from capsexp.naming import new_run_dir
+from capsexp.config import naming
+from capsexp.config.naming import new_run_dir
 time.strftime = lambda form: "20260101-000000"
 secrets.token_hex = lambda size: random.choice("abcdefgh")
 print(new_run_dir(Path(sys.argv[1]), label="x").name)

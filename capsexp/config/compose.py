@@ -5,39 +5,34 @@ of them are reported together, each with the nearest right name.
 """
 
 import contextlib
-import difflib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
 
-from capsexp.arguments import quoted, value
-from capsexp.errors import UserError
-from capsexp.naming import job_name
+from capsexp.config.naming import job_name
+from capsexp.errors import UserError, nearest
 
 GROUPS = ("device", "trainer", "dataset", "routing", "loss", "optimizer", "model", "experiment")
 EXTRAS = {"submitit": "slurm", "ray": "ray", "optuna": "optuna"}  # by what Hydra's plugins call themselves
-STORED = "stored"  # name, in every group, of what a run directory's config holds
 HYDRA_1_3 = hydra.__version__ < "1.4"
 VERSION_BASE: dict[str, str] = {"version_base": "1.3"} if HYDRA_1_3 else {}
 REPLACE: dict[str, Any] = {} if HYDRA_1_3 else {"replace": True}  # 1.3 replaces without a word
 FAILURES = (HydraException, OmegaConfBaseException)
 
 # Hydra takes plugins from the package hydra_plugins alone. Ours brings the launcher of sweeps.
-sys.path.append(str(Path(__file__).resolve().parent / "_plugins"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "_plugins"))
 # Newer versions have another name for it, which in older ones belongs to something else.
 getattr(OmegaConf, "register_new_resolver" if HYDRA_1_3 else "register_resolver")(
     "capsexp.job_name", job_name, replace=True
@@ -46,7 +41,7 @@ getattr(OmegaConf, "register_new_resolver" if HYDRA_1_3 else "register_resolver"
 
 def conf_dir() -> str:
     """The folder conf/: inside the package when installed from a wheel, beside it in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "train.yaml").is_file():
             return str(folder)
@@ -131,71 +126,7 @@ def with_constants_swept(overrides: Sequence[str], *, config_dir: str | None) ->
         return [_as_sweep(one) for one in parsed]
 
 
-def load_run(
-    overrides: Sequence[str], *, command: str, groups: Mapping[str, str] | None = None, **extra: Any
-) -> None:
-    """Make the config of `run=DIR` the root config `COMMAND_run`, with some keys of the command's own.
-
-    Args:
-        overrides: as typed.
-        command: of capsexp.
-        groups: config groups that a run does not have, with their option; `???` for one that must be chosen.
-        extra: keys and their values.
-
-    Raises:
-        UserError: there is no such run, or its config cannot be read.
-    """
-    run = value(overrides, "run")
-    if not isinstance(run, str):
-        raise UserError(f"capsexp {command} needs a run: capsexp {command} run=DIR")
-    path = Path(run) / ".hydra" / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{run} is not the directory of a run: there is no {path}")
-    try:
-        stored = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (*FAILURES, YAMLError, ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(stored, dict):
-        raise UserError(f"{path} holds no config")
-    keyed = {str(key): value for key, value in stored.items()}
-    store_as_primary(keyed, extra={"run": None, **extra}, groups=groups or {}, name=f"{command}_run")
-
-
-def of_run(path: Path) -> dict[str, Any]:
-    """The plain config of a run, as its own directory has it.
-
-    Raises:
-        UserError: there is no such run, or its config cannot be read.
-    """
-    words = [f"run={quoted(path)}"]
-    load_run(words, command="other")
-    return plain(compose("other_run", words, config_dir=None))
-
-
-def store_as_primary(
-    stored: dict[str, Any], *, extra: dict[str, Any], name: str, groups: Mapping[str, str] | None = None
-) -> None:
-    """Register a run's own config as the root config `name`, each of its groups as the option `stored`.
-
-    Hydra then treats it like conf/: `capsexp eval run=DIR dataset=fashion_mnist routing.iterations=5` works.
-    """
-    store = ConfigStore.instance()
-    own = [group for group in GROUPS if isinstance(stored.get(group), dict)]
-    # `hydra`, `defaults` and `plugins` of a stored config would let a run directory start code of its own;
-    # the `defaults` of a group too: they can place another group's keys at `hydra`.
-    for group in own:
-        node = {key: value for key, value in stored[group].items() if key != "defaults"}
-        store.store(group=group, name=STORED, node=node, **REPLACE)
-    root = {key: value for key, value in stored.items() if key not in (*own, "hydra", "defaults", "plugins")}
-    logging = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
-    options = {**dict.fromkeys(own, STORED), **(groups or {})}
-    defaults = [*({group: option} for group, option in options.items()), "_self_", *logging]
-    quiet = {"run": {"dir": "."}, "output_subdir": None, "job": {"name": name, "chdir": False}}
-    node = {"defaults": defaults, **root, **extra, "plugins": [], "hydra": quiet}
-    store.store(name=name, node=node, **REPLACE)
-
-
-def plain(config: DictConfig) -> dict[str, Any]:
+def to_plain(config: DictConfig) -> dict[str, Any]:
     """The config as plain dicts, lists and values, interpolations resolved, without the `hydra` node.
 
     Raises:
@@ -211,20 +142,6 @@ def plain(config: DictConfig) -> dict[str, Any]:
         raise UserError(one_line(error)) from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`: did you mean 'x'?`, or the known names when none is near."""
-    known = sorted(set(known))
-    same_leaf = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or same_leaf[:1]
-    if not close:
-        leaves = {key.rsplit(".", 1)[-1]: key for key in known}
-        leaf = name.rsplit(".", 1)[-1]
-        close = [leaves[one] for one in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
-    if close:
-        return f": did you mean {close[0]!r}?"
-    return f"; there is {', '.join(known)}" if len(known) <= 20 else ""
 
 
 def one_line(error: BaseException) -> str:
@@ -298,7 +215,7 @@ def _options(group: str) -> list[str]:
     return GlobalHydra.instance().config_loader().get_group_options(group)
 
 
-def values(override: Override) -> list[Any]:
+def override_values(override: Override) -> list[Any]:
     """What the override sets: one value, or all of a sweep; of an interval its ends."""
     if not override.is_sweep_override():
         return [override.value()]
@@ -333,7 +250,7 @@ def _ends(override: Override) -> list[Any]:
 
 def _choice_problems(override: Override) -> Iterator[str]:
     options = _options(override.key_or_group)
-    for choice in [] if override.is_delete() else values(override):
+    for choice in [] if override.is_delete() else override_values(override):
         if not isinstance(choice, list) and choice not in options:
             name = "null" if choice is None else str(choice)
             hint = _installation(name, options) or nearest(name, options)

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from capsexp.config import nearest
+from capsexp.errors import nearest
 
 _SEQUENCES = (list, tuple, collections.abc.Sequence)
 

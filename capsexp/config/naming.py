@@ -7,8 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from capsexp.config.settings import NOT_COMPARED, fingerprint
 from capsexp.files import make_folder
-from capsexp.settings import NOT_COMPARED, fingerprint
 
 LONGEST_LABEL = 80
 

@@ -23,7 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from capsexp.config.build import components
 from capsexp.config.compose import GROUPS, compose, to_plain
 from capsexp.config.parts import Parts
-from capsexp.run_dir import RunDir
+from capsexp.training.run_dir import RunDir
 
 # Small enough for a second, large enough for every part: several steps an epoch, a smaller last batch.
 TINY = (
@@ -82,7 +82,7 @@ def train_tiny() -> Callable[..., dict[str, float]]:
     """Train a tiny run in a directory; more overrides may follow."""
 
     def run(path: Path, *overrides: str) -> dict[str, float]:
-        from capsexp.train import train
+        from capsexp.training.train import train
 
         settings = composed(*overrides)
         directory = RunDir(path)

@@ -18,7 +18,7 @@ from capsexp.compare.runs import Run, is_number
 from capsexp.compare.tables import ABSENT, cell_text, shared_folder
 from capsexp.errors import Notes
 from capsexp.files import write_whole
-from capsexp.progress import clock
+from capsexp.training.progress import clock
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL = 400  # pixels, below which a picture is enlarged

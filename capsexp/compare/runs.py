@@ -15,7 +15,7 @@ import yaml  # type: ignore[import-untyped]
 
 from capsexp.config.settings import Published, comparable, published
 from capsexp.errors import Notes
-from capsexp.run_dir import RunDir
+from capsexp.training.run_dir import RunDir
 
 SHOWN = {"completed": "finished"}  # words of status.json that are shown by another
 STATUSES = ("running", "finished", "failed", "interrupted", "died", "unknown")

@@ -19,7 +19,7 @@ from capsexp.errors import UserError, nearest
 # What a config may name: classes that only hold numbers, tensors and each other. Nothing that takes a
 # path to load code from, a command or a pickle may be added here.
 OWN_PACKAGES = ("model", "routing", "layer", "loss", "dataset", "study")
-OWN_MODULES = ("schedule", "data.preprocess", "device", "trainer")
+OWN_MODULES = ("schedule", "data.preprocess", "training.device", "training.trainer")
 OUTSIDE = ("torch.nn.", "torch.optim.", "torchvision.transforms.", "torchvision.models.")
 RUN_TIME = {"model": {"image_shape", "classes"}, "optimizer": {"params"}}  # known only when a run starts
 GROUPS = ("device", "trainer", "dataset", "loss", "optimizer", "model")  # what no run can do without

@@ -6,7 +6,6 @@ of them are reported together, each with the nearest right name.
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,6 @@ VERSION_BASE: dict[str, str] = {"version_base": "1.3"} if HYDRA_1_3 else {}
 REPLACE: dict[str, Any] = {} if HYDRA_1_3 else {"replace": True}  # 1.3 replaces without a word
 FAILURES = (HydraException, OmegaConfBaseException)
 
-# Hydra takes plugins from the package hydra_plugins alone. Ours brings the launcher of sweeps.
-sys.path.append(str(Path(__file__).resolve().parents[1] / "_plugins"))
 # Newer versions have another name for it, which in older ones belongs to something else.
 getattr(OmegaConf, "register_new_resolver" if HYDRA_1_3 else "register_resolver")(
     "capsexp.job_name", job_name, replace=True
@@ -81,7 +78,7 @@ def compose(
 
 
 def table_problems(composed: DictConfig) -> Iterator[str]:
-    """A table of recipes (see capsexp/recipes.py) is no run."""
+    """A table of recipes (see capsexp/cli/sweep/tables.py) is no run."""
     if rows := composed.get("table"):
         told = f"experiment={composed.hydra.runtime.choices.experiment} is a table of {len(rows)} recipes"
         yield f"{told}: `capsexp train -m` trains them all, experiment={rows[0]} is the first of them"

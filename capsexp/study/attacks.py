@@ -8,13 +8,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from capsexp.analyze import Findings, Subject
-from capsexp.attack.drawing import Shown, attacked_pictures, figures_of_curves
-from capsexp.attack.methods import fgsm
-from capsexp.attack.objective import difference, own_loss
-from capsexp.attack.sweep import Attacker, Plan, Sizes, Withstood, predicted
-from capsexp.attack.tally import Tally
-from capsexp.attack.units import Scale, Units, as_pixels, ball_of, scale_of
+from capsexp.analysis.attack.attacker import Attacker, Plan, Sizes, Withstood, predicted
+from capsexp.analysis.attack.figures import Shown, attacked_pictures, figures_of_curves
+from capsexp.analysis.attack.methods import fgsm
+from capsexp.analysis.attack.objective import difference, own_loss
+from capsexp.analysis.attack.tally import Tally
+from capsexp.analysis.attack.units import Scale, Units, as_pixels, ball_of, scale_of
+from capsexp.analysis.findings import Findings
+from capsexp.analysis.trained_run import Subject
 from capsexp.capsules import Batch
 from capsexp.errors import UserError, require_at_least_1, require_one_of
 

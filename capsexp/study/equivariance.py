@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import InterpolationMode, rotate
 
-from capsexp.analyze import Findings, Subject
+from capsexp.analysis.findings import Findings
+from capsexp.analysis.trained_run import Subject
 from capsexp.capsules import Routed
 from capsexp.data.preprocess import RESIZE_CHUNK
 from capsexp.data.split import Split

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from capsexp.analyze import Findings, Subject, visible
+from capsexp.analysis.findings import Findings, visible
+from capsexp.analysis.trained_run import Subject
 from capsexp.errors import UserError
 
 

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from capsexp.analyze import Findings, Subject, visible
+from capsexp.analysis.findings import Findings, visible
+from capsexp.analysis.trained_run import Subject
 
 
 class Triple(NamedTuple):

@@ -5,13 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from capsexp import routing_figures
-from capsexp.analyze import Findings, Subject
-from capsexp.capsules import Batch, Capsules, Output
-from capsexp.errors import UserError, require_at_least_1, require_one_of
-from capsexp.ops.receptive_fields import Grid
-from capsexp.routing_figures import Shown
-from capsexp.trace import (
+from capsexp.analysis.findings import Findings
+from capsexp.analysis.routing import figures as routing_figures
+from capsexp.analysis.routing.figures import Shown
+from capsexp.analysis.routing.trace import (
     RoutedLayer,
     excess,
     measured,
@@ -21,6 +18,10 @@ from capsexp.trace import (
     traced,
     vote_distances,
 )
+from capsexp.analysis.trained_run import Subject
+from capsexp.capsules import Batch, Capsules, Output
+from capsexp.errors import UserError, require_at_least_1, require_one_of
+from capsexp.ops.receptive_fields import Grid
 
 DISTANCES = ("l2", "squared")
 

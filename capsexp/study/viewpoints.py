@@ -9,7 +9,8 @@ from jaxtyping import Bool, Int64
 from rich.table import Table
 from torch import Tensor
 
-from capsexp.analyze import Findings, Subject
+from capsexp.analysis.findings import Findings
+from capsexp.analysis.trained_run import Subject
 from capsexp.dataset.smallnorb import FACTORS, FAMILIAR, SmallNORB
 from capsexp.errors import UserError
 

@@ -9,7 +9,7 @@ import sys
 import matplotlib.image
 import pytest
 
-from capsexp import cli
+from capsexp.cli import main as cli
 from capsexp.compare import selection
 
 

@@ -8,7 +8,7 @@ import pytest
 from capsexp.compare import runs
 from capsexp.compare.runs import find_all, newest_first, read, read_all
 from capsexp.errors import Notes
-from capsexp.run_dir import RunDir
+from capsexp.training.run_dir import RunDir
 
 
 @pytest.fixture

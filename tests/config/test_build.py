@@ -18,7 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-from capsexp import cli
+from capsexp.cli import main as cli
 from capsexp.config.build import build, components, resolve
 from capsexp.config.compose import compose, conf_dir, to_plain
 from capsexp.errors import UserError
@@ -353,10 +353,10 @@ def test_no_module_outside_the_allowed_packages_is_imported(mischief, marker):
     "target",
     [
         "capsexp.data.download.fetch",
-        "capsexp.cli.os.system",
-        "capsexp.record.Record",
-        "capsexp.checkpoint.load",
-        "capsexp.run_dir.RunDir",
+        "capsexp.cli.main.os.system",
+        "capsexp.training.record.Record",
+        "capsexp.training.checkpoint.load",
+        "capsexp.training.run_dir.RunDir",
         "capsexp.config.build.build",
         "capsexp.model",
         "capsexp",
@@ -375,7 +375,7 @@ def test_the_rest_of_capsexp_may_not_be_built(target):
     "target",
     [
         "capsexp.schedule.as_schedule",
-        "capsexp.device.tune_allocator",
+        "capsexp.training.device.tune_allocator",
         "capsexp.dataset.image_folder.decode",
         "capsexp.loss.margin.reconstruction_term",
         "torch.nn.functional.relu",
@@ -383,7 +383,7 @@ def test_the_rest_of_capsexp_may_not_be_built(target):
         "torchvision.models.resnet18",
         "capsexp.dataset.digits.Digits.read",
         "capsexp.schedule.math.exp",
-        "capsexp.trainer.torch.hub.load",
+        "capsexp.training.trainer.torch.hub.load",
         "capsexp.schedule.math",
     ],
 )
@@ -398,8 +398,11 @@ def test_functions_and_modules_may_not_be_built(target):
     ("target", "name"),
     [
         ("capsexp.dataset.image_folder.Path", "pathlib.Path"),
-        ("capsexp.device.ctypes.CDLL", "ctypes.CDLL"),
-        ("capsexp.device.torch.package.PackageImporter", "torch.package.package_importer.PackageImporter"),
+        ("capsexp.training.device.ctypes.CDLL", "ctypes.CDLL"),
+        (
+            "capsexp.training.device.torch.package.PackageImporter",
+            "torch.package.package_importer.PackageImporter",
+        ),
         ("torch.nn.Parameter", "torch.nn.parameter.Parameter"),
         (f"{NARROW}.utils.data.DataLoader", "torch.utils.data.dataloader.DataLoader"),
     ],

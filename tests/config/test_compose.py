@@ -22,9 +22,9 @@ from capsexp.config.compose import (
     with_constants_swept,
 )
 from capsexp.config.saved import store_as_primary
-from capsexp.device import available
 from capsexp.errors import UserError, nearest
 from capsexp.schedule import Linear, Step, Warmup
+from capsexp.training.device import available
 
 CONF = Path(conf_dir())
 CODE = Path(inspect.getfile(capsexp)).parent

@@ -5,6 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
+from capsexp.analysis.evaluate_run import evaluate_run
+from capsexp.analysis.predict import predict
+from capsexp.analysis.speed.measure import random_batches
+from capsexp.analysis.trained_run import load_model
 from capsexp.capsules import Batch
 from capsexp.config.build import build, components
 from capsexp.config.compose import compose, to_plain
@@ -12,14 +16,12 @@ from capsexp.data.batches import Batches
 from capsexp.data.pairs import Pairs
 from capsexp.dataset.digits import Digits
 from capsexp.errors import RunStopped, UserError
-from capsexp.evaluate import evaluate, evaluate_run, load_model
-from capsexp.gradients import gradients
-from capsexp.measure import random_batches
-from capsexp.parallel import Processes
-from capsexp.predict import predict
-from capsexp.run_dir import RunDir
 from capsexp.schedule import Step
-from capsexp.train import _refuse_non_finite
+from capsexp.training.evaluate import evaluate
+from capsexp.training.gradients import gradients
+from capsexp.training.parallel import Processes
+from capsexp.training.run_dir import RunDir
+from capsexp.training.train import _refuse_non_finite
 
 SMALL = ("dataset=multimnist", "dataset@dataset.source=digits", "dataset.shift=2", "dataset.pad=2")
 

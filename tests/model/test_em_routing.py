@@ -9,7 +9,7 @@ from capsexp.config.compose import compose, to_plain
 from capsexp.errors import UserError
 from capsexp.model.em_routing import MatrixCapsNet
 from capsexp.schedule import Step
-from capsexp.train import _moving_average, advance
+from capsexp.training.train import _moving_average, advance
 
 SMALL = ["model=em_routing", "model.conv_channels=8", "model.primary_types=2", "model.conv_types=[3,4]"]
 DECODER = "model.decoder={_target_: capsexp.layer.decoder.Decoder, _partial_: true, hidden: [8]}"

@@ -2,8 +2,7 @@
 
 import pytest
 
-from capsexp.analyze import Subject
-from capsexp.evaluate import load_model
+from capsexp.analysis.trained_run import Subject, load_model
 
 
 @pytest.fixture

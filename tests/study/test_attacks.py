@@ -4,8 +4,8 @@ import pytest
 import torch
 import yaml
 
-from capsexp.analyze import Subject
-from capsexp.attack.sweep import predicted
+from capsexp.analysis.attack.attacker import predicted
+from capsexp.analysis.trained_run import Subject
 from capsexp.config.compose import conf_dir
 from capsexp.errors import UserError
 from capsexp.study.attacks import Attacks

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from capsexp.analyze import Subject
+from capsexp.analysis.trained_run import Subject
 from capsexp.capsules import Output, Routed
 from capsexp.data.dataset import Dataset
 from capsexp.data.preprocess import Preprocess

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from capsexp.analyze import Subject
+from capsexp.analysis.trained_run import Subject
 from capsexp.errors import UserError
 from capsexp.schedule import Step
 from capsexp.study.overlap import Overlap, _absent

@@ -4,14 +4,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from capsexp import routing_figures
-from capsexp.analyze import Subject
+from capsexp.analysis.routing import figures as routing_figures
+from capsexp.analysis.trained_run import Subject
 from capsexp.config.build import components
 from capsexp.errors import UserError
-from capsexp.evaluate import figures as told_about
 from capsexp.ops.receptive_fields import Grid
 from capsexp.schedule import Step
 from capsexp.study.routing import Routing
+from capsexp.training.metrics import figures as told_about
 
 SETTINGS = {
     "iterations": 5,

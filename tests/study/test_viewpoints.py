@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from capsexp.analyze import Subject
+from capsexp.analysis.trained_run import Subject
 from capsexp.capsules import Output
 from capsexp.data.preprocess import Preprocess
 from capsexp.data.split import Split

@@ -1,0 +1,352 @@
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from capsexp import files
+from capsexp.training import checkpoint
+from capsexp.training.checkpoint import CheckpointError, load, newest, point, prune, save, saved, step_of
+
+
+def state(step=0):
+    return {"step": step, "model": {"w": torch.arange(5000) + step}, "recorded": 1.5, "best_step": None}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Checkpoints of steps 10 and 20."""
+    for step in (10, 20):
+        save(tmp_path, state(step), step=step)
+    return tmp_path
+
+
+@pytest.fixture
+def told():
+    return []
+
+
+def pt(folder, step):
+    return folder / f"step-{step:08d}.pt"
+
+
+def seal(path):
+    """Vouch for a file, as `save` does for its own."""
+    content = path.read_bytes()
+    text = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "step": 20, "schema": 1}
+    path.with_suffix(".json").write_text(json.dumps(text))
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    assert torch.equal(one["model"].pop("w"), other["model"].pop("w"))
+    assert one == other
+
+
+def test_what_was_saved_is_loaded(folder):
+    same(load(pt(folder, 20)), {"schema": 1, **state(20)})
+
+
+def test_the_newest_is_the_highest_step(folder, told):
+    assert newest(folder, tell=told.append)["step"] == 20
+    assert told == []
+
+
+def test_a_folder_that_never_had_one_has_none(tmp_path, told):
+    assert newest(tmp_path, tell=told.append) is None
+    assert newest(tmp_path / "missing", tell=told.append) is None
+    assert told == []
+
+
+# Damage: each spoils the checkpoint of step 20 in its own way, and names the reason it is refused for.
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def one_flipped_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def a_zeroed_block(path):
+    content = bytearray(path.read_bytes())
+    content[8192:12288] = bytes(4096)
+    path.write_bytes(content)
+
+
+def json_without_keys(path):
+    path.with_suffix(".json").write_text("{}")
+
+
+def json_that_is_garbage(path):
+    path.with_suffix(".json").write_bytes(b"\x80{]")
+
+
+def json_of_a_list(path):
+    path.with_suffix(".json").write_text("[1, 2]")
+
+
+def json_of_another_file(path):
+    other = pt(path.parent, 10)
+    path.with_suffix(".json").write_bytes(other.with_suffix(".json").read_bytes())
+
+
+def sealed_but_empty(path):
+    empty(path)
+    seal(path)
+
+
+def sealed_but_truncated(path):
+    truncated(path)
+    seal(path)
+
+
+def another_schema(path):
+    torch.save({**state(20), "schema": 2}, path)
+    seal(path)
+
+
+def no_schema(path):
+    torch.save(state(20), path)
+    seal(path)
+
+
+def no_dict(path):
+    torch.save([1, 2], path)
+    seal(path)
+
+
+DAMAGE = {
+    truncated: r"it has \d+ bytes instead of \d+",
+    empty: r"it has 0 bytes instead of \d+",
+    one_flipped_bit: "its contents do not match the sha256 in step-00000020.json",
+    a_zeroed_block: "its contents do not match the sha256 in step-00000020.json",
+    json_without_keys: "its checksum step-00000020.json is missing or unreadable",
+    json_that_is_garbage: "its checksum step-00000020.json is missing or unreadable",
+    json_of_a_list: "its checksum step-00000020.json is missing or unreadable",
+    json_of_another_file: "its contents do not match the sha256 in step-00000020.json",
+    sealed_but_empty: r"it cannot be read safely: \w",
+    sealed_but_truncated: r"it cannot be read safely: .",
+    another_schema: "its schema is 2, this version reads 1",
+    no_schema: "its schema is None, this version reads 1",
+    no_dict: "its schema is None, this version reads 1",
+}
+damaged = pytest.mark.parametrize(
+    ("spoil", "reason"), DAMAGE.items(), ids=lambda one: getattr(one, "__name__", "")
+)
+
+
+@damaged
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(spoil, reason, folder, told):
+    spoil(pt(folder, 20))
+    refusal = f"^{re.escape(str(pt(folder, 20)))}: refused, {reason}"
+    with pytest.raises(CheckpointError, match=refusal):
+        load(pt(folder, 20))
+    assert newest(folder, tell=told.append)["step"] == 10
+    assert len(told) == 1
+    assert re.match(refusal, told[0])
+    assert told[0].endswith("; trying the one before")
+
+
+@damaged
+def test_when_all_are_refused_nothing_is_begun_anew(spoil, reason, folder, told):
+    if spoil is json_of_another_file:
+        pt(folder, 10).write_bytes(b"")
+    else:
+        spoil(pt(folder, 10))
+    spoil(pt(folder, 20))
+    with pytest.raises(
+        CheckpointError, match=r"no usable checkpoint is left in .*; start in another directory"
+    ):
+        newest(folder, tell=told.append)
+    assert len(told) == 2
+
+
+@pytest.mark.parametrize("silent", [one_flipped_bit, a_zeroed_block])
+def test_torch_alone_would_not_have_noticed(silent, folder):
+    silent(pt(folder, 20))
+    loaded = torch.load(pt(folder, 20), weights_only=True)
+    assert not torch.equal(loaded["model"]["w"], state(20)["model"]["w"])
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_hostile_pickle_with_a_valid_seal_is_refused_and_does_not_run(folder, told, tmp_path):
+    marker, path = tmp_path / "it_ran", pt(folder, 20)
+    torch.save({"schema": 1, **state(20), "extra": Payload(marker)}, path)
+    seal(path)
+    with pytest.raises(CheckpointError, match=f"{path}: refused, it cannot be read safely: "):
+        load(path)
+    assert newest(folder, tell=told.append)["step"] == 10
+    assert not marker.exists()
+    torch.load(path, weights_only=False)
+    assert marker.exists()  # the payload was a live one
+
+
+def test_a_missing_seal_of_an_older_checkpoint_is_told(folder, told):
+    save(folder, state(30), step=30)
+    pt(folder, 20).with_suffix(".json").unlink()
+    pt(folder, 30).write_bytes(b"")
+    assert newest(folder, tell=told.append)["step"] == 10
+    assert len(told) == 2
+    assert "step-00000020.pt: refused, its checksum step-00000020.json is missing" in told[1]
+
+
+def test_a_missing_seal_is_refused_when_asked_for_by_name(folder):
+    pt(folder, 20).with_suffix(".json").unlink()
+    with pytest.raises(CheckpointError, match=r"its checksum step-00000020\.json is missing or unreadable"):
+        load(folder / "last.pt")
+
+
+@pytest.mark.parametrize("name", ["best.pt", "step-00000030.pt"])
+def test_a_checkpoint_that_is_not_there_is_refused(name, folder):
+    with pytest.raises(CheckpointError, match=f"{name}: refused, there is no such file"):
+        load(folder / name)
+
+
+# Being whole or not at all
+
+SAVING = """
+import itertools, sys, torch
+from pathlib import Path
+from capsexp import checkpoint, files
+real = files.write_whole
+def stuck(path, write):
+    if path.name == sys.argv[2]:
+        print("here", flush=True)
+        sys.stdin.read()
+    real(path, write)
+checkpoint.write_whole = stuck
+checkpoint.save(Path(sys.argv[1]), {"step": 30}, step=30)
+"""
+
+
+def test_a_kill_between_the_file_and_its_seal_leaves_the_one_before(folder, told):
+    command = [sys.executable, "-c", SAVING, str(folder), "step-00000030.json"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"here\n"
+        process.kill()
+    assert pt(folder, 30).exists()
+    assert newest(folder, tell=told.append)["step"] == 20
+    assert load(folder / "last.pt")["step"] == 20
+    save(folder, state(30), step=30)
+    assert newest(folder, tell=told.append)["step"] == 30
+    assert told == []
+
+
+def test_an_only_checkpoint_without_its_seal_was_never_finished(tmp_path, told):
+    save(tmp_path, state(10), step=10)
+    pt(tmp_path, 10).with_suffix(".json").unlink()
+    assert newest(tmp_path, tell=told.append) is None
+
+
+@pytest.mark.parametrize("step", [20, 30])
+def test_a_save_that_fails_midway_changes_nothing_under_the_final_name(step, folder, told, monkeypatch):
+    before = pt(folder, 20).read_bytes()
+
+    def full(state, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        save(folder, state(step), step=step)
+    monkeypatch.undo()
+    assert pt(folder, 20).read_bytes() == before
+    assert not pt(folder, 30).exists()
+    assert sorted(path.name for path in folder.glob("*") if path.name.startswith(".")) == []
+    assert newest(folder, tell=told.append)["step"] == 20
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, "fsync", lambda number: calls.append("fsync"))
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("replace"), real(*names)))
+    files.write_whole(tmp_path / "a", lambda file: file.write(b"x"))
+    assert calls == ["fsync", "replace", "fsync"]
+    assert (tmp_path / "a").read_bytes() == b"x"
+
+
+# Links, and what is kept
+
+
+def test_last_and_best_point_to_their_steps(folder):
+    point(folder, "best", 10)
+    assert load(folder / "best.pt")["step"] == 10
+    assert load(folder / "last.pt")["step"] == 20
+    assert (folder / "best.pt").readlink().name == "step-00000010.pt"
+    point(folder, "best", 20)
+    assert load(folder / "best.pt")["step"] == 20
+    assert step_of(folder / "best.pt") == 20
+
+
+def test_a_name_that_tells_no_step_is_refused(folder):
+    with pytest.raises(CheckpointError, match="no checkpoint is named like that"):
+        step_of(folder / "step-12.pt")
+
+
+def kept(folder):
+    assert {path.stem for path in folder.glob("step-*.json")} == {
+        path.stem for path in folder.glob("step-*.pt")
+    }
+    return [step_of(path) for path in saved(folder)]
+
+
+@pytest.mark.parametrize(
+    ("best", "every", "expected"),
+    [
+        ([], None, [60, 70]),
+        ([20], None, [20, 60, 70]),
+        ([70], None, [60, 70]),
+        ([], 30, [30, 60, 70]),
+        ([10], 20, [10, 20, 40, 60, 70]),
+    ],
+)
+def test_the_last_two_the_best_and_every_kth_are_kept(best, every, expected, tmp_path):
+    for step in range(10, 80, 10):
+        save(tmp_path, {"step": step}, step=step)
+        prune(tmp_path, keep_last=2, keep_steps=[one for one in best if one <= step], keep_every=every)
+    assert kept(tmp_path) == expected
+    assert load(tmp_path / "last.pt")["step"] == 70
+
+
+def test_leftovers_of_killed_saves_are_removed_and_nothing_else(folder):
+    (folder / ".step-00000030.pt.123.tmp").write_bytes(b"half")
+    (folder / ".last.123.tmp").symlink_to("step-00000020.pt")
+    (folder / "notes.txt").write_text("mine")
+    prune(folder, keep_last=2, keep_steps=[], keep_every=None)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "last.pt",
+        "notes.txt",
+        "step-00000010.json",
+        "step-00000010.pt",
+        "step-00000020.json",
+        "step-00000020.pt",
+    ]
+
+
+def test_a_file_with_another_name_is_no_checkpoint(folder):
+    (folder / "step-20.pt").write_bytes(b"")
+    (folder / "step-000000200.pt").write_bytes(b"")
+    assert [path.name for path in saved(folder)] == ["step-00000010.pt", "step-00000020.pt"]
+    assert checkpoint.SCHEMA == 1

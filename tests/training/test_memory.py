@@ -1,0 +1,31 @@
+import re
+
+import pytest
+import torch
+
+from capsexp.training.memory import MemoryUsedUpError, peak_resident, told_when_used_up
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: torch.empty(2**58),
+        lambda: bytearray(2**62),
+        lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")),
+    ],
+)
+def test_an_allocators_error_says_what_to_lower(ask):
+    told = r"^out of memory at trainer\.batch_size=64, with a peak of [\d,]+ MiB: lower it, or split "
+    with pytest.raises(MemoryUsedUpError, match=told) as caught, told_when_used_up(batch_size=64):
+        ask()
+    assert caught.value.exit_code == 1
+    assert "\n" not in str(caught.value)
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match=re.escape("mat1 and mat2")), told_when_used_up(batch_size=1):
+        torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+def test_the_peak_is_in_bytes():
+    assert 2**25 < peak_resident() < 2**40

@@ -23,20 +23,20 @@ class UserError(Exception):
 class Notes:
     """What is told after the work, because it need not end it."""
 
-    mistakes: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
     """Of the user; the exit code is 2."""
-    blemishes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     """Of what was found; the exit code stays 0."""
 
-    def mistake(self, line: str) -> None:
+    def error(self, line: str) -> None:
         """Note what the user can put right, once."""
-        if line not in self.mistakes:
-            self.mistakes.append(line)
+        if line not in self.errors:
+            self.errors.append(line)
 
-    def blemish(self, line: str) -> None:
+    def warning(self, line: str) -> None:
         """Note what is not as it should be, once."""
-        if line not in self.blemishes:
-            self.blemishes.append(line)
+        if line not in self.warnings:
+            self.warnings.append(line)
 
 
 def require_at_least_1(**values: int | Sequence[int] | None) -> None:

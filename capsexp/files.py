@@ -8,7 +8,7 @@ from typing import Any
 from capsexp.errors import UserError
 
 
-def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
+def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
     """Write a file so that it appears under its name complete and on disk, or not at all."""
     new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -16,7 +16,7 @@ def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        put_in_place(new, path)
+        replace_durably(new, path)
     except BaseException:
         new.unlink(missing_ok=True)
         raise
@@ -34,7 +34,7 @@ def make_folder(path: Path) -> None:
         raise UserError(f"cannot write into {path}: {error.strerror}") from None
 
 
-def put_in_place(source: Path, target: Path) -> None:
+def replace_durably(source: Path, target: Path) -> None:
     """Give a file that is complete and on disk its name, so that the name survives a power cut too."""
     os.replace(source, target)
     folder = os.open(target.parent, os.O_RDONLY)

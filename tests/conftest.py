@@ -20,9 +20,9 @@ from omegaconf import OmegaConf
 # Tests are many small operations: with more threads they wait for each other, most of all on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from capsexp.config.build import components
+from capsexp.config.build import build_components
+from capsexp.config.components import Components
 from capsexp.config.compose import GROUPS, compose, to_plain
-from capsexp.config.parts import Parts
 from capsexp.training.run_dir import RunDir
 
 # Small enough for a second, large enough for every part: several steps an epoch, a smaller last batch.
@@ -73,8 +73,8 @@ def em_config() -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
-def tiny_parts() -> Callable[..., Parts]:
-    return lambda *overrides: components(composed(*overrides), plugins=[])
+def tiny_parts() -> Callable[..., Components]:
+    return lambda *overrides: build_components(composed(*overrides), plugins=[])
 
 
 @pytest.fixture
@@ -86,10 +86,10 @@ def train_tiny() -> Callable[..., dict[str, float]]:
 
         settings = composed(*overrides)
         directory = RunDir(path)
-        with directory.owned():
-            directory.begin(settings, resume=settings["resume"], command=["capsexp", "train"])
-            with directory.attempt({}):
-                return train(components(settings, plugins=[]), directory, settings)
+        with directory.locked():
+            directory.check_config(settings, resume=settings["resume"], command=["capsexp", "train"])
+            with directory.track_status({}):
+                return train(build_components(settings, plugins=[]), directory, settings)
 
     return run
 

@@ -16,16 +16,16 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from capsexp.analysis.findings import Findings
-from capsexp.analysis.trained_run import Subject, load_model
-from capsexp.config.parts import Parts
-from capsexp.files import make_folder, write_whole
+from capsexp.analysis.trained_run import TrainedRun, load_model
+from capsexp.config.components import Components
+from capsexp.files import make_folder, write_atomic
 from capsexp.training.run_dir import RunDir
 
 
 def analyze(
-    study: Callable[[Subject], Findings],
+    study: Callable[[TrainedRun], Findings],
     name: str,
-    parts: Parts,
+    components: Components,
     settings: Mapping[str, Any],
     *,
     plugins: Sequence[str] = (),
@@ -35,24 +35,24 @@ def analyze(
     Args:
         study: the study.
         name: as in `study=NAME`.
-        parts: of the run.
+        components: of the run.
         settings: the plain config: `run`, `weights`, `limit`, `study`.
-        plugins: see `capsexp.config.build.components`.
+        plugins: see `capsexp.config.build.build_components`.
     """
     run, limit = RunDir(Path(settings["run"])), settings["limit"]
-    model, step = load_model(parts, run.path, weights=str(settings["weights"]))
-    findings = study(Subject(model, parts, path=run.path, step=step, limit=limit, plugins=plugins))
+    model, step = load_model(components, run.path, weights=str(settings["weights"]))
+    findings = study(TrainedRun(model, components, path=run.path, step=step, limit=limit, plugins=plugins))
     make_folder(run.figures)
     for title, figure in findings.figures.items():
         file = run.figures / f"{title}.png"
-        write_whole(file, functools.partial(figure.savefig, format="png", dpi=130))
+        write_atomic(file, functools.partial(figure.savefig, format="png", dpi=130))
         print(file)
     make_folder(run.path / "studies")
-    remarks = parts.dataset.remarks()
+    remarks = components.dataset.caveats()
     told = {"study": settings["study"], "step": step.number, "limit": limit, "remarks": remarks}
     told |= findings.numbers
     file = run.path / "studies" / f"{name}.json"
-    write_whole(file, lambda opened: opened.write(json.dumps(told, indent=1).encode()))
+    write_atomic(file, lambda opened: opened.write(json.dumps(told, indent=1).encode()))
     _to_tensorboard(run.path / "tb", name, findings, step.number)
     for remark in remarks:
         print(remark)

@@ -9,28 +9,28 @@ from rich.console import Console
 from rich.table import Table
 
 from capsexp.analysis.trained_run import load_model
-from capsexp.config.parts import Parts
+from capsexp.config.components import Components
 from capsexp.data.dataset import Dataset
 from capsexp.data.split import Split
 from capsexp.errors import UserError
 from capsexp.training.evaluate import evaluate
 
 
-def evaluate_run(parts: Parts, config: Mapping[str, Any]) -> dict[str, float]:
+def evaluate_run(components: Components, config: Mapping[str, Any]) -> dict[str, float]:
     """`capsexp eval`: print a trained run's figures on a part of its data; evaluations.jsonl keeps them."""
     path, part = Path(config["run"]), config["part"]
     if part not in ("test", "familiar", "validation", "train"):
         raise UserError(f"part: must be 'test', 'familiar', 'validation' or 'train', got {part!r}")
-    model, step = load_model(parts, path, weights=str(config["weights"]))
-    split = _split(parts.dataset, part)
+    model, step = load_model(components, path, weights=str(config["weights"]))
+    split = _split(components.dataset, part)
     if split.size == 0:
         raise UserError("part=validation: this run had no validation pictures")
-    batches = parts.batches(split, limit=parts.trainer.limit_eval_batches)
-    values = evaluate(model, batches, parts.loss, step, precision=parts.trainer.precision)
+    batches = components.batches(split, limit=components.trainer.limit_eval_batches)
+    values = evaluate(model, batches, components.loss, step, precision=components.trainer.precision)
     table = Table(f"{part}, {batches.visited} pictures", f"{config['weights']} weights, step {step.number}")
     for name, value in values.items():
         table.add_row(name, f"{value:.6g}")
-    for remark in parts.dataset.remarks():
+    for remark in components.dataset.caveats():
         print(remark)
     Console().print(table)
     with open(path / "evaluations.jsonl", "a") as file:

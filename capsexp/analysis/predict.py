@@ -12,21 +12,21 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from capsexp.analysis.trained_run import load_model
-from capsexp.config.parts import Parts
+from capsexp.config.components import Components
 from capsexp.data.preprocess import Shape, resized
 from capsexp.dataset.image_folder import decode
 from capsexp.errors import UserError
 from capsexp.training.evaluate import inference
 
 
-def predict(parts: Parts, config: Mapping[str, Any], files: Sequence[str]) -> None:
+def predict(components: Components, config: Mapping[str, Any], files: Sequence[str]) -> None:
     """Print the likeliest classes of each picture; write its reconstruction beside it.
 
     A picture is brought to the channels and the size of those that the network was trained on. Where those
     show several classes each, as many of the likeliest are reconstructed, one at a time.
 
     Args:
-        parts: what `capsexp.config.build.components` returned.
+        components: what `capsexp.config.build.build_components` returned.
         config: the plain config: `run`, `weights`, `top` (classes to print), `reconstructions`.
         files: the pictures.
     Raises:
@@ -34,15 +34,15 @@ def predict(parts: Parts, config: Mapping[str, Any], files: Sequence[str]) -> No
     """
     if not isinstance(config["top"], int) or config["top"] < 1:
         raise UserError(f"top: must be an integer >= 1, got {config['top']!r}")
-    pictures = torch.stack([_fitted(name, parts.dataset.raw_shape) for name in files])
-    model, _ = load_model(parts, Path(config["run"]), weights=str(config["weights"]))
-    targets = parts.dataset.targets
-    prepared = parts.dataset.preprocess.test(pictures.to(parts.device.torch_device))
+    pictures = torch.stack([_fitted(name, components.dataset.raw_shape) for name in files])
+    model, _ = load_model(components, Path(config["run"]), weights=str(config["weights"]))
+    targets = components.dataset.targets
+    prepared = components.dataset.preprocess.test(pictures.to(components.device.torch_device))
     with inference(model):
         output = model(prepared.images)
         if targets > 1:
             output = model(prepared.images, output.scores.topk(targets, dim=1).indices)
-    Console().print(_table(files, output.probabilities, parts.dataset.classes, config["top"]))
+    Console().print(_table(files, output.probabilities, components.dataset.classes, config["top"]))
     if config["reconstructions"] and output.reconstruction is not None:
         for name, pixels, decoded in zip(files, prepared.pixels, output.reconstruction, strict=True):
             target = Path(name).with_suffix(".reconstruction.png")

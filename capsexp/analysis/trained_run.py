@@ -9,8 +9,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from capsexp.capsules import Batch, Output
-from capsexp.config.build import components
-from capsexp.config.parts import Parts
+from capsexp.config.build import build_components
+from capsexp.config.components import Components
 from capsexp.config.saved import load_saved_config
 from capsexp.data.batches import Batches
 from capsexp.data.seeds import epoch_order
@@ -22,50 +22,49 @@ from capsexp.training.evaluate import inference
 from capsexp.training.state import trained_weights
 
 
-def load_model(parts: Parts, path: Path, *, weights: str) -> tuple[nn.Module, Step]:
+def load_model(components: Components, path: Path, *, weights: str) -> tuple[nn.Module, Step]:
     """A trained network on its device, and the step that its weights are from.
 
     Args:
-        parts: what `capsexp.config.build.components` returned.
+        components: what `capsexp.config.build.build_components` returned.
         path: the run directory.
         weights: `best`, `last`, or the number of a step.
 
     Raises:
         UserError: no such checkpoint, a damaged one, or one of another network.
     """
-    parts.device.prepare()
+    components.device.prepare()
     folder = path / "checkpoints"
     name = checkpoint.name_of(int(weights)) if weights.isdigit() else f"{weights}.pt"
     saved = checkpoint.load(folder / name)
-    model = parts.new_model()
+    model = components.new_model()
     try:
         model.load_state_dict(trained_weights(saved))
     except RuntimeError as error:
         raise UserError(f"the weights in {path} are of another network: {_first_lines(error)}") from None
-    model.to(parts.device.torch_device, memory_format=parts.device.memory_format).eval()
-    return model, Step(saved["step"], saved["step"])
+    return components.device.place(model).eval(), Step(saved["step"], saved["step"])
 
 
 def _first_lines(error: Exception) -> str:
     return " ".join(line.strip() for line in str(error).splitlines()[:3])
 
 
-class Subject:
+class TrainedRun:
     """A trained network, and pictures to study it on, one batch at a time.
 
     Args:
         model: in evaluation mode.
-        parts: of the run.
+        components: of the run.
         path: of the run.
         step: that the weights are from.
         limit: pictures at most of any split; None for all.
-        plugins: see `capsexp.config.build.components`.
+        plugins: see `capsexp.config.build.build_components`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        parts: Parts,
+        components: Components,
         *,
         path: Path,
         step: Step,
@@ -75,25 +74,27 @@ class Subject:
         if limit is not None and limit < 1:
             raise UserError(f"limit: must be an integer >= 1 or null, got {limit}")
         self.model = model.requires_grad_(False)
-        self.parts, self.path, self.step, self.limit = parts, path, step, limit
-        self.classes: tuple[str, ...] = parts.dataset.classes
+        self.components, self.path, self.step, self.limit = components, path, step, limit
+        self.classes: tuple[str, ...] = components.dataset.classes
         self._plugins = plugins
 
-    def another(self, run: str) -> "Subject":
+    def other_run(self, run: str) -> "TrainedRun":
         """The best weights of another run, on the same device and under the same limit.
 
         Raises:
             UserError: no such run, or it cannot be loaded.
         """
-        parts = components(load_saved_config(Path(run)), plugins=self._plugins)._replace(
-            device=self.parts.device
+        components = build_components(load_saved_config(Path(run)), plugins=self._plugins)._replace(
+            device=self.components.device
         )
-        model, step = load_model(parts, Path(run), weights="best")
-        return Subject(model, parts, path=Path(run), step=step, limit=self.limit, plugins=self._plugins)
+        model, step = load_model(components, Path(run), weights="best")
+        return TrainedRun(
+            model, components, path=Path(run), step=step, limit=self.limit, plugins=self._plugins
+        )
 
     def batches(self, split: Split | None = None, *, what: str = "pictures") -> Iterator[Batch]:
         """A split in order, by default the test part, below a progress bar."""
-        split = self.parts.dataset.read("test") if split is None else split
+        split = self.components.dataset.read("test") if split is None else split
         batches = self.in_batches(split)
         # Without a terminal a bar would leave an empty line for each time the pictures are read.
         silent = not get_console().is_terminal
@@ -101,7 +102,7 @@ class Subject:
 
     def in_batches(self, split: Split) -> Batches:
         """A split, or what the limit leaves of it, on the run's device."""
-        batches: Batches = self.parts.batches(split, limit=None)
+        batches: Batches = self.components.batches(split, limit=None)
         return batches if self.limit is None else batches.only(self.chosen(batches.count))
 
     def chosen(self, size: int) -> Int64[Tensor, " N"]:
@@ -119,13 +120,13 @@ class Subject:
                 output = self.model(batch.images, batch.labels)
             yield batch, output
 
-    def single(self) -> None:
+    def require_single_label(self) -> None:
         """Refuse a run whose pictures show several classes; for a study that asks for the class of a picture.
 
         Raises:
             UserError: it is one.
         """
-        dataset = self.parts.dataset
+        dataset = self.components.dataset
         if dataset.targets > 1:
             raise UserError(
                 f"this study needs pictures of one class each; those of {dataset.name} have {dataset.targets}"

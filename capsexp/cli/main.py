@@ -12,9 +12,17 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from capsexp.cli.jobs import checked, complain, evaluation_job, follow, hand_over, nothing, training_job
+from capsexp.cli.jobs import (
+    call_hydra,
+    evaluation_job,
+    no_op,
+    print_error,
+    train_as_worker,
+    training_job,
+    validate,
+)
 from capsexp.cli.sweep.job_process import WATCHED, end_with_launcher
-from capsexp.cli.torchrun import as_one, one_of_several, processes
+from capsexp.cli.torchrun import is_distributed, processes, run_distributed
 from capsexp.config.compose import compose, conf_dir, to_plain
 from capsexp.config.naming import new_run_dir
 from capsexp.config.overrides import parse, plugins, quoted, value
@@ -44,11 +52,11 @@ def main() -> int:
     # A bug keeps its whole traceback; what a user can mend is told by UserError.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
-        if one_of_several():
-            return as_one(lambda: _dispatch(sys.argv[1:]), complain)
+        if is_distributed():
+            return run_distributed(lambda: _dispatch(sys.argv[1:]), print_error)
         return _dispatch(sys.argv[1:])
     except UserError as error:
-        return complain(error)
+        return print_error(error)
     except BrokenPipeError:  # `capsexp … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -69,7 +77,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
-    if command != "train" and one_of_several():
+    if command != "train" and is_distributed():
         raise UserError(f"capsexp {command} works in one process: start it without torchrun")
     if command in ("runs", "compare", "report"):
         from capsexp.compare.command import run as look
@@ -92,7 +100,7 @@ def _train(arguments: list[str]) -> int:
         end_with_launcher()
     options, flags, overrides = parse(arguments)
     if _only_shows(options):
-        return hand_over([*flags, *overrides], "train", nothing)
+        return call_hydra([*flags, *overrides], "train", no_op)
     name, folder = options.config_name or "train", options.config_dir
     if options.multirun:
         from capsexp.cli.sweep.command import sweep
@@ -100,17 +108,17 @@ def _train(arguments: list[str]) -> int:
         return sweep(options, flags, overrides)
     composed = compose(name, overrides, config_dir=folder)
     if options.cfg or options.info:
-        return hand_over([*flags, *overrides], "train", nothing)
-    parts = checked(composed, overrides)
+        return call_hydra([*flags, *overrides], "train", no_op)
+    parts = validate(composed, overrides)
     parts.dataset.require_files()
     words = [*flags, *overrides, "hydra.output_subdir=null"]
-    if one_of_several():
+    if is_distributed():
         from capsexp.training.parallel import check
 
         check(parts, processes())
-        if not processes().lead:
-            return follow(parts, to_plain(composed))
-    return hand_over([*words, *_where(composed, overrides)], "train", training_job)
+        if not processes().is_main:
+            return train_as_worker(parts, to_plain(composed))
+    return call_hydra([*words, *_where(composed, overrides)], "train", training_job)
 
 
 def _eval(arguments: list[str]) -> int:
@@ -118,8 +126,8 @@ def _eval(arguments: list[str]) -> int:
     register_saved_config(overrides, command="eval", part="test", weights="best")
     composed = compose("eval_run", overrides, config_dir=options.config_dir)
     if not (options.cfg or options.info):
-        checked(composed, overrides)
-    return hand_over([*flags, *overrides], "eval_run", evaluation_job)
+        validate(composed, overrides)
+    return call_hydra([*flags, *overrides], "eval_run", evaluation_job)
 
 
 def _predict(arguments: list[str]) -> int:
@@ -131,7 +139,7 @@ def _predict(arguments: list[str]) -> int:
         raise UserError("capsexp predict needs pictures: capsexp predict run=DIR FILES…")
     from capsexp.analysis.predict import predict
 
-    predict(checked(composed, overrides), to_plain(composed), files)
+    predict(validate(composed, overrides), to_plain(composed), files)
     return 0
 
 
@@ -139,7 +147,7 @@ def _analyze(arguments: list[str]) -> int:
     options, _, overrides = parse(arguments)
     register_saved_config(overrides, command="analyze", groups={"study": "???"}, weights="best", limit=None)
     composed = compose("analyze_run", overrides, config_dir=options.config_dir)
-    parts, plain = checked(composed, overrides), to_plain(composed)
+    parts, plain = validate(composed, overrides), to_plain(composed)
     from capsexp.analysis.analyze import analyze
     from capsexp.config.build import checked_part
 
@@ -152,15 +160,15 @@ def _analyze(arguments: list[str]) -> int:
 def _bench(arguments: list[str]) -> int:
     options, flags, overrides = parse(arguments)
     if _only_shows(options):
-        return hand_over([*flags, *overrides], "train", nothing)
+        return call_hydra([*flags, *overrides], "train", no_op)
     picture, compiled = value(overrides, "growth"), value(overrides, "compiled") or False
     overrides = [text for text in overrides if text.partition("=")[0] not in ("growth", "compiled")]
     if not isinstance(compiled, bool):
         raise UserError(f"compiled must be true or false, got {compiled}")
     composed = compose(options.config_name or "train", overrides, config_dir=options.config_dir)
     if options.cfg or options.info:
-        return hand_over([*flags, *overrides], "train", nothing)
-    checked(composed, overrides)
+        return call_hydra([*flags, *overrides], "train", no_op)
+    validate(composed, overrides)
     if picture is not None:
         from capsexp.analysis.speed.growth import growth
 
@@ -241,7 +249,7 @@ def _complete(arguments: Sequence[str]) -> int:
         program, _, rest = line.split(" ", 2)
         os.environ["COMP_LINE"] = f"{program} {rest}"
         os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
-    return hand_over(list(arguments), "train", nothing)
+    return call_hydra(list(arguments), "train", no_op)
 
 
 def _version() -> str:

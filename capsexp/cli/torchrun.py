@@ -19,57 +19,57 @@ from capsexp.errors import RunStopped, UserError, exit_code
 
 VARIABLES = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
 PATIENCE = timedelta(minutes=10)  # to wait at the end for the words of another: the lead may have to save
-Complain = Callable[[UserError], int]
+PrintError = Callable[[UserError], int]
 
 _store: Any = None  # where the processes leave word for each other; None for a process alone
 
 
-def one_of_several() -> bool:
+def is_distributed() -> bool:
     """Whether torchrun, or what sets the same variables, started this process beside others."""
     return {*VARIABLES} <= {*os.environ} and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def processes() -> Any:
-    """The processes of this run (`capsexp.training.parallel.Processes`)."""
-    from capsexp.training.parallel import ALONE, Processes
+    """The processes of this run (`capsexp.training.parallel.ProcessGroup`)."""
+    from capsexp.training.parallel import SINGLE, ProcessGroup
 
-    if not one_of_several():
-        return ALONE
-    return Processes(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    if not is_distributed():
+        return SINGLE
+    return ProcessGroup(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
 def launcher() -> list[str]:
     """The words before `capsexp` in a command that starts as many processes; none for one alone."""
-    if not one_of_several():
+    if not is_distributed():
         return []
     here, everywhere = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
     return ["torchrun", f"--nnodes={everywhere // here}", f"--nproc-per-node={here}", "-m"]
 
 
-def as_one(work: Callable[[], int], complain: Complain) -> int:
-    """Do the work of one process of several; see `one_voice`."""
+def run_distributed(work: Callable[[], int], print_error: PrintError) -> int:
+    """Do the work of one process of several; see `report_once`."""
     import torch.distributed as dist
 
     _join()
-    with one_voice(complain):
+    with report_once(print_error):
         code = work()
     dist.destroy_process_group()
     return code
 
 
 @contextlib.contextmanager
-def one_voice(complain: Complain) -> Iterator[None]:
+def report_once(print_error: PrintError) -> Iterator[None]:
     """If the work inside fails in several processes: one says why, and all end with its exit code.
 
     Args:
-        complain: prints a user's mistake.
+        print_error: prints a user's mistake.
     """
     try:
         yield
     except BaseException as error:
         if _store is None:
             raise
-        _end(error, complain)
+        _end(error, print_error)
 
 
 def _join() -> None:
@@ -93,16 +93,16 @@ def _join() -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
 
 
-def _end(error: BaseException, complain: Complain) -> NoReturn:
+def _end(error: BaseException, print_error: PrintError) -> NoReturn:
     """Say why, or wait until another process has; then end with the same exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     code = exit_code(error)
     if isinstance(error, SystemExit):  # was told where it was raised
         pass
-    elif _speaks(error):
+    elif _reports(error):
         sys.stderr = sys.__stderr__
-        complain(error) if isinstance(error, UserError) else traceback.print_exception(error)
+        print_error(error) if isinstance(error, UserError) else traceback.print_exception(error)
         with contextlib.suppress(RuntimeError):
             _store.set("exit code", str(code))
     else:
@@ -115,7 +115,7 @@ def _end(error: BaseException, complain: Complain) -> NoReturn:
     os._exit(code)
 
 
-def _speaks(error: BaseException) -> bool:
+def _reports(error: BaseException) -> bool:
     """Whether this process says why: the first to fail, or the lead if all of them stop alike."""
     if isinstance(error, RunStopped) and os.environ["RANK"] != "0":
         return False

@@ -34,7 +34,7 @@ class Column:
         return not self.is_figure and self.name not in ("status", "run")
 
     @property
-    def begins_with_largest(self) -> bool:
+    def higher_is_better(self) -> bool:
         """Whether the best is the largest, as of accuracies. Settings begin with the smallest."""
         return self.is_figure and (self.name.endswith("accuracy") or self.name in ("steps", "epochs"))
 

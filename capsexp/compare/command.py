@@ -43,10 +43,10 @@ def run(command: str, arguments: Sequence[str], description: str) -> int:
         {"runs": _runs, "compare": _compare, "report": _report}[command](options, notes)
     except KeyboardInterrupt:
         return 130
-    for line in notes.blemishes:
+    for line in notes.warnings:
         print(f"capsexp: {line}", file=sys.stderr)
-    if notes.mistakes:
-        raise UserError(*notes.mistakes)
+    if notes.errors:
+        raise UserError(*notes.errors)
     return 0
 
 
@@ -149,7 +149,7 @@ def _report(options: argparse.Namespace, notes: Notes) -> None:
         count = len(comparison.rows)
         print(f"{page}: {count} run{'s' * (count != 1)}, {page.stat().st_size / 1e6:.1f} MB")
     else:
-        notes.blemish(f"{page} is not written: there are no runs to show")
+        notes.warning(f"{page} is not written: there are no runs to show")
 
 
 def _comparison(options: argparse.Namespace, notes: Notes, *, group_by: Sequence[str] = ()) -> Any:

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from capsexp.config.parts import Parts
+from capsexp.config.components import Components
 from capsexp.config.signature import fits, signature_problems
 from capsexp.errors import UserError, nearest
 
@@ -25,7 +25,7 @@ RUN_TIME = {"model": {"image_shape", "classes"}, "optimizer": {"params"}}  # kno
 GROUPS = ("device", "trainer", "dataset", "loss", "optimizer", "model")  # what no run can do without
 
 
-def components(config: dict[str, Any], *, plugins: Sequence[str]) -> Parts:
+def build_components(config: dict[str, Any], *, plugins: Sequence[str]) -> Components:
     """Check a whole config and build the parts of a run.
 
     The network and its optimiser are built once on the `meta` device, which costs no memory, so that
@@ -61,7 +61,7 @@ def components(config: dict[str, Any], *, plugins: Sequence[str]) -> Parts:
         problems += _meta_problems(new_model, new_optimizer if "optimizer" in built else None, learning_rate)
     if problems:
         raise UserError(*problems)
-    return Parts(
+    return Components(
         seed=config["seed"],
         device=built["device"],
         trainer=built["trainer"],
@@ -106,7 +106,7 @@ def build(node: Any, *, at: str, plugins: Sequence[str] = (), **run_time: Any) -
             call to whoever gets the result. Any other value is returned as it is, with the targets
             inside it built.
         at: the node's key, for messages.
-        plugins: see `components`.
+        plugins: see `build_components`.
         run_time: arguments that no config can hold, such as the pictures' shape.
 
     Raises:

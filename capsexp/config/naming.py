@@ -30,7 +30,7 @@ def new_run_dir(parent: Path, *, label: str = "") -> Path:
 
 def job_name(overrides: Sequence[str]) -> str:
     """The folder of a job: the same for the same settings, in whatever sweep and order they are asked for."""
-    counted = sorted(filter(counts, overrides), key=_key)
+    counted = sorted(filter(affects_results, overrides), key=_key)
     return f"{_label(counted) or 'default'}-{fingerprint(counted)}"
 
 
@@ -43,7 +43,7 @@ def sweep_name(choices: Mapping[str, str], constants: Sequence[str], swept: Sequ
         swept: keys of the overrides with several.
     """
     # Another sweeper asks for other jobs; of Hydra's own settings that alone makes another sweep.
-    constants = sorted(text for text in constants if counts(text) or _key(text) == "hydra/sweeper")
+    constants = sorted(text for text in constants if affects_results(text) or _key(text) == "hydra/sweeper")
     swept = sorted(swept)
     groups = ("experiment",) if choices.get("experiment") else ("model", "dataset")
     label = [choices[group] for group in groups if group not in swept]
@@ -55,7 +55,7 @@ def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def counts(override: str) -> bool:
+def affects_results(override: str) -> bool:
     """Whether an override can change a run's results."""
     return re.split(r"[./]", _key(override))[0] not in (*NOT_COMPARED, "hydra")
 

@@ -15,7 +15,7 @@ from capsexp.data.preprocess import windows
 from capsexp.errors import DataError
 
 CHUNK = 512
-"""Pictures transformed at a time, so that a whole set is never in memory as coordinates."""
+"""Images transformed at a time, so that a whole set is never in memory as coordinates."""
 
 
 def matrices(
@@ -35,7 +35,7 @@ def matrices(
     return turn @ lean @ torch.diag_embed(scales)
 
 
-def transformed(
+def apply_affine(
     images: UInt8[Tensor, "N C H W"], moves: Float64[Tensor, "N 2 2"]
 ) -> UInt8[Tensor, "N C h w"]:
     """Pictures after their transforms about their centres, bilinear, on a canvas that loses nothing.
@@ -55,7 +55,7 @@ def transformed(
     return sampled.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def somewhere(
+def random_placement(
     images: UInt8[Tensor, "N C H W"], canvas: int, chance: Float64[Tensor, "N 2"]
 ) -> UInt8[Tensor, "N C h w"]:
     """Each picture's ink at one of the places on a square canvas that hold all of it, all as likely.
@@ -96,7 +96,7 @@ def randomly_transformed(
     canvas: int,
     seed: int,
 ) -> UInt8[Tensor, "N C h w"]:
-    """Every picture transformed at random, then put at a random place.
+    """Every image transformed at random, then put at a random place.
 
     Args:
         images: black where there is no ink.
@@ -114,4 +114,6 @@ def randomly_transformed(
     scales = scale[0] + (scale[1] - scale[0]) * chance[:, 2:4]
     moves = matrices(rotation * sides[:, 0], shear * sides[:, 1], scales)
     pieces = zip(images.split(CHUNK), moves.split(CHUNK), chance[:, 4:].split(CHUNK), strict=True)
-    return torch.cat([somewhere(transformed(some, move), canvas, place) for some, move, place in pieces])
+    return torch.cat(
+        [random_placement(apply_affine(some, move), canvas, place) for some, move, place in pieces]
+    )

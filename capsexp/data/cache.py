@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from capsexp.files import write_whole
+from capsexp.files import write_atomic
 
 Bytes = NDArray[np.uint8]
 
@@ -20,7 +20,7 @@ LONGEST_TITLE = 1024
 def cached(path: Path, *, key: str, shape: tuple[int, ...], compute: Callable[[], Bytes]) -> Bytes:
     """An array of bytes out of a file, or else computed and kept there for the next time.
 
-    Processes that start together may all compute it; each puts the same file in place, whole. Where no
+    ProcessGroup that start together may all compute it; each puts the same file in place, whole. Where no
     file can be written it is computed every time. The file may be deleted at any time.
 
     Args:
@@ -34,7 +34,7 @@ def cached(path: Path, *, key: str, shape: tuple[int, ...], compute: Callable[[]
         return found
     array = np.ascontiguousarray(compute())
     with contextlib.suppress(OSError):
-        write_whole(path, lambda file: _write(file, key, array))
+        write_atomic(path, lambda file: _write(file, key, array))
     return array
 
 

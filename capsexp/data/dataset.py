@@ -12,7 +12,7 @@ import torch
 from capsexp.data.batches import Batches
 from capsexp.data.download import Progress
 from capsexp.data.preprocess import Preprocess, Shape
-from capsexp.data.split import Part, Split, split_validation
+from capsexp.data.split import Split, SplitName, split_validation
 from capsexp.errors import DataError
 
 
@@ -51,7 +51,7 @@ class Dataset(ABC):
         """Shape that the network gets, after a crop."""
         return self.preprocess.output_shape(self.stored_shape)
 
-    def read(self, part: Part) -> Split:
+    def read(self, part: SplitName) -> Split:
         """All pictures of one part, verified, on the CPU.
 
         Raises:
@@ -100,7 +100,7 @@ class Dataset(ABC):
             limit=limit,
         )
 
-    def missing(self) -> list[str]:
+    def missing_files(self) -> list[str]:
         """Names of the files that are not there; none for a set that needs no files."""
         return []
 
@@ -114,12 +114,12 @@ class Dataset(ABC):
         """Every missing or damaged file, one line each. Reads all of them."""
         return []
 
-    def remarks(self) -> list[str]:
+    def caveats(self) -> list[str]:
         """Lines that must stand beside any figure measured on these data; to be asked once they were read."""
         return []
 
     @abstractmethod
-    def _load(self, part: Part) -> Split:
+    def _load(self, part: SplitName) -> Split:
         """The pictures of one part as they lie on disk, after a check of the files."""
 
 

@@ -22,9 +22,9 @@ class DerivedDataset(Dataset):
         self.folder: Path | None = source.folder
         super().__init__(preprocess=preprocess, validation=validation, split_seed=split_seed)
 
-    def missing(self) -> list[str]:
+    def missing_files(self) -> list[str]:
         """Names of the source's files that are not there."""
-        return self.source.missing()
+        return self.source.missing_files()
 
     def require_files(self) -> None:
         """Refuse to start without the source's files."""
@@ -38,6 +38,6 @@ class DerivedDataset(Dataset):
         """The source's."""
         return self.source.problems()
 
-    def remarks(self) -> list[str]:
+    def caveats(self) -> list[str]:
         """The source's."""
-        return self.source.remarks()
+        return self.source.caveats()

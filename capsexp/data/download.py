@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from capsexp.errors import DataError
-from capsexp.files import put_in_place
+from capsexp.files import replace_durably
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, bytes done, bytes in all; 0 if unknown)."""
@@ -46,12 +46,12 @@ class RemoteFile(NamedTuple):
     """Below the data root."""
     url: str
     sha256: str
-    holds: tuple[StoredFile, ...]
+    contents: tuple[StoredFile, ...]
 
 
-def missing(root: Path, files: Sequence[RemoteFile]) -> list[StoredFile]:
+def missing_files(root: Path, files: Sequence[RemoteFile]) -> list[StoredFile]:
     """The files under `root` that are not there."""
-    return [stored for remote in files for stored in remote.holds if not (root / stored.name).is_file()]
+    return [stored for remote in files for stored in remote.contents if not (root / stored.name).is_file()]
 
 
 def verify(path: Path, checksum: str) -> None:
@@ -86,7 +86,7 @@ def digest(path: Path, algorithm: str) -> str:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
-def obtain(
+def download_all(
     root: Path, files: Sequence[RemoteFile], *, dataset: str, online: bool, progress: Progress | None
 ) -> None:
     """Put everything in place: unpack archives that are there, download the others.
@@ -108,7 +108,7 @@ def obtain(
             _discard_leftovers(root)
             # Looked at again: another process may have done it while this one waited.
             for remote in files:
-                if missing(root, [remote]):
+                if missing_files(root, [remote]):
                     _obtain_one(root, remote, progress or _silent)
     except OSError as error:
         raise DataError(f"cannot prepare {dataset} under {root}: {error}") from error
@@ -133,9 +133,9 @@ def fetch(remote: RemoteFile, root: Path, progress: Progress) -> Path:
 
 
 def _require_local(root: Path, files: Sequence[RemoteFile], dataset: str) -> None:
-    absent = [r for r in files if missing(root, [r]) and not (root / r.name).is_file()]
+    absent = [r for r in files if missing_files(root, [r]) and not (root / r.name).is_file()]
     if absent:
-        names = ", ".join(stored.name for stored in missing(root, absent))
+        names = ", ".join(stored.name for stored in missing_files(root, absent))
         urls = ", ".join(remote.url for remote in absent)
         folders = ", ".join(dict.fromkeys(str((root / remote.name).parent) for remote in absent))
         raise DataError(
@@ -152,31 +152,31 @@ def _obtain_one(root: Path, remote: RemoteFile, progress: Progress) -> None:
         verify(archive, f"sha256:{remote.sha256}")
     else:
         fetch(remote, root, progress)
-    if any(stored.name != remote.name for stored in remote.holds):
+    if any(stored.name != remote.name for stored in remote.contents):
         progress(f"unpacking {remote.name}", 0, 0)
-        _unpack(archive, root, remote.holds)
+        _unpack(archive, root, remote.contents)
 
 
-def _unpack(archive: Path, root: Path, holds: Sequence[StoredFile]) -> None:
+def _unpack(archive: Path, root: Path, contents: Sequence[StoredFile]) -> None:
     """Unpack into a folder of its own, check every file there, then move each to its place."""
     with tempfile.TemporaryDirectory(prefix=".unpack-", dir=root) as folder:
         try:
-            _extract(archive, Path(folder), holds)
+            _extract(archive, Path(folder), contents)
         except (tarfile.TarError, EOFError, gzip.BadGzipFile) as error:
             raise DataError(f"{archive} cannot be unpacked: {error}") from error
-        for stored in holds:
+        for stored in contents:
             verify(Path(folder) / stored.name, stored.checksum)
-        for stored in holds:
+        for stored in contents:
             (root / stored.name).parent.mkdir(parents=True, exist_ok=True)
             _put_in_place(Path(folder) / stored.name, root / stored.name)
 
 
-def _extract(archive: Path, folder: Path, holds: Sequence[StoredFile]) -> None:
+def _extract(archive: Path, folder: Path, contents: Sequence[StoredFile]) -> None:
     if archive.name.endswith(".tar.gz"):
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
     else:
-        target = folder / holds[0].name
+        target = folder / contents[0].name
         target.parent.mkdir(parents=True)
         with gzip.open(archive) as source, target.open("wb") as sink:
             shutil.copyfileobj(source, sink, BLOCK)
@@ -241,7 +241,7 @@ def _discard_leftovers(root: Path) -> None:
 def _put_in_place(source: Path, target: Path) -> None:
     with source.open("rb") as file:
         os.fsync(file.fileno())
-    put_in_place(source, target)
+    replace_durably(source, target)
 
 
 def _silent(what: str, done: int, total: int) -> None:

@@ -29,7 +29,7 @@ class Drawn(NamedTuple):
     """Rows and columns by which base and partner are moved."""
 
 
-class Pairs(Batches):
+class OverlaidPairs(Batches):
     """Each picture of a split overlaid with others of the same split, of any class but its own.
 
     Training draws anew in every epoch, as a function of (seed, epoch, batch). `in_order` gives fixed pairs, a

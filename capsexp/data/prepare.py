@@ -76,7 +76,7 @@ def prepare(dataset: Dataset, *, say: Say, progress: Progress) -> int:
     Returns:
         Exit code: 0 if the set is as it was published, 1 if not (what is wrong was said).
     """
-    if absent := dataset.missing():
+    if absent := dataset.missing_files():
         say(f"{dataset.name}: getting {', '.join(absent)} in {dataset.folder}")
     try:
         dataset.prepare(progress)
@@ -107,7 +107,7 @@ def verify(dataset: Dataset, *, say: Say) -> int:
 def _state(dataset: Dataset) -> str:
     if dataset.folder is None:
         return "embedded"
-    if not dataset.missing():
+    if not dataset.missing_files():
         return "present"
     return "incomplete" if _size(dataset.folder) else "missing"
 

@@ -145,7 +145,7 @@ class Preprocess:
     ) -> UInt8[Tensor, "B C h w"]:
         count, (height, width) = len(images), self.output_shape((images.shape[1], *images.shape[2:]))[1:]
         if self.shift or self.crop is not None:
-            # A shift followed by a crop is one window, somewhere in the picture with a margin of zeros.
+            # A shift followed by a crop is one window of the picture with a margin of zeros.
             margin = torch.full((count, 2), self.shift)
             draws = torch.randint(-self.shift, self.shift + 1, (count, 2), generator=generator)
             room = (images.shape[2] - height + 1, images.shape[3] - width + 1)

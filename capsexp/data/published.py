@@ -6,12 +6,12 @@ from pathlib import Path
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from capsexp.data.dataset import Dataset
-from capsexp.data.download import Progress, RemoteFile, StoredFile, missing, obtain, verify
+from capsexp.data.download import Progress, RemoteFile, StoredFile, download_all, missing_files, verify
 from capsexp.data.preprocess import Preprocess
-from capsexp.data.split import Part, Split
+from capsexp.data.split import Split, SplitName
 from capsexp.errors import DataError
 
-IDX_PREFIX: dict[Part, str] = {"train": "train-", "test": "t10k-"}
+IDX_PREFIX: dict[SplitName, str] = {"train": "train-", "test": "t10k-"}
 
 
 class PublishedDataset(Dataset):
@@ -32,13 +32,13 @@ class PublishedDataset(Dataset):
         self, *, root: str, download: bool, preprocess: Preprocess, validation: int | float, split_seed: int
     ) -> None:
         self.root = Path(root).expanduser()
-        self.folder = (self.root / self.files[0].holds[0].name).parent
+        self.folder = (self.root / self.files[0].contents[0].name).parent
         self.download = download
         super().__init__(preprocess=preprocess, validation=validation, split_seed=split_seed)
 
-    def missing(self) -> list[str]:
+    def missing_files(self) -> list[str]:
         """Names, below the data root, of the files that are not there."""
-        return [stored.name for stored in missing(self.root, self.files)]
+        return [stored.name for stored in missing_files(self.root, self.files)]
 
     def require_files(self) -> None:
         """Refuse to start without the files, unless they may be downloaded.
@@ -46,8 +46,8 @@ class PublishedDataset(Dataset):
         Raises:
             DataError: files are missing; names them, their address and the settings that help.
         """
-        if not self.download and self.missing():
-            obtain(self.root, self.files, dataset=self.name, online=False, progress=None)
+        if not self.download and self.missing_files():
+            download_all(self.root, self.files, dataset=self.name, online=False, progress=None)
 
     def prepare(self, progress: Progress) -> None:
         """Download and unpack what is missing; one process at a time.
@@ -55,8 +55,8 @@ class PublishedDataset(Dataset):
         Raises:
             DataError: a file cannot be had, or is not what was published.
         """
-        if self.missing():
-            obtain(self.root, self.files, dataset=self.name, online=True, progress=progress)
+        if self.missing_files():
+            download_all(self.root, self.files, dataset=self.name, online=True, progress=progress)
 
     def problems(self) -> list[str]:
         """Every missing or damaged file, one line each."""
@@ -73,19 +73,19 @@ class PublishedDataset(Dataset):
         return ""
 
     def _stored(self) -> list[StoredFile]:
-        return [stored for remote in self.files for stored in remote.holds]
+        return [stored for remote in self.files for stored in remote.contents]
 
-    def _verified(self, part: Part) -> dict[str, Path]:
+    def _verified(self, part: SplitName) -> dict[str, Path]:
         """Paths, by file name, of the files that reading this part takes."""
-        if self.missing():
-            obtain(self.root, self.files, dataset=self.name, online=self.download, progress=None)
+        if self.missing_files():
+            download_all(self.root, self.files, dataset=self.name, online=self.download, progress=None)
         needed = [stored for stored in self._stored() if self._needs(stored, part)]
         for stored in needed:
             verify(self.root / stored.name, stored.checksum)
         return {Path(stored.name).name: self.root / stored.name for stored in needed}
 
     @abstractmethod
-    def _needs(self, stored: StoredFile, part: Part) -> bool:
+    def _needs(self, stored: StoredFile, part: SplitName) -> bool:
         """Whether reading this part opens this file."""
 
 
@@ -97,10 +97,10 @@ class IdxDataset(PublishedDataset):
 
     stored_shape = (1, 28, 28)
 
-    def _needs(self, stored: StoredFile, part: Part) -> bool:
+    def _needs(self, stored: StoredFile, part: SplitName) -> bool:
         return Path(stored.name).name.startswith(IDX_PREFIX[part])
 
-    def _load(self, part: Part) -> Split:
+    def _load(self, part: SplitName) -> Split:
         paths, prefix = self._verified(part), IDX_PREFIX[part]
         images = read_image_file(str(paths[f"{prefix}images-idx3-ubyte"]))
         return Split(images[:, None], read_label_file(str(paths[f"{prefix}labels-idx1-ubyte"])))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from capsexp.data.seeds import _permutation, derive_seed
 
-Part = Literal["train", "test"]
+SplitName = Literal["train", "test"]
 
 
 class Split(NamedTuple):

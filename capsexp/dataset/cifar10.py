@@ -5,7 +5,7 @@ from torchvision import datasets
 
 from capsexp.data.download import RemoteFile, StoredFile
 from capsexp.data.published import PublishedDataset
-from capsexp.data.split import Part, Split
+from capsexp.data.split import Split, SplitName
 
 FOLDER = "cifar-10-batches-py/"
 CHECKSUMS = {
@@ -45,10 +45,10 @@ class CIFAR10(PublishedDataset):
         ),
     )
 
-    def _needs(self, stored: StoredFile, part: Part) -> bool:
+    def _needs(self, stored: StoredFile, part: SplitName) -> bool:
         return stored.name.endswith("meta") or ("test" in stored.name) == (part == "test")
 
-    def _load(self, part: Part) -> Split:
+    def _load(self, part: SplitName) -> Split:
         # The files are pickles: only verified ones may be opened.
         self._verified(part)
         source = datasets.CIFAR10(self.root, train=part == "train", download=False)

@@ -5,7 +5,7 @@ from torchvision import datasets
 
 from capsexp.data.download import RemoteFile, StoredFile
 from capsexp.data.published import PublishedDataset
-from capsexp.data.split import Part, Split
+from capsexp.data.split import Split, SplitName
 
 URL = "https://ufldl.stanford.edu/housenumbers/"
 FOLDER = "svhn/"
@@ -26,10 +26,10 @@ class SVHN(PublishedDataset):
         _file("test_32x32.mat", "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b"),
     )
 
-    def _needs(self, stored: StoredFile, part: Part) -> bool:
+    def _needs(self, stored: StoredFile, part: SplitName) -> bool:
         return stored.name.startswith(FOLDER + part)
 
-    def _load(self, part: Part) -> Split:
+    def _load(self, part: SplitName) -> Split:
         self._verified(part)
         # In the files the digit 0 is class 10; torchvision makes it class 0.
         source = datasets.SVHN(str(self.root / FOLDER), split=part, download=False)

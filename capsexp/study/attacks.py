@@ -15,7 +15,7 @@ from capsexp.analysis.attack.objective import difference, own_loss
 from capsexp.analysis.attack.tally import Tally
 from capsexp.analysis.attack.units import Scale, Units, as_pixels, ball_of, scale_of
 from capsexp.analysis.findings import Findings
-from capsexp.analysis.trained_run import Subject
+from capsexp.analysis.trained_run import TrainedRun
 from capsexp.capsules import Batch
 from capsexp.errors import UserError, require_at_least_1, require_one_of
 
@@ -102,13 +102,13 @@ class Attacks:
         self.plan = Plan(steps, pgd_steps, pgd_step_size, restarts, objectives, seed)
         self.pictures, self.paper = pictures, paper
 
-    def __call__(self, subject: Subject) -> Findings:
+    def __call__(self, subject: TrainedRun) -> Findings:
         """Accuracy and success by epsilon, gradients at the pictures as they are; curves and pictures.
 
         Raises:
             UserError: pictures of several classes, or a `source` that does not match.
         """
-        subject.single()
+        subject.require_single_label()
         attacker = self._attacker(subject)
         source = None if self.source is None else self._attacker(_matching(subject, self.source))
         tally = Tally(counted="accuracy")
@@ -137,9 +137,9 @@ class Attacks:
             )
         return Findings(numbers, figures)
 
-    def _attacker(self, subject: Subject) -> Attacker:
+    def _attacker(self, subject: TrainedRun) -> Attacker:
         model = subject.model
-        own = own_loss(model, subject.parts.loss, subject.step)
+        own = own_loss(model, subject.components.loss, subject.step)
         return Attacker(model, {"own": own, "difference": difference(model)}, self.plan)
 
     def _sizes(self, batch: Batch, scale: Scale, epsilons: Sequence[int | float]) -> Sizes:
@@ -221,7 +221,7 @@ class Attacks:
     def _other(self) -> Units:
         return "pixel" if self.units == "input" else "input"
 
-    def _numbers(self, subject: Subject, tally: Tally) -> dict[str, Any]:
+    def _numbers(self, subject: TrainedRun, tally: Tally) -> dict[str, Any]:
         known, pictures = tally.mean("known"), tally.pictures
         factor = tally.mean("in_other_units") / known if known else None
         untargeted, targeted = tally.means("untargeted"), tally.means("targeted")
@@ -250,10 +250,10 @@ class Attacks:
         other = None if factor is None else [epsilon * factor for epsilon in epsilons]
         return {self.units: list(epsilons), self._other(): other}
 
-    def _papers(self, subject: Subject) -> Any:
+    def _papers(self, subject: TrainedRun) -> Any:
         if self.paper is None:
             return None
-        dataset = subject.parts.dataset
+        dataset = subject.components.dataset
         if dataset.name != self.paper["dataset"] or dataset.preprocess.standardise is None:
             return f"left out: it is on {self.paper['dataset']}, standardised"
         if self.units != "input":
@@ -265,10 +265,10 @@ def _transferable(attacks: Sequence[str]) -> list[str]:
     return [attack for attack in attacks if attack != "pgd"]
 
 
-def _matching(subject: Subject, run: str) -> Subject:
+def _matching(subject: TrainedRun, run: str) -> TrainedRun:
     """The run that examples come from, if its network takes the same pictures."""
-    source = subject.another(run)
-    mine, theirs = subject.parts.dataset, source.parts.dataset
+    source = subject.other_run(run)
+    mine, theirs = subject.components.dataset, source.components.dataset
     for what, here, there in (
         ("picture shape", mine.image_shape, theirs.image_shape),
         ("picture shape before a crop", mine.raw_shape, theirs.raw_shape),

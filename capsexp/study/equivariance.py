@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import InterpolationMode, rotate
 
 from capsexp.analysis.findings import Findings
-from capsexp.analysis.trained_run import Subject
+from capsexp.analysis.trained_run import TrainedRun
 from capsexp.capsules import Routed
 from capsexp.data.preprocess import RESIZE_CHUNK
 from capsexp.data.split import Split
@@ -59,10 +59,10 @@ class Equivariance:
             raise ValueError("shifts and rotations must not both be empty or 0")
         self.seed = seed
 
-    def __call__(self, subject: Subject) -> Findings:
+    def __call__(self, subject: TrainedRun) -> Findings:
         """Accuracy, change and R² for each kind of move; as scalars the R² of one map for each class."""
-        subject.single()
-        split = subject.parts.dataset.read("test")
+        subject.require_single_label()
+        split = subject.components.dataset.read("test")
         split = split.take(subject.chosen(split.size))
         self._require_in_sight(split)
         unmoved = _seen(subject, split, "unmoved")
@@ -157,7 +157,7 @@ def _with_one(inputs: Float[Tensor, "N M P"]) -> Float[Tensor, "R P1"]:
     return F.pad(inputs.flatten(0, 1), [0, 1], value=1.0)
 
 
-def _seen(subject: Subject, split: Split, what: str) -> Seen:
+def _seen(subject: TrainedRun, split: Split, what: str) -> Seen:
     poses, right = [], []
     for batch, output in subject.outputs(split, what=what):
         top = [*output.layers.values()][-1:]
@@ -170,7 +170,7 @@ def _seen(subject: Subject, split: Split, what: str) -> Seen:
 
 
 def _slopes(
-    subject: Subject, name: str, change: Float[Tensor, "N M D"], amounts: Sequence[int | float]
+    subject: TrainedRun, name: str, change: Float[Tensor, "N M D"], amounts: Sequence[int | float]
 ) -> dict[str, Any]:
     """How fast the two coordinates of a pose follow a shift; 1 is as fast as coordinate addition says."""
     layer = getattr(subject.model, "class_caps", None)

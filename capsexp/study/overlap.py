@@ -9,9 +9,9 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from capsexp.analysis.findings import Findings, visible
-from capsexp.analysis.trained_run import Subject
+from capsexp.analysis.trained_run import TrainedRun
 from capsexp.capsules import Batch, Output
-from capsexp.data.pairs import Pairs
+from capsexp.data.pairs import OverlaidPairs
 from capsexp.errors import UserError
 from capsexp.targets import exactly, predicted, presence, share_found
 
@@ -64,17 +64,17 @@ class Overlap:
             )
         self.correct, self.wrong, self.absent = correct, wrong, absent
 
-    def __call__(self, subject: Subject) -> Findings:
+    def __call__(self, subject: TrainedRun) -> Findings:
         """The figure, and what was measured on all pictures that were read.
 
         Errors of pictures (a digit is wrong) and of digits; of what is decoded from the labels, the squared
         error per pixel and the mean pixel (`ink_present`), which is `ink_absent` of a digit that is not
-        there; how much the two digits overlap (see `Pairs.overlap`).
+        there; how much the two digits overlap (see `OverlaidPairs.overlap`).
         """
-        decoder, split = subject.decoder(), subject.parts.dataset.read("test")
+        decoder, split = subject.decoder(), subject.components.dataset.read("test")
         pairs = subject.in_batches(split)
-        if not isinstance(pairs, Pairs):
-            name = subject.parts.dataset.name
+        if not isinstance(pairs, OverlaidPairs):
+            name = subject.components.dataset.name
             raise UserError(f"this study needs pairs of digits, as dataset=multimnist has; this is {name}")
         generator = torch.Generator().manual_seed(0)
         sums: dict[str, int | float] = defaultdict(int)

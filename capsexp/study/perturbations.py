@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from capsexp.analysis.findings import Findings, visible
-from capsexp.analysis.trained_run import Subject
+from capsexp.analysis.trained_run import TrainedRun
 from capsexp.errors import UserError
 
 
@@ -33,9 +33,9 @@ class Perturbations:
         count = round(reach / step)
         self.deltas = torch.arange(-count, count + 1) * step
 
-    def __call__(self, subject: Subject) -> Findings:
+    def __call__(self, subject: TrainedRun) -> Findings:
         """A figure for each class; the mean change of a pixel by each dimension at the ends of the reach."""
-        subject.single()
+        subject.require_single_label()
         decoder = subject.decoder()
         wanted = range(len(subject.classes)) if self.classes is None else self.classes
         if unknown := [label for label in wanted if not 0 <= label < len(subject.classes)]:
@@ -69,7 +69,7 @@ class Perturbations:
         return pictures.unflatten(0, (size, count)).cpu()
 
 
-def _first_right(subject: Subject, wanted: set[int]) -> dict[int, Tensor]:
+def _first_right(subject: TrainedRun, wanted: set[int]) -> dict[int, Tensor]:
     """The pose of the first picture of each class that is classified right."""
     found: dict[int, Tensor] = {}
     for batch, output in subject.outputs():

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from capsexp.analysis.findings import Findings, visible
-from capsexp.analysis.trained_run import Subject
+from capsexp.analysis.trained_run import TrainedRun
 
 
 class Triple(NamedTuple):
@@ -37,9 +37,9 @@ class Reconstructions:
             raise ValueError(f"correct and wrong must be >= 0 and not both 0, got {correct} and {wrong}")
         self.correct, self.wrong = correct, wrong
 
-    def __call__(self, subject: Subject) -> Findings:
+    def __call__(self, subject: TrainedRun) -> Findings:
         """The figure, and over all pictures that were read the error and the squared error per pixel."""
-        subject.single()
+        subject.require_single_label()
         decoder = subject.decoder()
         right: list[Triple] = []
         spare: list[Triple] = []

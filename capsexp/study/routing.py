@@ -18,7 +18,7 @@ from capsexp.analysis.routing.trace import (
     traced,
     vote_distances,
 )
-from capsexp.analysis.trained_run import Subject
+from capsexp.analysis.trained_run import TrainedRun
 from capsexp.capsules import Batch, Capsules, Output
 from capsexp.errors import UserError, require_at_least_1, require_one_of
 from capsexp.ops.receptive_fields import Grid
@@ -65,9 +65,9 @@ class Routing:
         self.iterations, self.pictures, self.layer = iterations, pictures, layer
         self.bins, self.near, self.squared = bins, near, distance == "squared"
 
-    def __call__(self, subject: Subject) -> Findings:
+    def __call__(self, subject: TrainedRun) -> Findings:
         """Curves by layer over all pictures; histograms and maps of a few."""
-        subject.single()
+        subject.require_single_label()
         curves: dict[str, dict[str, Tensor]] = {}
         own: dict[str, int] = {}
         votes: dict[str, Tensor] = {}
@@ -153,7 +153,7 @@ class Routing:
         )
 
     def _figures(
-        self, subject: Subject, told: dict[str, dict[str, Any]], shown: list[Shown]
+        self, subject: TrainedRun, told: dict[str, dict[str, Any]], shown: list[Shown]
     ) -> dict[str, Any]:
         figures = {
             "routing-entropy": routing_figures.entropies(told),

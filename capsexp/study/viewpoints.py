@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from capsexp.analysis.findings import Findings
-from capsexp.analysis.trained_run import Subject
+from capsexp.analysis.trained_run import TrainedRun
 from capsexp.dataset.smallnorb import FACTORS, FAMILIAR, SmallNORB
 from capsexp.errors import UserError
 
@@ -58,10 +58,10 @@ class Viewpoints:
                 raise ValueError(f"published must give name, azimuth: [., .], elevation: [., .], got {row}")
         self.others, self.published = others, published
 
-    def __call__(self, subject: Subject) -> Findings:
+    def __call__(self, subject: TrainedRun) -> Findings:
         """The errors, and accuracy by azimuth and elevation, of the run and the others."""
-        subjects = [subject, *map(subject.another, self.others)]
-        split_by = {_viewpoint(one) for one in subjects}
+        subjects = [subject, *map(subject.other_run, self.others)]
+        split_by = {_smallnorb(one).viewpoint for one in subjects}
         if len(split_by) > 1:
             names = " and ".join(sorted(f"dataset.viewpoint={one or 'null'}" for one in split_by))
             raise UserError(f"study.others: the runs must be trained on the same views, got {names}")
@@ -79,18 +79,18 @@ class Viewpoints:
         return Findings(numbers, {"viewpoints": _drawn(seen, viewpoint)}, table)
 
 
-def _viewpoint(subject: Subject) -> str | None:
-    dataset = subject.parts.dataset
+def _smallnorb(subject: TrainedRun) -> SmallNORB:
+    dataset = subject.components.dataset
     if not isinstance(dataset, SmallNORB):
         raise UserError(
             f"study=viewpoints is for runs on smallnorb, whose views are known; {subject.path} is one on "
             f"{dataset.name}"
         )
-    return dataset.viewpoint
+    return dataset
 
 
-def _seen(subject: Subject) -> Seen:
-    everything = subject.parts.dataset.with_test_views("all")
+def _seen(subject: TrainedRun) -> Seen:
+    everything = _smallnorb(subject).with_test_views("all")
     split, factors = everything.read("test"), everything.factors("test")
     right = [
         (output.scores.argmax(1) == batch.labels).cpu()

@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 
 from capsexp.errors import UserError
-from capsexp.files import write_whole
+from capsexp.files import write_atomic
 
 SCHEMA = 1
 _NAME = re.compile(r"step-(\d{8})\.pt")
@@ -46,10 +46,10 @@ def save(folder: Path, state: dict[str, Any], *, step: int) -> Path:
         # goes only when the new file is complete: if that fails, the earlier checkpoint stays good.
         path.with_suffix(".json").unlink(missing_ok=True)
 
-    write_whole(path, write)
-    seal = {"sha256": _sha256(path), "size": path.stat().st_size, "step": step, "schema": SCHEMA}
-    write_whole(path.with_suffix(".json"), lambda file: file.write(json.dumps(seal).encode()))
-    point(folder, "last", step)
+    write_atomic(path, write)
+    manifest = {"sha256": _sha256(path), "size": path.stat().st_size, "step": step, "schema": SCHEMA}
+    write_atomic(path.with_suffix(".json"), lambda file: file.write(json.dumps(manifest).encode()))
+    link(folder, "last", step)
     return path
 
 
@@ -61,7 +61,7 @@ def load(path: Path) -> dict[str, Any]:
             anything but tensors and plain values.
     """
     path = path.resolve()
-    _check_seal(path)
+    _check_manifest(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling can fail in any way: each is a refusal of this file
@@ -123,7 +123,7 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def point(folder: Path, name: str, step: int) -> None:
+def link(folder: Path, name: str, step: int) -> None:
     """Let `NAME.pt` be the checkpoint of a step."""
     link, new = folder / f"{name}.pt", folder / f".{name}.{os.getpid()}.tmp"
     new.unlink(missing_ok=True)
@@ -142,21 +142,23 @@ def prune(folder: Path, *, keep_last: int, keep_steps: Collection[int], keep_eve
             path.unlink(missing_ok=True)
 
 
-def _check_seal(path: Path) -> None:
-    seal_path = path.with_suffix(".json")
+def _check_manifest(path: Path) -> None:
+    manifest_path = path.with_suffix(".json")
     if not path.exists():
         raise CheckpointError(f"{path}: refused, there is no such file")
     try:
-        seal = json.loads(seal_path.read_text())
-        size, sha256 = seal["size"], seal["sha256"]
+        manifest = json.loads(manifest_path.read_text())
+        size, sha256 = manifest["size"], manifest["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(
-            f"{path}: refused, its checksum {seal_path.name} is missing or unreadable"
+            f"{path}: refused, its checksum {manifest_path.name} is missing or unreadable"
         ) from None
     if path.stat().st_size != size:
         raise CheckpointError(f"{path}: refused, it has {path.stat().st_size} bytes instead of {size}")
     if _sha256(path) != sha256:
-        raise CheckpointError(f"{path}: refused, its contents do not match the sha256 in {seal_path.name}")
+        raise CheckpointError(
+            f"{path}: refused, its contents do not match the sha256 in {manifest_path.name}"
+        )
 
 
 def _sha256(path: Path) -> str:

@@ -6,6 +6,7 @@ import sys
 from typing import Literal
 
 import torch
+from torch import nn
 
 # mallopt's parameters, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -54,6 +55,10 @@ class Device:
         torch.use_deterministic_algorithms(self.deterministic)
         if self.deterministic:
             torch.backends.cudnn.benchmark = False
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move a network to the device and into its memory format, in place."""
+        return model.to(self.torch_device, memory_format=self.memory_format)  # type: ignore[call-overload]
 
     def __str__(self) -> str:
         if self.torch_device.type == "cuda":

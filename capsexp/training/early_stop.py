@@ -3,25 +3,25 @@
 from collections.abc import Mapping
 from typing import Any
 
-from capsexp.config.parts import Parts
+from capsexp.config.components import Components
 from capsexp.data.batches import Batches
 from capsexp.errors import UserError
 from capsexp.training.trainer import Trainer
 
 
-def familiar_batches(parts: Parts) -> Batches | None:
+def familiar_batches(components: Components) -> Batches | None:
     """The familiar test pictures, if they decide when training ends.
 
     Raises:
         UserError: the data set has none.
     """
-    settings, dataset = parts.trainer, parts.dataset
+    settings, dataset = components.trainer, components.dataset
     if settings.stop_accuracy is None or settings.stop_on != "familiar":
         return None
     split = dataset.familiar()
     if split is None:
         raise UserError(f"trainer.stop_on: {dataset.name} has no familiar test pictures beside its test part")
-    batches: Batches = parts.batches(split, limit=settings.limit_eval_batches)
+    batches: Batches = components.batches(split, limit=settings.limit_eval_batches)
     return batches
 
 

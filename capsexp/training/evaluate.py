@@ -11,7 +11,7 @@ from capsexp.capsules import Batch
 from capsexp.data.batches import Batches
 from capsexp.schedule import Step
 from capsexp.training.metrics import Loss, _accuracies, autocast, figures, pooled
-from capsexp.training.parallel import ALONE, Processes
+from capsexp.training.parallel import SINGLE, ProcessGroup
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def evaluate(
     *,
     precision: torch.dtype = torch.float32,
     at_batch: Callable[[], None] = lambda: None,
-    processes: Processes = ALONE,
+    processes: ProcessGroup = SINGLE,
 ) -> dict[str, float]:
     """Means over all pictures of a split, and over the crops of each where the data set has several.
 

@@ -9,7 +9,7 @@ from torch import nn
 from capsexp.capsules import Batch
 from capsexp.schedule import Step
 from capsexp.training.metrics import Loss, autocast, figures
-from capsexp.training.parallel import ALONE, Processes
+from capsexp.training.parallel import SINGLE, ProcessGroup
 from capsexp.training.trainer import Trainer
 
 
@@ -21,7 +21,7 @@ def gradients(
     settings: Trainer,
     *,
     layers: bool = True,
-    processes: Processes = ALONE,
+    processes: ProcessGroup = SINGLE,
 ) -> dict[str, float]:
     """Leave the gradient of the batch's mean loss in the parameters; return the batch's `figures`.
 
@@ -39,7 +39,7 @@ def gradients(
         (total * share if share < 1 else total).backward()
         for name, value in figures(output, part, terms, layers=layers).items():
             told[name] = told.get(name, 0.0) + share * value
-    return processes.add_up(model, told)
+    return processes.all_reduce_gradients(model, told)
 
 
 def _parts_of(batch: Batch, count: int) -> Iterator[Batch]:

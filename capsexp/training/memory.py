@@ -23,7 +23,7 @@ def peak_resident() -> int:
 
 
 @contextlib.contextmanager
-def told_when_used_up(*, batch_size: int) -> Iterator[None]:
+def explain_out_of_memory(*, batch_size: int) -> Iterator[None]:
     """Turn the error of an allocator into one that says what to lower.
 
     Raises:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from capsexp.capsules import Batch
-from capsexp.config.parts import Parts
+from capsexp.config.components import Components
 from capsexp.errors import UserError
 
 Told = TypeVar("Told")
@@ -26,7 +26,7 @@ class ProcessLostError(UserError):
     exit_code = 1
 
 
-class Processes:
+class ProcessGroup:
     """One process among those of its run. All of them have to call the same methods in the same order.
 
     Args:
@@ -38,7 +38,7 @@ class Processes:
         self.rank, self.size = rank, size
 
     @property
-    def lead(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes."""
         return self.rank == 0
 
@@ -53,10 +53,10 @@ class Processes:
         start, end = (count * rank // self.size for rank in (self.rank, self.rank + 1))
         return Batch(*(field[start:end] for field in batch)), (end - start) / count
 
-    def add_up(self, model: nn.Module, told: dict[str, float]) -> dict[str, float]:
+    def all_reduce_gradients(self, model: nn.Module, told: dict[str, float]) -> dict[str, float]:
         """Sum the gradients of all processes, in place, and their figures, which are returned.
 
-        One exchange for both, after the last backward pass: the parts of an accumulated batch need no other,
+        One exchange for both, after the last backward pass: the microbatches of a batch need no other,
         and the network stays as it is, with the names that its checkpoints have.
         """
         if self.size == 1:
@@ -84,7 +84,7 @@ class Processes:
             dist.all_reduce(values)
         return dict(zip(figures, values.tolist(), strict=True))
 
-    def largest(self, number: int) -> int:
+    def max(self, number: int) -> int:
         """The largest number that any process gives."""
         if self.size == 1:
             return number
@@ -93,11 +93,11 @@ class Processes:
             dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value)
 
-    def from_lead(self, make: Callable[[], Told]) -> Told:
+    def broadcast(self, make: Callable[[], Told]) -> Told:
         """What the lead makes, in every process; the others do not call `make`."""
         if self.size == 1:
             return make()
-        told: list[Any] = [make() if self.lead else None]
+        told: list[Any] = [make() if self.is_main else None]
         with _in_touch():
             dist.broadcast_object_list(told, src=0)
         return told[0]
@@ -106,12 +106,12 @@ class Processes:
         """The values of all processes by rank, for the lead; an empty list for the others."""
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size if self.lead else []
+        values: list[Any] = [None] * self.size if self.is_main else []
         with _in_touch():
-            dist.gather_object(value, values if self.lead else None)
+            dist.gather_object(value, values if self.is_main else None)
         return values
 
-    def align(self, model: nn.Module) -> None:
+    def broadcast_parameters(self, model: nn.Module) -> None:
         """Give every process the lead's parameters and buffers: processors may differ in a last bit."""
         for tensor in (*model.parameters(), *model.buffers()) if self.size > 1 else ():
             values = tensor.detach().contiguous()
@@ -123,19 +123,19 @@ class Processes:
         return "" if self.size == 1 else f", {self.size} processes"
 
 
-ALONE = Processes(0, 1)
+SINGLE = ProcessGroup(0, 1)
 
 
-def check(parts: Parts, processes: Processes) -> None:
+def check(components: Components, processes: ProcessGroup) -> None:
     """Make sure that these processes can share this run, and let each use a GPU of its own.
 
     Raises:
         UserError: they cannot; one line for each reason.
     """
-    device, local_rank = parts.device.torch_device, int(os.environ["LOCAL_RANK"])
-    problems = list(_unshareable(parts))
-    if parts.trainer.batch_size < processes.size:
-        got = parts.trainer.batch_size
+    device, local_rank = components.device.torch_device, int(os.environ["LOCAL_RANK"])
+    problems = list(_unshareable(components))
+    if components.trainer.batch_size < processes.size:
+        got = components.trainer.batch_size
         problems.append(f"trainer.batch_size must be >= {processes.size}, the number of processes, got {got}")
     if device.type == "mps":
         problems.append("device: mps serves one process; device=cpu serves several")
@@ -148,9 +148,9 @@ def check(parts: Parts, processes: Processes) -> None:
         torch.cuda.set_device(local_rank)
 
 
-def _unshareable(parts: Parts) -> Iterator[str]:
+def _unshareable(components: Components) -> Iterator[str]:
     with torch.device("meta"):
-        model = parts.new_model()
+        model = components.new_model()
     for name, module in model.named_modules():
         normalises = isinstance(module, nn.modules.batchnorm._BatchNorm)
         if normalises and not isinstance(module, nn.SyncBatchNorm):

@@ -19,7 +19,7 @@ from torchvision.utils import make_grid, save_image
 
 from capsexp.config.settings import comparable, fingerprint, without
 from capsexp.errors import UserError
-from capsexp.files import write_whole
+from capsexp.files import write_atomic
 
 _BEGIN, _END = "events.out.tfevents.0000000000.begin", ".end"
 STATUS = {"completed": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE}
@@ -59,30 +59,30 @@ class Record:
         for line in metrics.read_text().splitlines() if start_step else ():
             values = json.loads(line)
             if values.pop("step") == start_step:
-                self.speed(start_step, {tag: value for tag, value in values.items() if tag != "epoch"})
+                self.log_timing(start_step, {tag: value for tag, value in values.items() if tag != "epoch"})
 
-    def metrics(self, step: int, values: Mapping[str, float], **position: int) -> None:
+    def log_metrics(self, step: int, values: Mapping[str, float], **position: int) -> None:
         """Numbers that are the same in every repetition of the run: to both places."""
         line = json.dumps({"step": step, **position, **values})
         self._metrics.write(line.encode() + b"\n")
         self._metrics.flush()
-        self.speed(step, values)
+        self.log_timing(step, values)
 
-    def speed(self, step: int, values: Mapping[str, float]) -> None:
+    def log_timing(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers that depend on the machine's mood: to TensorBoard alone."""
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
 
-    def pictures(self, step: int, tag: str, rows: list[Float[Tensor, "N C H W"]]) -> None:
+    def log_images(self, step: int, tag: str, rows: list[Float[Tensor, "N C H W"]]) -> None:
         """Rows of pictures in [0, 1], one above the other; the newest also as figures/TAG.png."""
         columns = rows[0].shape[0]
         pictures = cat([row.detach().float().cpu().clamp(0, 1) for row in rows])
         grid = make_grid(_visible(pictures), nrow=columns, padding=1, pad_value=0.5)
         self._writer.add_image(tag, grid, step)
         self._figures.mkdir(exist_ok=True)
-        write_whole(self._figures / f"{tag}.png", lambda file: save_image(grid, file, format="png"))
+        write_atomic(self._figures / f"{tag}.png", lambda file: save_image(grid, file, format="png"))
 
-    def length(self) -> int:
+    def flushed_bytes(self) -> int:
         """Bytes of metrics.jsonl so far, safely on disk: part of a checkpoint's state."""
         os.fsync(self._metrics.fileno())
         self._writer.flush()
@@ -99,16 +99,16 @@ class Record:
 class NoRecord:
     """In the place of a `Record` where another process of the run keeps it."""
 
-    def metrics(self, step: int, values: Mapping[str, float], **position: int) -> None:
+    def log_metrics(self, step: int, values: Mapping[str, float], **position: int) -> None:
         """Nothing."""
 
-    def speed(self, step: int, values: Mapping[str, float]) -> None:
+    def log_timing(self, step: int, values: Mapping[str, float]) -> None:
         """Nothing."""
 
-    def pictures(self, step: int, tag: str, rows: list[Float[Tensor, "N C H W"]]) -> None:
+    def log_images(self, step: int, tag: str, rows: list[Float[Tensor, "N C H W"]]) -> None:
         """Nothing."""
 
-    def length(self) -> int:
+    def flushed_bytes(self) -> int:
         """Of nothing: 0."""
         return 0
 
@@ -177,4 +177,4 @@ def _write_event(path: Path, summary: Summary) -> None:
         for event in events:
             records.write(event.SerializeToString())
 
-    write_whole(path, write)
+    write_atomic(path, write)

@@ -31,7 +31,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from capsexp.config.settings import comparable, differences
 from capsexp.errors import UserError, exit_code, is_interruption
-from capsexp.files import make_folder, write_whole
+from capsexp.files import make_folder, write_atomic
 
 LOCK = "run.lock"
 KEPT = (
@@ -71,7 +71,7 @@ class RunDir:
         return self.path / "figures"
 
     @contextlib.contextmanager
-    def owned(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Keep every other process out. The system lets go of the lock when this process dies.
 
         Raises:
@@ -82,7 +82,7 @@ class RunDir:
         ):
             yield
 
-    def is_owned(self) -> bool:
+    def is_locked(self) -> bool:
         """Whether a process is at work here, as far as this machine can see."""
         try:
             with open(self.path / LOCK) as lock:
@@ -100,7 +100,7 @@ class RunDir:
             return False
 
     @contextlib.contextmanager
-    def attempt(self, choices: Mapping[str, str]) -> Iterator[None]:
+    def track_status(self, choices: Mapping[str, str]) -> Iterator[None]:
         """One process's work on the run: if it fails, status.json says how.
 
         Args:
@@ -112,16 +112,16 @@ class RunDir:
         self._status = {"started": time.time(), "resumes": []}
         self._status |= {key: before[key] for key in KEPT if key in before}
         owner = {"pid": os.getpid(), "host": socket.gethostname()}
-        self.say("running", **owner, choices=dict(choices))
+        self.update_status("running", **owner, choices=dict(choices))
         try:
             yield
         except BaseException as error:
             status = "interrupted" if is_interruption(error) else "failed"
             message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            self.say(status, error=message, exit_code=exit_code(error))
+            self.update_status(status, error=message, exit_code=exit_code(error))
             raise
 
-    def begin(self, config: dict[str, Any], *, resume: str, command: Sequence[str]) -> None:
+    def check_config(self, config: dict[str, Any], *, resume: str, command: Sequence[str]) -> None:
         """Write down what is run, or check that it is what was run here before.
 
         Args:
@@ -142,7 +142,7 @@ class RunDir:
         self._write_yaml("resolved_config.yaml", config)
         if not (self.path / "command.txt").exists():
             line = shlex.join(command) + "\n"
-            write_whole(self.path / "command.txt", lambda file: file.write(line.encode()))
+            write_atomic(self.path / "command.txt", lambda file: file.write(line.encode()))
 
     def write_composed(self, **contents: Any) -> None:
         """Write .hydra/NAME.yaml, interpolations as they are: what `capsexp eval run=DIR` goes by.
@@ -169,7 +169,7 @@ class RunDir:
             "env.json", {"versions": versions, "commit": commit, "dirty": bool(patch), **machine, **owner}
         )
         if patch:
-            write_whole(self.path / "dirty.patch", lambda file: file.write(patch.encode()))
+            write_atomic(self.path / "dirty.patch", lambda file: file.write(patch.encode()))
         else:  # of an earlier start
             (self.path / "dirty.patch").unlink(missing_ok=True)
 
@@ -181,7 +181,7 @@ class RunDir:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def abandon(self, status: str, error: str, *, exit_code: int) -> None:
+    def mark_dead(self, status: str, error: str, *, exit_code: int) -> None:
         """Say how the run ended, in the place of a process that died without a word."""
         ending = {"status": status, "error": error, "exit_code": exit_code}
         self._write_json("status.json", {**self.status(), **ending})
@@ -199,19 +199,21 @@ class RunDir:
         words = [str(text) for text in texts] if isinstance(texts, list) else []
         return [text for text in words if not text.startswith("run=")]
 
-    def start(self, *, step: int, total: int, steps_per_epoch: int, best: Mapping[str, Any] | None) -> None:
+    def log_resume(
+        self, *, step: int, total: int, steps_per_epoch: int, best: Mapping[str, Any] | None
+    ) -> None:
         """Say from which step on this attempt works, and keep the list of resumes."""
         if self._resumes:
             self._status["resumes"] = [*self._status["resumes"], {"step": step, "time": time.time()}]
-        self.say("running", step=step, total=total, steps_per_epoch=steps_per_epoch, best=best)
+        self.update_status("running", step=step, total=total, steps_per_epoch=steps_per_epoch, best=best)
 
     def heartbeat(self, step: int) -> None:
         """Say that the run is alive and where it stands; written at most once in five seconds."""
         self._status["step"] = step
         if time.time() - self._written > 5:
-            self.say("running", step=step)
+            self.update_status("running", step=step)
 
-    def say(self, status: str, **more: Any) -> None:
+    def update_status(self, status: str, **more: Any) -> None:
         """Write status.json: a status, and whatever belongs to it (step, error, exit_code, results)."""
         now = time.time()
         self._status |= {"status": status, "heartbeat": now, "seconds": now - self._began, **more}
@@ -224,11 +226,11 @@ class RunDir:
 
     def _write_yaml(self, name: str, content: Any) -> None:
         text = OmegaConf.to_yaml(OmegaConf.create(content))
-        write_whole(self.path / name, lambda file: file.write(text.encode()))
+        write_atomic(self.path / name, lambda file: file.write(text.encode()))
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         if self._writes:
-            write_whole(self.path / name, lambda file: file.write(json.dumps(content, indent=1).encode()))
+            write_atomic(self.path / name, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
 @contextlib.contextmanager

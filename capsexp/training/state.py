@@ -43,11 +43,11 @@ class State:
         """The step of the weights that `best.pt` and the test are to have; None for the last."""
         return self.best_step if self.stopped is None else self.stopped["step"]
 
-    def captured(self, randoms: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def state_dict(self, rng_states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The state as plain values and tensors.
 
         Args:
-            randoms: `random_state` of every process of the run, by rank.
+            rng_states: `random_state` of every process of the run, by rank.
         """
         numbers = ("step", "epoch", "batch", "recorded", "best_accuracy", "best_step", "stopped")
         return {
@@ -55,12 +55,12 @@ class State:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
-            **randoms[0],
-            **({"random_others": list(randoms[1:])} if len(randoms) > 1 else {}),
+            **rng_states[0],
+            **({"random_others": list(rng_states[1:])} if len(rng_states) > 1 else {}),
         }
 
     def restore(self, saved: dict[str, Any], *, rank: int = 0) -> None:
-        """Take over what `captured` returned, in the process of this rank.
+        """Take over what `state_dict` returned, in the process of this rank.
 
         A process that had none of its rank before it keeps its random state.
         """

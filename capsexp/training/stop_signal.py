@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from capsexp.errors import Preempted, RunStopped
-from capsexp.training.parallel import ALONE, Processes
+from capsexp.training.parallel import SINGLE, ProcessGroup
 
 # The user signals are how a cluster's scheduler says that the time is nearly up.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -21,10 +21,10 @@ class StopSignal:
         self.agreed = 0
         self._before: dict[int, Any] = {}
 
-    def asked(self, processes: Processes = ALONE) -> bool:
+    def asked(self, processes: ProcessGroup = SINGLE) -> bool:
         """Whether a signal came, to this process or to another of the run."""
         # Another's signal is not noted as ours: ours, still to come, would count as the second Ctrl-C.
-        self.agreed = processes.largest(self.number or 0)
+        self.agreed = processes.max(self.number or 0)
         return self.agreed > 0
 
     @property

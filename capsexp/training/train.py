@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from capsexp.capsules import Batch
-from capsexp.config.parts import Parts
+from capsexp.config.components import Components
 from capsexp.data.batches import Batches
 from capsexp.data.seeds import derive_seed
 from capsexp.data.split import Split
@@ -22,7 +22,7 @@ from capsexp.training import checkpoint
 from capsexp.training.early_stop import ending, familiar_batches, remarks_on
 from capsexp.training.evaluate import evaluate, inference
 from capsexp.training.gradients import gradient_norm, gradients
-from capsexp.training.parallel import ALONE, Processes
+from capsexp.training.parallel import SINGLE, ProcessGroup
 from capsexp.training.profiler import profiler
 from capsexp.training.progress import Reporter
 from capsexp.training.record import NoRecord, Record
@@ -34,12 +34,12 @@ SHOWN = 16  # pictures whose reconstruction goes to TensorBoard
 
 
 def train(
-    parts: Parts, run: RunDir, config: Mapping[str, Any], processes: Processes = ALONE
+    components: Components, run: RunDir, config: Mapping[str, Any], processes: ProcessGroup = SINGLE
 ) -> dict[str, float]:
     """Train a network in a run directory, from its last checkpoint if there is one, and test it once.
 
     Args:
-        parts: what `capsexp.config.build.components` returned.
+        components: what `capsexp.config.build.build_components` returned.
         run: the directory, owned by this process or by the lead, which alone writes there.
         config: the plain config, for TensorBoard's table.
         processes: those that train together; each calls this function and shares every batch.
@@ -51,54 +51,56 @@ def train(
         RunStopped: a signal, or a loss or gradient that is not finite.
         UserError: no usable checkpoint; missing data.
     """
-    settings, device = parts.trainer, parts.device
+    settings, device = components.trainer, components.device
     device.prepare()
-    torch.manual_seed(parts.seed)
+    torch.manual_seed(components.seed)
 
     # Data
-    training, validation = _read_splits(parts)
-    familiar = familiar_batches(parts)
+    training, validation = _read_splits(components)
+    familiar = familiar_batches(components)
     looked_at = {"validation": validation, "familiar": familiar}
     if settings.stop_accuracy is not None and looked_at[settings.stop_on] is None:
         raise UserError("trainer.stop_accuracy: this run has no validation pictures to reach it on")
     total = settings.total_steps(len(training))
 
     # Network, optimiser
-    model = parts.new_model().to(device.torch_device, memory_format=device.memory_format)
-    optimizer = parts.new_optimizer(model.parameters(), lr=parts.learning_rate(Step(0, total)))
+    model = device.place(components.new_model())
+    optimizer = components.new_optimizer(model.parameters(), lr=components.learning_rate(Step(0, total)))
     tell = functools.partial(print, flush=True)
-    saved = processes.from_lead(lambda: checkpoint.newest(run.checkpoints, tell=tell))
+    saved = processes.broadcast(lambda: checkpoint.newest(run.checkpoints, tell=tell))
     if saved is None:
         _calibrate(model, training)
-    processes.align(model)
+    processes.broadcast_parameters(model)
     average = _moving_average(model, settings.ema_decay)
     state = State(model, optimizer, average)
     forward: nn.Module = torch.compile(model) if settings.compile else model  # type: ignore[assignment]
 
     # Resume
     if processes.rank > 0:  # dropout: other pictures, other masks
-        torch.manual_seed(derive_seed(parts.seed, saved["step"] if saved else 0, processes.rank, "process"))
+        torch.manual_seed(
+            derive_seed(components.seed, saved["step"] if saved else 0, processes.rank, "process")
+        )
     if saved is not None:
         state.restore(saved, rank=processes.rank)
     if state.stopped is not None and not settings.ends_at(state.stopped):  # resume=force, with other settings
         state.stopped = None
-    run.start(step=state.step, total=total, steps_per_epoch=len(training), best=state.best)
+    run.log_resume(step=state.step, total=total, steps_per_epoch=len(training), best=state.best)
     run.write_environment(f"{device}{processes}")
     beginning: dict[str, Any] = {"start_step": state.step, "length": state.recorded, "settings": config}
-    record = Record(run.path, **beginning) if processes.lead else NoRecord()
+    record = Record(run.path, **beginning) if processes.is_main else NoRecord()
     reporter = Reporter(total=total, done=state.step)
     stop, testing = StopSignal(), False
 
     def save() -> None:
         reporter.pause()
-        state.recorded = record.length()
-        randoms = processes.gather(random_state())
-        if not processes.lead:
+        state.recorded = record.flushed_bytes()
+        rng_states = processes.gather(random_state())
+        if not processes.is_main:
             return
-        checkpoint.save(run.checkpoints, state.captured(randoms), step=state.step)
+        checkpoint.save(run.checkpoints, state.state_dict(rng_states), step=state.step)
         best = state.step if validation is None and state.stopped is None else state.chosen_step
         if best is not None:
-            checkpoint.point(run.checkpoints, "best", best)
+            checkpoint.link(run.checkpoints, "best", best)
         keep = [] if best is None else [best]
         checkpoint.prune(run.checkpoints, keep_last=2, keep_steps=keep, keep_every=settings.keep_every)
 
@@ -114,16 +116,18 @@ def train(
         advance(subject, Step(state.step, total))
         options: dict[str, Any] = {"precision": settings.precision, "processes": processes}
         options["at_batch"] = stop_if_asked
-        return _prefixed(part, evaluate(subject, batches, parts.loss, Step(state.step, total), **options))
+        return _prefixed(
+            part, evaluate(subject, batches, components.loss, Step(state.step, total), **options)
+        )
 
-    profiled = settings.profile and processes.lead
+    profiled = settings.profile and processes.is_main
     with _closing(record), stop, reporter, profiler(run.path, profiled) as profile:
         reporter.say(f"{run.path} on {device}{processes}")
         if saved is not None and processes_of(saved) != processes.size:
             change = f"was {processes_of(saved)}, is {processes.size}"
             reporter.say(f"number of processes: {change}; the run goes on, but not bit for bit")
         reporter.say(_introduction(model, training, validation, Step(state.step, total)))
-        for remark in [*parts.dataset.remarks(), *remarks_on(familiar)]:
+        for remark in [*components.dataset.caveats(), *remarks_on(familiar)]:
             reporter.say(remark)
         if validation is not None:
             _show_reconstructions(record, model, validation, state.step)
@@ -133,12 +137,13 @@ def train(
                     break
                 step = Step(state.step, total)
                 moved = advance(model, step)
-                learning_rate = parts.learning_rate(step)
+                learning_rate = components.learning_rate(step)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
                 logged = (state.step + 1) % settings.log_every == 0 or state.step + 1 == total
-                options = {"layers": logged, "processes": processes}
-                told = gradients(forward, parts.loss, batch, step, settings, **options)
+                told = gradients(
+                    forward, components.loss, batch, step, settings, layers=logged, processes=processes
+                )
                 told["gradient_norm"] = gradient_norm(model, settings.grad_clip)
                 _refuse_non_finite(told, batch, state.step, run)
                 optimizer.step()
@@ -150,10 +155,10 @@ def train(
                 place = {"epoch": state.epoch + 1, "epochs": settings.max_epochs}
                 reporter.step(state.step, **place, figures=shown, pictures=len(batch.labels))
                 if logged:
-                    scheduled = {"learning_rate": learning_rate, **parts.loss.scheduled(step), **moved}
+                    scheduled = {"learning_rate": learning_rate, **components.loss.scheduled(step), **moved}
                     values = {**_prefixed("train", told), **_prefixed("schedule", scheduled)}
-                    record.metrics(state.step, values, epoch=state.epoch + 1)
-                    record.speed(state.step, {"images_per_second": reporter.images_per_second})
+                    record.log_metrics(state.step, values, epoch=state.epoch + 1)
+                    record.log_timing(state.step, {"images_per_second": reporter.images_per_second})
                 if profile is not None:
                     profile.step()
                 if state.step % settings.save_every == 0:
@@ -167,14 +172,14 @@ def train(
                 values = {} if validation is None else mean_figures(validation, "validation")
                 if familiar is not None:
                     values["familiar/accuracy"] = mean_figures(familiar, "familiar")["familiar/accuracy"]
-                record.metrics(state.step, values, epoch=ended)
+                record.log_metrics(state.step, values, epoch=ended)
                 if validation is not None:
                     state.note_validation(values["validation/accuracy"])
                 # One process decides: if only some of them stopped, the others would wait for ever.
-                stopped = processes.from_lead(functools.partial(settings.stop, values, state.step))
+                stopped = processes.broadcast(functools.partial(settings.stop, values, state.step))
                 if stopped is not None:
                     state.note_stop(stopped, values)
-                run.say("running", step=state.step, best=state.best)
+                run.update_status("running", step=state.step, best=state.best)
                 reporter.say(f"epoch {ended}: {_sentence(values)}")
                 if validation is not None and (ended % settings.images_every == 0 or last or stopped):
                     _show_reconstructions(record, model, validation, state.step)
@@ -189,17 +194,17 @@ def train(
         if settings.test != "none":
             if settings.test == "best" and state.chosen_step is not None:
                 state.restore_weights(
-                    processes.from_lead(lambda: checkpoint.load(run.checkpoints / "best.pt"))
+                    processes.broadcast(lambda: checkpoint.load(run.checkpoints / "best.pt"))
                 )
             if familiar is not None and state.stopped is not None:  # it was told of these very weights
                 results["familiar/accuracy"] = state.stopped["accuracy"]
             elif familiar is not None:
                 results["familiar/accuracy"] = mean_figures(familiar, "familiar")["familiar/accuracy"]
-            test = parts.batches(parts.dataset.read("test"), limit=settings.limit_eval_batches)
+            test = components.batches(components.dataset.read("test"), limit=settings.limit_eval_batches)
             results |= mean_figures(test, "test")
             reporter.say(f"test set, {test.visited} pictures: {_sentence(results)}")
-        record.metrics(state.step, results, epoch=state.epoch)
-        run.say("completed", step=state.step, results=results, stopped=state.stopped, exit_code=0)
+        record.log_metrics(state.step, results, epoch=state.epoch)
+        run.update_status("completed", step=state.step, results=results, stopped=state.stopped, exit_code=0)
     return results
 
 
@@ -210,18 +215,18 @@ def _training_batches(batches: Batches, epoch: int, start: int, overfit: bool) -
     return (batch for number, batch in enumerate(batches.in_order()) if number >= start)
 
 
-def _read_splits(parts: Parts) -> tuple[Batches, Batches | None]:
+def _read_splits(components: Components) -> tuple[Batches, Batches | None]:
     """Training and validation pictures on the device; None for no validation."""
-    settings = parts.trainer
-    training, validation = parts.dataset.read_training()
+    settings = components.trainer
+    training, validation = components.dataset.read_training()
     if settings.overfit:
         training = validation = Split(
             training.images[: settings.batch_size], training.labels[: settings.batch_size]
         )
-    batches = parts.batches(training, limit=settings.limit_train_batches, training=True)
+    batches = components.batches(training, limit=settings.limit_train_batches, training=True)
     if validation.size == 0:
         return batches, None
-    return batches, parts.batches(validation, limit=settings.limit_eval_batches)
+    return batches, components.batches(validation, limit=settings.limit_eval_batches)
 
 
 def advance(model: nn.Module, step: Step) -> dict[str, float]:
@@ -277,7 +282,7 @@ def _show_reconstructions(record: Record | NoRecord, model: nn.Module, batches: 
     if output.reconstruction is not None:
         decoded = output.reconstruction
         rows = [images, *pixels.unbind(1), *decoded.unbind(1)] if several else [pixels, decoded]
-        record.pictures(step, "reconstruction", rows)
+        record.log_images(step, "reconstruction", rows)
 
 
 @contextlib.contextmanager

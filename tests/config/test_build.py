@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from capsexp.cli import main as cli
-from capsexp.config.build import build, components, resolve
+from capsexp.config.build import build, build_components, resolve
 from capsexp.config.compose import compose, conf_dir, to_plain
 from capsexp.errors import UserError
 from capsexp.schedule import Linear, Warmup
@@ -105,7 +105,7 @@ def composed(*changes):
 def problems(settings, plugins=()):
     """What `components` has to say, which must be something."""
     with pytest.raises(UserError) as caught:
-        components(settings, plugins=list(plugins))
+        build_components(settings, plugins=list(plugins))
     return list(caught.value.problems)
 
 
@@ -468,7 +468,7 @@ def test_a_plugin_of_the_command_line_may_be_built(name, mine):
     settings = composed()
     settings["loss"]["_target_"] = f"mine.{name}"
     assert f"loss._target_: 'mine.{name}' may not be built" in problems(settings)[0]
-    assert components(settings, plugins=[mine]).loss.present == 0.9
+    assert build_components(settings, plugins=[mine]).loss.present == 0.9
 
 
 def test_the_command_line_hands_its_plugins_on(mine, capsexp):
@@ -623,7 +623,7 @@ def test_a_model_may_have_a_routing_of_its_own():
     assert problems(settings) == ["model.routing: iterations must be >= 1, got 0"]
     own = {"_target_": "capsexp.routing.uniform.UniformRouting", "_partial_": True, "bias": True}
     settings["model"]["routing"] = own
-    routing = components(settings, plugins=[]).new_model().class_caps.routing
+    routing = build_components(settings, plugins=[]).new_model().class_caps.routing
     assert type(routing).__name__ == "UniformRouting"
 
 
@@ -659,12 +659,12 @@ def test_run_time_arguments_join_those_of_the_config():
 
 
 def test_the_parts_are_those_of_the_config():
-    parts = components(
+    components = build_components(
         composed("seed=7", "optimizer._target_=torch.optim.AdamW", "optimizer.eps=1.0e-4"), plugins=[]
     )
-    assert parts.seed == 7
-    assert parts.dataset.image_shape == (1, 8, 8)
-    optimizer = parts.new_optimizer([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    assert components.seed == 7
+    assert components.dataset.image_shape == (1, 8, 8)
+    optimizer = components.new_optimizer([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.param_groups[0]["eps"] == 1e-4
     assert optimizer.param_groups[0]["lr"] == 0.5
@@ -673,7 +673,7 @@ def test_the_parts_are_those_of_the_config():
 def test_checking_leaves_the_random_state_and_builds_nothing_but_on_meta():
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    parts = components(composed(), plugins=[])
+    components = build_components(composed(), plugins=[])
     assert torch.equal(torch.get_rng_state(), before)
-    assert {one.device.type for one in parts.new_model().parameters()} == {"cpu"}
+    assert {one.device.type for one in components.new_model().parameters()} == {"cpu"}
     assert Path(conf_dir()).is_dir()

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 import capsexp
 from capsexp.config import compose as config
-from capsexp.config.build import RUN_TIME, checked_part, components, resolve
+from capsexp.config.build import RUN_TIME, build_components, checked_part, resolve
 from capsexp.config.compose import (
     HYDRA_1_3,
     compose,
@@ -135,9 +135,9 @@ def is_table(path):
 # A table is the sweep over others: see test_recipes.
 @pytest.mark.parametrize("path", [one for one in yamls("experiment") if not is_table(one)], ids=named)
 def test_each_experiment_composes_and_builds(path, tmp_path):
-    parts = components(composed(f"experiment={path.stem}", f"data_root={tmp_path}"), plugins=[])
+    components = build_components(composed(f"experiment={path.stem}", f"data_root={tmp_path}"), plugins=[])
     with torch.device("meta"):
-        assert sum(one.numel() for one in parts.new_model().parameters()) > 10_000
+        assert sum(one.numel() for one in components.new_model().parameters()) > 10_000
     assert list(tmp_path.iterdir()) == []
 
 
@@ -161,11 +161,11 @@ def test_every_option_passes_the_checks(group, tmp_path):
             continue  # needs pictures: see its own test
         if path.stem in ("cuda", "mps") and not available()[path.stem]:
             with pytest.raises(UserError, match=f"^device: no {path.stem} device here; there is .*cpu"):
-                components(composed(*overrides), plugins=[])
+                build_components(composed(*overrides), plugins=[])
         elif group == "routing":
-            assert components(composed(*overrides), plugins=[]).new_model().class_caps.routing
+            assert build_components(composed(*overrides), plugins=[]).new_model().class_caps.routing
         else:
-            assert components(composed(*overrides), plugins=[])
+            assert build_components(composed(*overrides), plugins=[])
 
 
 def test_experiment_quickstart_is_what_train_alone_does():
@@ -204,7 +204,7 @@ def test_a_model_brings_its_loss_and_its_routing():
     baseline = composed("model=cnn_sabour")
     assert baseline["loss"]["_target_"] == "capsexp.loss.cross_entropy.CrossEntropy"
     assert baseline.get("routing") is None
-    assert components(baseline, plugins=[]).new_model is not None
+    assert build_components(baseline, plugins=[]).new_model is not None
 
 
 def test_the_command_line_wins_over_what_a_model_brings():
@@ -394,7 +394,7 @@ def test_a_setting_of_the_trainer_out_of_range_is_told(key, value, message):
     settings = copy.deepcopy(quickstart())
     settings["trainer"][key] = value
     with pytest.raises(UserError, match=f"^trainer: {message}$"):
-        components(settings, plugins=[])
+        build_components(settings, plugins=[])
 
 
 # One-liners
@@ -402,11 +402,11 @@ def test_a_setting_of_the_trainer_out_of_range_is_told(key, value, message):
 
 def loss_of(*overrides, **keywords):
     keywords.setdefault("config_dir", None)
-    return components(to_plain(compose("train", list(overrides), **keywords)), plugins=[]).loss
+    return build_components(to_plain(compose("train", list(overrides), **keywords)), plugins=[]).loss
 
 
 def rate(*overrides):
-    return components(composed(*overrides), plugins=[]).learning_rate
+    return build_components(composed(*overrides), plugins=[]).learning_rate
 
 
 def test_a_learning_rate_may_be_a_number():

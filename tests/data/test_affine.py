@@ -5,7 +5,7 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
-from capsexp.data.affine import matrices, randomly_transformed, somewhere, transformed
+from capsexp.data.affine import apply_affine, matrices, random_placement, randomly_transformed
 from capsexp.errors import DataError
 
 
@@ -37,14 +37,14 @@ def ink_box(image):
 @pytest.mark.parametrize("quarters", [0, 1, 2, -1])
 def test_quarter_turns_are_those_of_rot90(quarters, height):
     images = noise(3, 2, height, height)
-    turned = transformed(images, one_move(3, angle=90.0 * quarters))
+    turned = apply_affine(images, one_move(3, angle=90.0 * quarters))
     assert torch.equal(cut(turned, height, height), torch.rot90(images, quarters, (2, 3)))
     assert turned.long().sum() == images.long().sum()
 
 
 def test_a_picture_that_is_not_moved_keeps_its_pixels_whatever_its_sides():
     images = noise(2, 1, 6, 9)
-    assert torch.equal(cut(transformed(images, one_move(2)), 6, 9), images)
+    assert torch.equal(cut(apply_affine(images, one_move(2)), 6, 9), images)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_turns_and_scales_are_those_of_torchvision(move):
         shear=[0.0],
         interpolation=InterpolationMode.BILINEAR,
     )
-    found = cut(transformed(images, one_move(1, **move)), 41, 41)
+    found = cut(apply_affine(images, one_move(1, **move)), 41, 41)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.51)  # the rounding to bytes
 
 
@@ -99,7 +99,7 @@ def dot(x, y):
     ],
 )
 def test_a_point_goes_where_the_settings_say(move, expected):
-    found = centre(transformed(dot(10, -15), one_move(1, **move)))
+    found = centre(apply_affine(dot(10, -15), one_move(1, **move)))
     assert found == pytest.approx(expected, abs=0.1)  # a dot between pixels is rounded to bytes
 
 
@@ -107,7 +107,7 @@ def test_a_point_goes_where_the_settings_say(move, expected):
 def test_nothing_is_lost_at_the_edges(move):
     """The sum of the ink grows as the area does: to the last corner of the picture."""
     images = torch.full((1, 1, 20, 12), 200, dtype=torch.uint8)
-    after = transformed(images, one_move(1, **move))
+    after = apply_affine(images, one_move(1, **move))
     area = move.get("scale", (1.0, 1.0))
     expected = images.double().sum().item() * area[0] * area[1]
     assert after.double().sum().item() == pytest.approx(expected, rel=0.02)
@@ -123,7 +123,7 @@ def test_all_places_that_hold_the_ink_are_as_likely_and_no_others():
     images = torch.zeros(4000, 1, 9, 9, dtype=torch.uint8)
     images[:, :, 2:5, 1:8] = noise(1, 1, 3, 7)
     chance = torch.rand(4000, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    placed = somewhere(images, 10, chance)
+    placed = random_placement(images, 10, chance)
     boxes = torch.tensor([ink_box(image[0]) for image in placed])
     tops, lefts = boxes[:, 0].bincount(minlength=10), boxes[:, 2].bincount(minlength=10)
     assert (tops[:8] > 4000 / 8 * 0.8).all()
@@ -135,7 +135,7 @@ def test_all_places_that_hold_the_ink_are_as_likely_and_no_others():
 def test_ink_as_large_as_the_canvas_has_one_place_and_none_has_any():
     images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     images[0, 0, 2:7, 3:8] = 9
-    placed = somewhere(images, 5, torch.full((2, 2), 0.999, dtype=torch.float64))
+    placed = random_placement(images, 5, torch.full((2, 2), 0.999, dtype=torch.float64))
     assert (placed[0] == 9).all()
     assert (placed[1] == 0).all()
 
@@ -145,7 +145,7 @@ def test_ink_that_is_larger_than_the_canvas_is_refused_not_shrunk():
     images[0, 0, 1:7, 2] = 1
     told = "1 of 3 pictures do not fit on the canvas of 5x5: ink of up to 6 pixels"
     with pytest.raises(DataError, match=re.escape(told)):
-        somewhere(images, 5, torch.zeros(3, 2, dtype=torch.float64))
+        random_placement(images, 5, torch.zeros(3, 2, dtype=torch.float64))
 
 
 def test_draws_cover_their_ranges_and_no_more():

@@ -227,7 +227,7 @@ def test_a_dataset_reads_at_the_size_that_it_announces():
 
 
 def test_a_dataset_has_nothing_to_remark_by_itself():
-    assert toy().remarks() == []
+    assert toy().caveats() == []
 
 
 def test_a_crop_larger_than_the_pictures_is_refused_before_they_are_read():

@@ -90,7 +90,7 @@ def test_where_nothing_can_be_written_it_is_computed_every_time(tmp_path, monkey
     def refuse(path, write):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(cache, "write_whole", refuse)
+    monkeypatch.setattr(cache, "write_atomic", refuse)
     compute = Counted()
     for _ in range(2):
         assert (kept(tmp_path / "kept", compute) == ARRAY).all()

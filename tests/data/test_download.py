@@ -15,7 +15,7 @@ from email.message import Message
 import pytest
 
 from capsexp.data import download
-from capsexp.data.download import RemoteFile, StoredFile, fetch, missing, obtain, verify
+from capsexp.data.download import RemoteFile, StoredFile, download_all, fetch, missing_files, verify
 from capsexp.errors import DataError
 
 CONTENT = bytes(range(256)) * 100
@@ -68,7 +68,7 @@ def ignore(what, done, total):
 
 
 def get(root, *files, online=True, progress=None):
-    obtain(root, files, dataset="toy", online=online, progress=progress)
+    download_all(root, files, dataset="toy", online=online, progress=progress)
 
 
 def names(root):
@@ -125,7 +125,7 @@ def test_a_damaged_archive_that_is_there_is_named(tmp_path):
     (tmp_path / "set/data.bin.gz").write_bytes(packed[:-5])
     with pytest.raises(DataError, match=r"data\.bin\.gz is damaged or incomplete: expected sha256"):
         get(tmp_path, remote, online=False)
-    assert missing(tmp_path, [remote])
+    assert missing_files(tmp_path, [remote])
 
 
 def test_an_archive_that_is_no_archive_is_named(tmp_path, monkeypatch):
@@ -137,7 +137,7 @@ def test_an_archive_that_is_no_archive_is_named(tmp_path, monkeypatch):
 
 def test_an_archive_with_other_content_puts_nothing_in_place(tmp_path, monkeypatch):
     remote, packed = tarred({"set/a": b"a", "set/b": b"b"})
-    remote = remote._replace(holds=(*remote.holds[:1], StoredFile("set/b", f"sha256:{sha256(b'c')}")))
+    remote = remote._replace(contents=(*remote.contents[:1], StoredFile("set/b", f"sha256:{sha256(b'c')}")))
     serve(monkeypatch, {remote.url: packed})
     with pytest.raises(DataError, match="set/b is damaged or incomplete"):
         get(tmp_path, remote)
@@ -265,7 +265,7 @@ SLOW_DOWNLOAD = """
     import io, sys, time
     from pathlib import Path
     from capsexp.data import download
-    from capsexp.data.download import RemoteFile, StoredFile, obtain
+    from capsexp.data.download import RemoteFile, StoredFile, download_all
 
     class Slow(io.BytesIO):
         headers = {}
@@ -277,7 +277,7 @@ SLOW_DOWNLOAD = """
     root, content = Path(sys.argv[1]), b"0123456789" * 5
     download._open = lambda url: Slow(content)
     stored = StoredFile("data.bin", "sha256:" + sys.argv[2])
-    obtain(root, [RemoteFile("data.bin", "https://example.org", sys.argv[2], (stored,))],
+    download_all(root, [RemoteFile("data.bin", "https://example.org", sys.argv[2], (stored,))],
            dataset="toy", online=True, progress=None)
 """
 
@@ -298,7 +298,7 @@ def test_a_killed_download_leaves_no_final_file_and_no_lock(tmp_path, monkeypatc
     get(
         tmp_path,
         plain(content)._replace(
-            name="data.bin", holds=(StoredFile("data.bin", f"sha256:{sha256(content)}"),)
+            name="data.bin", contents=(StoredFile("data.bin", f"sha256:{sha256(content)}"),)
         ),
     )
     assert (tmp_path / "data.bin").read_bytes() == content

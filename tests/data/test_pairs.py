@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from capsexp.data.pairs import Pairs
+from capsexp.data.pairs import OverlaidPairs
 from capsexp.data.preprocess import Preprocess
 from capsexp.data.split import Split
 from capsexp.errors import UserError
@@ -30,7 +30,7 @@ def canvases(count, *, side=5, pad=4, classes=3):
 
 
 def pairs(split, *, shift=4, margin=4, partners=1, pair_seed=0, batch_size=16, seed=0, limit=None):
-    return Pairs(
+    return OverlaidPairs(
         split,
         Preprocess(**PLAIN),
         shift=shift,

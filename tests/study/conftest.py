@@ -2,7 +2,7 @@
 
 import pytest
 
-from capsexp.analysis.trained_run import Subject, load_model
+from capsexp.analysis.trained_run import TrainedRun, load_model
 
 
 @pytest.fixture
@@ -20,6 +20,6 @@ def subject(tmp_path, train_tiny, tiny_parts):
         parts = tiny_parts(*words)
         path = tmp_path / "run"
         model, step = load_model(parts, path, weights="best")
-        return Subject(model, parts, path=path, step=step, limit=limit)
+        return TrainedRun(model, parts, path=path, step=step, limit=limit)
 
     return make

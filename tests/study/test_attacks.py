@@ -5,7 +5,7 @@ import torch
 import yaml
 
 from capsexp.analysis.attack.attacker import predicted
-from capsexp.analysis.trained_run import Subject
+from capsexp.analysis.trained_run import TrainedRun
 from capsexp.config.compose import conf_dir
 from capsexp.errors import UserError
 from capsexp.study.attacks import Attacks
@@ -71,7 +71,7 @@ def test_success_without_an_attack_is_the_share_predicted_as_each_class(subject)
 def test_numbers_do_not_depend_on_the_batch_size_and_hang_on_the_seed(subject):
     one, found = subject(limit=60), []
     for batch_size, seed in ((32, 0), (7, 0), (32, 1)):
-        one.parts.trainer.batch_size = batch_size
+        one.components.trainer.batch_size = batch_size
         numbers, *_ = study(targeted=[], epsilons=[0.04, 0.08], seed=seed, pgd_steps=1, pgd_step_size=0.01)(
             one
         )
@@ -153,7 +153,7 @@ def test_examples_of_a_run_on_itself_are_those_of_the_white_box(subject, tmp_pat
     assert len(figures["attacks-transfer"].axes[0].lines) == 7
     other = other_run(tmp_path / "other", train_tiny, "seed=1")
     numbers, *_ = study(targeted=[], source=other)(one)
-    source = Subject(one.another(other).model, one.parts, path=one.path, step=one.step, limit=40)
+    source = TrainedRun(one.other_run(other).model, one.components, path=one.path, step=one.step, limit=40)
     alone, *_ = study(targeted=[], attacks=["fgsm", "bim"])(source)
     for attack in ("fgsm", "bim"):
         assert numbers["transfer"][f"{attack} on source"] == alone["untargeted"][attack]
@@ -175,19 +175,19 @@ def test_a_source_that_takes_other_pictures_is_refused(subject, tmp_path, train_
         with pytest.raises(UserError, match=rf"^study\.source: {told}"):
             study(source=run)(one)
     run = other_run(tmp_path / "same", train_tiny, "trainer.max_epochs=1")
-    one.parts.dataset.classes = tuple("abcdefghij")
+    one.components.dataset.classes = tuple("abcdefghij")
     with pytest.raises(
         UserError, match=r"^study\.source: its classes must be a, b, c, d, e, f, g, h, i, j, as"
     ):
         study(source=run)(one)
-    one.parts.dataset.classes = ("a", "b")
+    one.components.dataset.classes = ("a", "b")
     with pytest.raises(UserError, match=r"^study\.source: its number of classes must be 2, as here, got 10$"):
         study(source=run)(one)
 
 
 def test_pictures_of_several_classes_are_refused(subject):
     one = subject(*SHORT, limit=5)
-    one.parts.dataset.targets = 2
+    one.components.dataset.targets = 2
     with pytest.raises(
         UserError, match=r"^this study needs pictures of one class each; those of digits have 2$"
     ):

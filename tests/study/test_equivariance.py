@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from capsexp.analysis.trained_run import Subject
+from capsexp.analysis.trained_run import TrainedRun
 from capsexp.capsules import Output, Routed
 from capsexp.data.dataset import Dataset
 from capsexp.data.preprocess import Preprocess
@@ -74,7 +74,7 @@ def study(poses, tiny_parts, right=lambda labels: labels, limit=None, moves=MOVE
     parts = tiny_parts("trainer.batch_size=32")._replace(dataset=Blobs(**changes))
     model = Network(poses, right)
     model.class_caps = SimpleNamespace(coordinate_elements=(0, 1), coordinate_scale=0.01)
-    subject = Subject(model, parts, path=Path("run"), step=Step(0, 1), limit=limit)
+    subject = TrainedRun(model, parts, path=Path("run"), step=Step(0, 1), limit=limit)
     return Equivariance(**moves)(subject), model
 
 
@@ -187,7 +187,7 @@ def test_networks_and_pictures_without_a_pose_to_follow_are_refused(tiny_parts, 
     model = Network(middle)
     model.forward = lambda images, labels: Output(images.flatten(1), images.flatten(1))
     parts = tiny_parts()._replace(dataset=Blobs())
-    one = Subject(model, parts, path=Path("run"), step=Step(0, 1), limit=None)
+    one = TrainedRun(model, parts, path=Path("run"), step=Step(0, 1), limit=None)
     with pytest.raises(UserError, match=r"^this network has no capsules, so there are no poses to follow$"):
         Equivariance(**MOVES)(one)
     parts.dataset.targets = 2

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from capsexp.analysis.trained_run import Subject
+from capsexp.analysis.trained_run import TrainedRun
 from capsexp.errors import UserError
 from capsexp.schedule import Step
 from capsexp.study.overlap import Overlap, _absent
@@ -18,7 +18,7 @@ def untrained(tmp_path, tiny_parts):
     def make(*overrides, limit=None):
         torch.manual_seed(0)
         parts = tiny_parts(*overrides)
-        return Subject(parts.new_model(), parts, path=tmp_path, step=Step(0, 1), limit=limit)
+        return TrainedRun(parts.new_model(), parts, path=tmp_path, step=Step(0, 1), limit=limit)
 
     return make
 
@@ -70,7 +70,7 @@ def test_the_numbers_are_means_over_all_pictures(pairs):
     assert numbers["squared_error"] == pytest.approx(squares / 359)
     assert numbers["ink_present"] == pytest.approx(ink / 359)
     assert 0 < numbers["ink_absent"] < 1
-    measured = one.in_batches(one.parts.dataset.read("test")).overlap()
+    measured = one.in_batches(one.components.dataset.read("test")).overlap()
     assert (numbers["overlap_frames"], numbers["overlap_ink"]) == (measured["frames"], measured["ink"])
     assert numbers["overlap_paper"] == 0.8
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from capsexp.analysis.routing import figures as routing_figures
-from capsexp.analysis.trained_run import Subject
-from capsexp.config.build import components
+from capsexp.analysis.trained_run import TrainedRun
+from capsexp.config.build import build_components
 from capsexp.errors import UserError
 from capsexp.ops.receptive_fields import Grid
 from capsexp.schedule import Step
@@ -25,10 +25,10 @@ EM = ["model=em_routing", "model.conv_channels=8", "model.primary_types=2", "mod
 
 
 def untrained(config, limit=40):
-    parts = components(config, plugins=[])
+    components = build_components(config, plugins=[])
     torch.manual_seed(0)
-    model = parts.new_model().eval()
-    return Subject(model, parts, path=Path("run"), step=Step(0, 1), limit=limit)
+    model = components.new_model().eval()
+    return TrainedRun(model, components, path=Path("run"), step=Step(0, 1), limit=limit)
 
 
 def drawn(axes):
@@ -139,7 +139,7 @@ def test_distances_of_all_pictures_are_the_mean_of_those_of_each(em_config):
     one = untrained(em_config(*EM), limit=3)
     numbers, *_ = Routing(**SETTINGS)(one)
     expected = 0.0
-    test = one.parts.dataset.read("test")
+    test = one.components.dataset.read("test")
     for number in one.chosen(test.size):
         split = test.take(number[None])
         (batch, output), *_ = one.outputs(split)
@@ -161,7 +161,7 @@ def test_a_network_that_routes_nothing_and_pictures_of_several_classes_are_refus
     one.model.grid = None
     with pytest.raises(UserError, match=r"^this network has no `grid`, so nobody knows where the children"):
         Routing(**SETTINGS)(one)
-    one.parts.dataset.targets = 2
+    one.components.dataset.targets = 2
     with pytest.raises(
         UserError, match=r"^this study needs pictures of one class each; those of digits have 2$"
     ):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from capsexp.analysis.trained_run import Subject
+from capsexp.analysis.trained_run import TrainedRun
 from capsexp.capsules import Output
 from capsexp.data.preprocess import Preprocess
 from capsexp.data.split import Split
@@ -58,7 +58,7 @@ class Guesser(nn.Module):
 def subject_of(tiny_parts):
     def make(knows, *, viewpoint="azimuth", name="run", limit=None):
         parts = tiny_parts("trainer.batch_size=7")._replace(dataset=Turntable(viewpoint))
-        return Subject(Guesser(knows), parts, path=Path(name), step=Step(1, 1), limit=limit)
+        return TrainedRun(Guesser(knows), parts, path=Path(name), step=Step(1, 1), limit=limit)
 
     return make
 

@@ -15,13 +15,13 @@ from torch import nn
 
 from capsexp.capsules import Batch
 from capsexp.cli import torchrun
-from capsexp.config.build import components
+from capsexp.config.build import build_components
 from capsexp.config.compose import compose, to_plain
 from capsexp.errors import RunStopped
 from capsexp.schedule import Step
 from capsexp.training.evaluate import evaluate
 from capsexp.training.gradients import gradients
-from capsexp.training.parallel import ALONE
+from capsexp.training.parallel import SINGLE
 from capsexp.training.run_dir import RunDir
 from capsexp.training.train import train
 
@@ -55,16 +55,16 @@ def composed(*overrides):
 
 
 def setting(*overrides, dtype=torch.float32):
-    """Parts of a run, a network that starts alike in every process, and the data set's first batch."""
-    parts = components(composed(*overrides), plugins=[])
+    """Components of a run, a network that starts alike in every process, and the data set's first batch."""
+    components = build_components(composed(*overrides), plugins=[])
     torch.manual_seed(1)
-    model = parts.new_model()
-    batches = parts.batches(parts.dataset.read("train"), limit=None)
+    model = components.new_model()
+    batches = components.batches(components.dataset.read("train"), limit=None)
     if hasattr(model, "calibrate"):
         model.calibrate(next(batches.in_order()).images)
     batch = next(batches.training(0))
     pictures = {"images": batch.images.to(dtype), "pixels": batch.pixels.to(dtype)}
-    return parts, model.to(dtype), batch._replace(**pictures), batches
+    return components, model.to(dtype), batch._replace(**pictures), batches
 
 
 def distance(ours, theirs):
@@ -72,8 +72,8 @@ def distance(ours, theirs):
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, theirs, strict=True))
 
 
-def gradient_of(model, parts, batch, processes):
-    told = gradients(model, parts.loss, batch, Step(0, 1), parts.trainer, processes=processes)
+def gradient_of(model, components, batch, processes):
+    told = gradients(model, components.loss, batch, Step(0, 1), components.trainer, processes=processes)
     return told, [parameter.grad.clone() for parameter in model.parameters()]
 
 
@@ -81,10 +81,10 @@ def gradients_agree(together, accumulate, size, *overrides):
     """How far gradients and figures of all processes are from those of one, for both precisions."""
     report, exact = {}, None
     for dtype in (torch.float64, torch.float32):
-        parts, model, batch, _ = setting(f"trainer.batch_size={size}", *overrides, dtype=dtype)
-        expected, alone = gradient_of(model, parts, batch, ALONE)
-        parts.trainer.accumulate = accumulate
-        told, ours = gradient_of(model, parts, batch, together)
+        components, model, batch, _ = setting(f"trainer.batch_size={size}", *overrides, dtype=dtype)
+        expected, alone = gradient_of(model, components, batch, SINGLE)
+        components.trainer.accumulate = accumulate
+        told, ours = gradient_of(model, components, batch, together)
         exact = exact or alone
         sums = together.gather([gradient.double().sum().item() for gradient in ours])
         report[str(dtype)] = {
@@ -111,7 +111,7 @@ def missing_gradients(together):
     torch.manual_seed(0)
     model = Branches()
     model.branches[together.rank](torch.ones(1, 3)).sum().backward()
-    told = together.add_up(model, {"loss": 0.5 + together.rank})
+    told = together.all_reduce_gradients(model, {"loss": 0.5 + together.rank})
     found = [branch.weight.grad for branch in model.branches]
     return {"told": told, "gradients": [None if one is None else one.tolist() for one in found]}
 
@@ -123,7 +123,7 @@ def aligned(together):
     model.register_buffer("seen", torch.tensor([rank == 0, True]))
     model.register_buffer("empty", torch.zeros(0))
     model.register_buffer("number", torch.tensor(0.5 + rank))
-    together.align(model)
+    together.broadcast_parameters(model)
     return {name: value.tolist() for name, value in model.state_dict().items()}
 
 
@@ -139,27 +139,29 @@ def slices(together):
 
 def evaluation(together, *overrides):
     """Figures over a split by one process and by all; the last batch holds one picture."""
-    parts, model, _, _ = setting("trainer.batch_size=27", *overrides)
-    batches = parts.batches(parts.dataset.read("test").take(torch.arange(55)), limit=None)
-    figures = [evaluate(model, batches, parts.loss, Step(0, 1), processes=one) for one in (ALONE, together)]
+    components, model, _, _ = setting("trainer.batch_size=27", *overrides)
+    batches = components.batches(components.dataset.read("test").take(torch.arange(55)), limit=None)
+    figures = [
+        evaluate(model, batches, components.loss, Step(0, 1), processes=one) for one in (SINGLE, together)
+    ]
     return dict(zip(("alone", "together"), figures, strict=True))
 
 
 def trained(together, path, *overrides, trouble=""):
     """Train in a directory; why it stopped, if it did, and sums over the weights of this process."""
     settings, models = composed(*overrides), []
-    parts = components(settings, plugins=["signalling_loss"])
-    new_model = parts.new_model
-    parts = parts._replace(new_model=lambda: models.append(new_model()) or models[0])
-    run, reason = RunDir(path, writes=together.lead), ""
+    components = build_components(settings, plugins=["signalling_loss"])
+    new_model = components.new_model
+    components = components._replace(new_model=lambda: models.append(new_model()) or models[0])
+    run, reason = RunDir(path, writes=together.is_main), ""
     os.environ["TROUBLE"] = trouble
     try:
         with contextlib.ExitStack() as stack:
-            if together.lead:
-                stack.enter_context(run.owned())
-                run.begin(settings, resume="auto", command=["capsexp", "train"])
-                stack.enter_context(run.attempt({}))
-            train(parts, run, settings, together)
+            if together.is_main:
+                stack.enter_context(run.locked())
+                run.check_config(settings, resume="auto", command=["capsexp", "train"])
+                stack.enter_context(run.track_status({}))
+            train(components, run, settings, together)
     except RunStopped as stopped:
         reason = str(stopped)
     return {
@@ -184,11 +186,11 @@ def main(folder):
     report["capsnet"] = trained(together, folder / "capsnet", *DYNAMIC, *SHORT)
     report["whole"] = trained(together, folder / "whole", *BASELINE)
     report["stopped"] = trained(together, folder / "stopped", *BASELINE, trouble="0:1:6:15")
-    if together.lead:
+    if together.is_main:
         shutil.copytree(folder / "stopped", folder / "to one")
-        trained(ALONE, folder / "to one", *BASELINE)
-        trained(ALONE, folder / "from one", *BASELINE, trouble="0:0:6:15")
-        trained(ALONE, folder / "capsnet alone", *DYNAMIC, *SHORT)
+        trained(SINGLE, folder / "to one", *BASELINE)
+        trained(SINGLE, folder / "from one", *BASELINE, trouble="0:0:6:15")
+        trained(SINGLE, folder / "capsnet alone", *DYNAMIC, *SHORT)
     report["resumed"] = trained(together, folder / "stopped", *BASELINE)
     report["nan"] = trained(together, folder / "nan", *BASELINE, trouble="0:1:6:nan")
     report["from one"] = trained(together, folder / "from one", *BASELINE)
@@ -197,4 +199,6 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    sys.exit(torchrun.as_one(lambda: main(Path(sys.argv[1])), lambda error: print(error, file=sys.stderr)))
+    sys.exit(
+        torchrun.run_distributed(lambda: main(Path(sys.argv[1])), lambda error: print(error, file=sys.stderr))
+    )

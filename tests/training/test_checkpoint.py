@@ -10,7 +10,16 @@ import torch
 
 from capsexp import files
 from capsexp.training import checkpoint
-from capsexp.training.checkpoint import CheckpointError, load, newest, point, prune, save, saved, step_of
+from capsexp.training.checkpoint import (
+    CheckpointError,
+    link,
+    load,
+    newest,
+    prune,
+    save,
+    saved,
+    step_of,
+)
 
 
 def state(step=0):
@@ -34,7 +43,7 @@ def pt(folder, step):
     return folder / f"step-{step:08d}.pt"
 
 
-def seal(path):
+def manifest(path):
     """Vouch for a file, as `save` does for its own."""
     content = path.read_bytes()
     text = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "step": 20, "schema": 1}
@@ -104,27 +113,27 @@ def json_of_another_file(path):
 
 def sealed_but_empty(path):
     empty(path)
-    seal(path)
+    manifest(path)
 
 
 def sealed_but_truncated(path):
     truncated(path)
-    seal(path)
+    manifest(path)
 
 
 def another_schema(path):
     torch.save({**state(20), "schema": 2}, path)
-    seal(path)
+    manifest(path)
 
 
 def no_schema(path):
     torch.save(state(20), path)
-    seal(path)
+    manifest(path)
 
 
 def no_dict(path):
     torch.save([1, 2], path)
-    seal(path)
+    manifest(path)
 
 
 DAMAGE = {
@@ -193,7 +202,7 @@ class Payload:
 def test_a_hostile_pickle_with_a_valid_seal_is_refused_and_does_not_run(folder, told, tmp_path):
     marker, path = tmp_path / "it_ran", pt(folder, 20)
     torch.save({"schema": 1, **state(20), "extra": Payload(marker)}, path)
-    seal(path)
+    manifest(path)
     with pytest.raises(CheckpointError, match=f"{path}: refused, it cannot be read safely: "):
         load(path)
     assert newest(folder, tell=told.append)["step"] == 10
@@ -229,13 +238,13 @@ SAVING = """
 import itertools, sys, torch
 from pathlib import Path
 from capsexp import checkpoint, files
-real = files.write_whole
+real = files.write_atomic
 def stuck(path, write):
     if path.name == sys.argv[2]:
         print("here", flush=True)
         sys.stdin.read()
     real(path, write)
-checkpoint.write_whole = stuck
+checkpoint.write_atomic = stuck
 checkpoint.save(Path(sys.argv[1]), {"step": 30}, step=30)
 """
 
@@ -282,7 +291,7 @@ def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda number: calls.append("fsync"))
     real = os.replace
     monkeypatch.setattr(os, "replace", lambda *names: (calls.append("replace"), real(*names)))
-    files.write_whole(tmp_path / "a", lambda file: file.write(b"x"))
+    files.write_atomic(tmp_path / "a", lambda file: file.write(b"x"))
     assert calls == ["fsync", "replace", "fsync"]
     assert (tmp_path / "a").read_bytes() == b"x"
 
@@ -291,11 +300,11 @@ def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 
 def test_last_and_best_point_to_their_steps(folder):
-    point(folder, "best", 10)
+    link(folder, "best", 10)
     assert load(folder / "best.pt")["step"] == 10
     assert load(folder / "last.pt")["step"] == 20
     assert (folder / "best.pt").readlink().name == "step-00000010.pt"
-    point(folder, "best", 20)
+    link(folder, "best", 20)
     assert load(folder / "best.pt")["step"] == 20
     assert step_of(folder / "best.pt") == 20
 

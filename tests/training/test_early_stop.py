@@ -197,7 +197,7 @@ def test_a_checkpoint_from_before_this_setting_is_taken(tiny_parts):
     parts = tiny_parts()
     model = parts.new_model()
     state = State(model, parts.new_optimizer(model.parameters(), lr=0.1), None)
-    saved = state.captured([{"random": torch.get_rng_state(), "random_cuda": []}])
+    saved = state.state_dict([{"random": torch.get_rng_state(), "random_cuda": []}])
     del saved["stopped"]
     state.stopped = {"on": "validation", "accuracy": 1.0, "step": 3}
     state.restore(saved)

@@ -3,7 +3,7 @@ import re
 import pytest
 import torch
 
-from capsexp.training.memory import MemoryUsedUpError, peak_resident, told_when_used_up
+from capsexp.training.memory import MemoryUsedUpError, explain_out_of_memory, peak_resident
 
 
 @pytest.mark.parametrize(
@@ -16,14 +16,14 @@ from capsexp.training.memory import MemoryUsedUpError, peak_resident, told_when_
 )
 def test_an_allocators_error_says_what_to_lower(ask):
     told = r"^out of memory at trainer\.batch_size=64, with a peak of [\d,]+ MiB: lower it, or split "
-    with pytest.raises(MemoryUsedUpError, match=told) as caught, told_when_used_up(batch_size=64):
+    with pytest.raises(MemoryUsedUpError, match=told) as caught, explain_out_of_memory(batch_size=64):
         ask()
     assert caught.value.exit_code == 1
     assert "\n" not in str(caught.value)
 
 
 def test_other_errors_stay_what_they_are():
-    with pytest.raises(RuntimeError, match=re.escape("mat1 and mat2")), told_when_used_up(batch_size=1):
+    with pytest.raises(RuntimeError, match=re.escape("mat1 and mat2")), explain_out_of_memory(batch_size=1):
         torch.ones(2, 3) @ torch.ones(2, 3)
 
 

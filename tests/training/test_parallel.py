@@ -20,7 +20,7 @@ from capsexp.cli import main as cli
 from capsexp.cli import torchrun
 from capsexp.errors import UserError
 from capsexp.training import checkpoint
-from capsexp.training.parallel import ALONE, Processes, check
+from capsexp.training.parallel import SINGLE, ProcessGroup, check
 from capsexp.training.run_dir import RunDir
 
 HERE = Path(__file__).resolve().parent
@@ -305,7 +305,7 @@ def second(monkeypatch):
     """The environment of the second process of two."""
     for name, value in LAUNCHED.items():
         monkeypatch.setenv(name, value)
-    return Processes(1, 2)
+    return ProcessGroup(1, 2)
 
 
 @pytest.mark.parametrize("command", [command for command in cli.COMMANDS if command != "train"])
@@ -353,8 +353,12 @@ def test_a_device_that_cannot_be_shared_is_refused(device, message, second, tiny
 
 
 def test_the_environment_tells_rank_and_size(second):
-    assert torchrun.one_of_several()
-    assert (torchrun.processes().rank, torchrun.processes().size, torchrun.processes().lead) == (1, 2, False)
+    assert torchrun.is_distributed()
+    assert (torchrun.processes().rank, torchrun.processes().size, torchrun.processes().is_main) == (
+        1,
+        2,
+        False,
+    )
     assert torchrun.launcher() == ["torchrun", "--nnodes=1", "--nproc-per-node=2", "-m"]
 
 
@@ -362,6 +366,6 @@ def test_the_environment_tells_rank_and_size(second):
 def test_a_process_alone_is_no_group(changed, second, monkeypatch):
     for name, value in changed.items():
         monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
-    assert not torchrun.one_of_several()
-    assert torchrun.processes() is ALONE
+    assert not torchrun.is_distributed()
+    assert torchrun.processes() is SINGLE
     assert torchrun.launcher() == []

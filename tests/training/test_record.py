@@ -52,7 +52,7 @@ def test_a_shorter_file_than_the_checkpoint_knows_is_refused(tmp_path):
 
 
 def test_the_table_of_settings_has_each_once_and_typed(tmp_path):
-    routing = {"iterations": 3, "_partial_": True, "_target_": "EM", "part": {"_target_": "Part"}}
+    routing = {"iterations": 3, "_partial_": True, "_target_": "EM", "part": {"_target_": "SplitName"}}
     record(tmp_path, routing=routing, model={"routing": routing, "padding": None}, data_root="/x").close(
         "completed"
     )

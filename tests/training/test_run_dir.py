@@ -35,7 +35,7 @@ def run(tmp_path):
 
 def begin(run, config=CONFIG, resume="auto"):
     run.path.mkdir(exist_ok=True)
-    return run.begin(config, resume=resume, command=COMMAND)
+    return run.check_config(config, resume=resume, command=COMMAND)
 
 
 # Who owns it
@@ -44,7 +44,7 @@ OWNER = """
 import sys
 from pathlib import Path
 from capsexp.training.run_dir import RunDir
-with RunDir(Path(sys.argv[1])).owned():
+with RunDir(Path(sys.argv[1])).locked():
     print("mine", flush=True)
     sys.stdin.read()
 """
@@ -55,10 +55,10 @@ def test_a_second_process_is_told_the_owner_until_that_is_killed(run):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
         assert owner.stdout.readline() == b"mine\n"
         refusal = f"^{run.path} is in use by process {owner.pid} on .+: choose another run=DIR$"
-        with pytest.raises(UserError, match=refusal), run.owned():
+        with pytest.raises(UserError, match=refusal), run.locked():
             raise AssertionError("two owners")
         owner.kill()
-    with run.owned():
+    with run.locked():
         assert f"process {os.getpid()} on " in (run.path / "run.lock").read_text()
 
 
@@ -66,14 +66,14 @@ def test_the_lock_names_its_present_owner_not_that_of_an_earlier_start(run):
     run.path.mkdir()
     (run.path / "status.json").write_text('{"pid": 1, "host": "elsewhere"}')
     refusal = pytest.raises(UserError, match=f"in use by process {os.getpid()} on ")
-    with run.owned(), refusal, RunDir(run.path).owned():
+    with run.locked(), refusal, RunDir(run.path).locked():
         raise AssertionError("two owners")
 
 
 def test_an_owner_that_fails_lets_go(run):
-    with pytest.raises(KeyError, match="oops"), run.owned():
+    with pytest.raises(KeyError, match="oops"), run.locked():
         raise KeyError("oops")
-    with run.owned():
+    with run.locked():
         pass
 
 
@@ -88,7 +88,7 @@ def test_the_first_begin_writes_config_and_command(run):
 
 def test_the_same_config_goes_on_and_the_first_command_stays(run):
     begin(run)
-    run.begin(CONFIG, resume="auto", command=["another"])
+    run.check_config(CONFIG, resume="auto", command=["another"])
     assert (run.path / "command.txt").read_text().startswith("capsexp train")
 
 
@@ -181,14 +181,14 @@ def test_composed_configs_keep_their_interpolations(run):
 
 
 @pytest.fixture
-def attempt(run):
+def track_status(run):
     """A started attempt at the run; more of them may follow."""
     run.path.mkdir()
 
     @contextlib.contextmanager
     def begun(step=0):
         again = RunDir(run.path)
-        with again.attempt({"model": "em_routing"}):
+        with again.track_status({"model": "em_routing"}):
             again.start(step=step, total=9, steps_per_epoch=3, best=None)
             yield again
 
@@ -266,16 +266,16 @@ def test_a_damaged_status_is_none(content, run, attempt):
 
 
 def test_a_run_is_owned_while_a_process_is_at_work(run):
-    assert not run.is_owned()
-    with run.owned():
-        assert RunDir(run.path).is_owned()
-    assert not run.is_owned()
+    assert not run.is_locked()
+    with run.locked():
+        assert RunDir(run.path).is_locked()
+    assert not run.is_locked()
 
 
 def test_a_run_is_finished_under_the_config_that_it_was_completed_with(run, attempt, tiny_config):
     config = tiny_config()
     assert not run.is_finished(config)
-    run.begin(config, resume="auto", command=["capsexp", "train"])
+    run.check_config(config, resume="auto", command=["capsexp", "train"])
     with attempt() as begun:
         assert not run.is_finished(config)
         begun.say("completed")

@@ -110,7 +110,12 @@ def test_a_run_resumed_at_any_step_is_the_same_bit_for_bit(
         ("dataset.validation=0", "trainer.test=last"),
         ("dataset=multimnist", "dataset@dataset.source=digits", "trainer.accumulate=2"),
     ],
-    ids=["average, parts, clipping", "momentum, learned prior, augmentation", "no validation", "pairs"],
+    ids=[
+        "average, microbatches, clipping",
+        "momentum, learned prior, augmentation",
+        "no validation",
+        "pairs",
+    ],
 )
 def test_whatever_is_switched_on_survives_a_resume(overrides, tmp_path, monkeypatch, train_tiny, whole_run):
     killed_at(8, monkeypatch, train_tiny, tmp_path, *overrides)
@@ -136,7 +141,7 @@ def test_whatever_is_switched_on_survives_a_resume(overrides, tmp_path, monkeypa
     ids=["dropout", "matrix capsules, a balanced start, ramps"],
 )
 def test_other_networks_go_on_as_if_nothing_had_been(network, tmp_path, monkeypatch, tiny_overrides):
-    from capsexp.config.build import components
+    from capsexp.config.build import build_components
     from capsexp.config.compose import compose, to_plain
     from capsexp.training.train import train
 
@@ -145,8 +150,8 @@ def test_other_networks_go_on_as_if_nothing_had_been(network, tmp_path, monkeypa
 
     def run(path):
         directory = RunDir(path)
-        with directory.owned(), directory.attempt({}):
-            train(components(settings, plugins=[]), directory, settings)
+        with directory.locked(), directory.track_status({}):
+            train(build_components(settings, plugins=[]), directory, settings)
 
     run(tmp_path / "whole")
     killed_at(7, monkeypatch, run, tmp_path / "resumed")
@@ -249,13 +254,13 @@ def test_layers_are_told_of_at_the_steps_that_are_logged(tmp_path, train_tiny, m
 
 
 def test_what_is_told_of_layers_changes_nothing_else(tiny_parts):
-    parts = tiny_parts()
-    batch = next(parts.batches(parts.dataset.read("train"), limit=None).training(0))
+    components = tiny_parts()
+    batch = next(components.batches(components.dataset.read("train"), limit=None).training(0))
     told = []
     for layers in (True, False):
         torch.manual_seed(0)
-        model = parts.new_model()
-        told.append(gradients(model, parts.loss, batch, Step(0, 1), parts.trainer, layers=layers))
+        model = components.new_model()
+        told.append(gradients(model, components.loss, batch, Step(0, 1), components.trainer, layers=layers))
     assert told[1] == {name: told[0][name] for name in told[1]}
     assert {name.partition("/")[0] for name in told[0].keys() - told[1].keys()} == {
         *("activation", "active", "coupling_entropy")
@@ -263,15 +268,15 @@ def test_what_is_told_of_layers_changes_nothing_else(tiny_parts):
 
 
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(tiny_parts):
-    parts = tiny_parts()
-    parts.trainer.batch_size = 101
+    components = tiny_parts()
+    components.trainer.batch_size = 101
     torch.manual_seed(0)
-    model = parts.new_model()
-    batch = next(parts.batches(parts.dataset.read("train"), limit=None).training(0))
+    model = components.new_model()
+    batch = next(components.batches(components.dataset.read("train"), limit=None).training(0))
     told, grads = [], []
     for count in (1, 3):
-        parts.trainer.accumulate = count
-        told.append(gradients(model, parts.loss, batch, Step(0, 1), parts.trainer))
+        components.trainer.accumulate = count
+        told.append(gradients(model, components.loss, batch, Step(0, 1), components.trainer))
         grads.append([parameter.grad.clone() for parameter in model.parameters()])
     assert told[0] == pytest.approx(told[1], rel=1e-5)
     for whole, summed in zip(*grads, strict=True):

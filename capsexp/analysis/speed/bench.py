@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from capsexp.analysis.speed.measure import Variant, changed, in_process, is_routed
-from capsexp.config.build import components
+from capsexp.config.build import build_components
 from capsexp.training.device import has_tunable_allocator
 
 NETWORK = "routing"
@@ -24,14 +24,14 @@ def bench(config: dict[str, Any], *, plugins: Sequence[str], compiled: bool = Fa
         plugins: as for `components`.
         compiled: also the networks under torch.compile, which takes a minute to start.
     """
-    parts = components(config, plugins=plugins)
-    model = parts.new_model()
+    components = build_components(config, plugins=plugins)
+    model = components.new_model()
     console = Console(soft_wrap=True)
-    shape = "x".join(map(str, parts.dataset.image_shape))
+    shape = "x".join(map(str, components.dataset.image_shape))
     count = sum(parameter.numel() for parameter in model.parameters())
     console.print(
-        f"{type(model).__name__}, {count:,} parameters, {shape}, batch {parts.trainer.batch_size}, "
-        f"{str(parts.trainer.precision).removeprefix('torch.')}, {parts.device}, {processor()}"
+        f"{type(model).__name__}, {count:,} parameters, {shape}, batch {components.trainer.batch_size}, "
+        f"{str(components.trainer.precision).removeprefix('torch.')}, {components.device}, {processor()}"
     )
     for name, layer in model.named_modules():
         why = getattr(getattr(layer, "routing", None), "why_plain", None)
@@ -41,7 +41,7 @@ def bench(config: dict[str, Any], *, plugins: Sequence[str], compiled: bool = Fa
         "allocator", "network", "training images/s", "inference images/s", "peak memory, MiB", "data share"
     )
     layers = Table("allocator", "layer", "network", "forward and backward, ms/image", "speed of routing")
-    for allocator in _allocators(parts.device.torch_device.type):
+    for allocator in _allocators(components.device.torch_device.type):
         variants = variants_of(
             changed(config, "device", allocator=allocator), routed=is_routed(model), compiled=compiled
         )

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from capsexp.capsules import Capsules
-from capsexp.config.build import components
-from capsexp.config.parts import Parts
+from capsexp.config.build import build_components
+from capsexp.config.components import Components
 from capsexp.data.batches import Batches
 from capsexp.data.split import Split
 from capsexp.errors import UserError
@@ -71,20 +71,22 @@ def in_process(what: str, variants: Mapping[str, Variant], *, plugins: Sequence[
 def measure(task: dict[str, Any]) -> dict[str, Any]:
     """What `in_process` asked for, in this process."""
     variants = {name: Variant(*one) for name, one in task["variants"].items()}
-    parts = {name: components(one.config, plugins=task["plugins"]) for name, one in variants.items()}
-    first = next(iter(parts.values()))
+    components = {
+        name: build_components(one.config, plugins=task["plugins"]) for name, one in variants.items()
+    }
+    first = next(iter(components.values()))
     first.device.prepare()
     torch.manual_seed(first.seed)
     measures: dict[str, Callable[..., dict[str, Any]]] = {"speed": speed, "layers": layers, "peak": peak}
-    return measures[task["what"]](variants, parts)
+    return measures[task["what"]](variants, components)
 
 
-def speed(variants: Mapping[str, Variant], parts: Mapping[str, Parts]) -> dict[str, Any]:
+def speed(variants: Mapping[str, Variant], components: Mapping[str, Components]) -> dict[str, Any]:
     """Seconds of training and inference steps of networks that take turns, and of fetching a batch."""
-    first = next(iter(parts.values()))
+    first = next(iter(components.values()))
     batches = random_batches(first)
-    models = {name: _network(variants[name], parts[name]) for name in variants}
-    training = {name: training_step(parts[name], model, batches) for name, model in models.items()}
+    models = {name: _network(variants[name], components[name]) for name in variants}
+    training = {name: training_step(components[name], model, batches) for name, model in models.items()}
     return {
         "batch": first.trainer.batch_size,
         "training": in_turns(training, first),
@@ -93,27 +95,27 @@ def speed(variants: Mapping[str, Variant], parts: Mapping[str, Parts]) -> dict[s
     }
 
 
-def layers(variants: Mapping[str, Variant], parts: Mapping[str, Parts]) -> dict[str, Any]:
+def layers(variants: Mapping[str, Variant], components: Mapping[str, Components]) -> dict[str, Any]:
     """Seconds of each routed layer alone, forward and backward, on what reaches it in a first step."""
-    first = next(iter(parts.values()))
+    first = next(iter(components.values()))
     batch = next(random_batches(first).training(0))
     steps: dict[str, dict[str, Callable[[], object]]] = {}
     for name in variants:
-        model = _network(variants[name], parts[name])
+        model = _network(variants[name], components[name])
         for layer, given in _inputs_of_routed_layers(model, batch.images).items():
             steps.setdefault(layer, {})[name] = _layer_step(model.get_submodule(layer), given)
     return {"batch": len(batch.images), **{layer: in_turns(ones, first) for layer, ones in steps.items()}}
 
 
-def peak(variants: Mapping[str, Variant], parts: Mapping[str, Parts]) -> dict[str, Any]:
+def peak(variants: Mapping[str, Variant], components: Mapping[str, Components]) -> dict[str, Any]:
     """Bytes that training takes at its peak over those of the process before it, and seconds of a step."""
     import torch._dynamo  # the first optimiser brings it: 150 MiB that are not the network's
 
     ((name, variant),) = variants.items()
-    batches = random_batches(parts[name])
-    cuda = parts[name].device.torch_device.type == "cuda"
+    batches = random_batches(components[name])
+    cuda = components[name].device.torch_device.type == "cuda"
     idle = torch.cuda.memory_allocated() if cuda else _resident()
-    step = training_step(parts[name], _network(variant, parts[name]), batches)
+    step = training_step(components[name], _network(variant, components[name]), batches)
     seconds = []
     for _ in range(MEMORY_STEPS):
         begun = time.perf_counter()
@@ -125,39 +127,39 @@ def peak(variants: Mapping[str, Variant], parts: Mapping[str, Parts]) -> dict[st
     return {"bytes": most - idle, "seconds": min(seconds)}
 
 
-def in_turns(actions: Mapping[str, Callable[[], object]], parts: Parts) -> dict[str, list[float]]:
+def in_turns(actions: Mapping[str, Callable[[], object]], components: Components) -> dict[str, list[float]]:
     """Seconds of each action, each repeated, one after the other: a noisy machine slows all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for repeat in range(WARM_UP + REPEATS):
         for name, action in actions.items():
             begun = time.perf_counter()
             action()
-            if parts.device.torch_device.type == "cuda":
+            if components.device.torch_device.type == "cuda":
                 torch.cuda.synchronize()
             if repeat >= WARM_UP:
                 seconds[name].append(time.perf_counter() - begun)
     return seconds
 
 
-def training_step(parts: Parts, model: nn.Module, batches: Batches) -> Callable[[], object]:
+def training_step(components: Components, model: nn.Module, batches: Batches) -> Callable[[], object]:
     """One step of the training loop on a fixed batch, of those that are not logged."""
-    optimizer = parts.new_optimizer(model.parameters(), lr=parts.learning_rate(STEP))
+    optimizer = components.new_optimizer(model.parameters(), lr=components.learning_rate(STEP))
     batch = next(batches.training(0))
 
     def step() -> None:
-        gradients(model, parts.loss, batch, STEP, parts.trainer, layers=False)
-        gradient_norm(model, parts.trainer.grad_clip)
+        gradients(model, components.loss, batch, STEP, components.trainer, layers=False)
+        gradient_norm(model, components.trainer.grad_clip)
         optimizer.step()
 
     return step
 
 
-def random_batches(parts: Parts) -> Batches:
+def random_batches(components: Components) -> Batches:
     """Random bytes in the shape of the data set's pictures, so none is needed."""
-    count = parts.trainer.batch_size * (WARM_UP + REPEATS + 1)
-    images = torch.randint(0, 256, (count, *parts.dataset.raw_shape), dtype=torch.uint8)
-    split = Split(images, torch.arange(count) % len(parts.dataset.classes))
-    batches: Batches = parts.batches(split, limit=None)
+    count = components.trainer.batch_size * (WARM_UP + REPEATS + 1)
+    images = torch.randint(0, 256, (count, *components.dataset.raw_shape), dtype=torch.uint8)
+    split = Split(images, torch.arange(count) % len(components.dataset.classes))
+    batches: Batches = components.batches(split, limit=None)
     return batches
 
 
@@ -175,11 +177,11 @@ def without_routing(model: nn.Module) -> nn.Module:
     return model
 
 
-def _network(variant: Variant, parts: Parts) -> nn.Module:
-    torch.manual_seed(parts.seed)
-    model = parts.new_model()
-    model = (model if variant.routed else without_routing(model)).to(parts.device.torch_device)
-    model = model.to(memory_format=parts.device.memory_format).train()
+def _network(variant: Variant, components: Components) -> nn.Module:
+    torch.manual_seed(components.seed)
+    model = components.new_model()
+    model = (model if variant.routed else without_routing(model)).to(components.device.torch_device)
+    model = model.to(memory_format=components.device.memory_format).train()
     return torch.compile(model) if variant.compiled else model  # type: ignore[return-value]
 
 
@@ -213,11 +215,11 @@ def _layer_step(layer: nn.Module, given: Capsules) -> Callable[[], object]:
     return step
 
 
-def _guess(parts: Parts, model: nn.Module, batches: Batches) -> Callable[[], object]:
+def _guess(components: Components, model: nn.Module, batches: Batches) -> Callable[[], object]:
     batch = next(batches.in_order())
 
     def guess() -> None:
-        with inference(model), autocast(batch.images.device, parts.trainer.precision):
+        with inference(model), autocast(batch.images.device, components.trainer.precision):
             model(batch.images)
 
     return guess

@@ -8,10 +8,10 @@ from pathlib import Path
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
-from capsexp.cli.jobs import hand_over, training_job, typed_command
+from capsexp.cli.jobs import call_hydra, training_job, typed_command
 from capsexp.cli.sweep.folder import Sweep
 from capsexp.cli.sweep.tables import checked_sweep, with_rows
-from capsexp.cli.torchrun import one_of_several
+from capsexp.cli.torchrun import is_distributed
 from capsexp.config.compose import constants_and_swept, with_constants_swept
 from capsexp.config.naming import sweep_name
 from capsexp.config.overrides import quoted, value
@@ -32,7 +32,7 @@ def sweep(options: Namespace, flags: Sequence[str], overrides: Sequence[str]) ->
     Raises:
         UserError: every mistake in any job, before the first is run.
     """
-    if one_of_several():
+    if is_distributed():
         raise UserError("a sweep starts its runs by itself: start it without torchrun")
     name, folder = options.config_name or "train", options.config_dir
     jobs, rows = with_rows(overrides, config_dir=folder)
@@ -59,7 +59,7 @@ def _run(path: Path, words: Sequence[str]) -> int:
     with Sweep(path).held():
         Sweep(path).begin(shlex.join(typed_command()))
         try:
-            hand_over([*words, f"hydra.sweep.dir={quoted(path)}"], "train", training_job)
+            call_hydra([*words, f"hydra.sweep.dir={quoted(path)}"], "train", training_job)
         except JobFailed:  # told by the launcher, and in the table
             pass
         except InstantiationException as error:  # of a launcher or sweeper, by its settings

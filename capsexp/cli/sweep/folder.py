@@ -21,9 +21,9 @@ from rich.text import Text
 from capsexp.compare.comparison import beside_paper
 from capsexp.compare.runs import read_all, shown_status
 from capsexp.compare.tables import as_csv, markdown, print_comparison
-from capsexp.config.naming import counts, job_name
+from capsexp.config.naming import affects_results, job_name
 from capsexp.errors import Notes
-from capsexp.files import write_whole
+from capsexp.files import write_atomic
 from capsexp.training.run_dir import RunDir, hold
 
 COLOURS = {"finished": "green", "failed": "red", "died": "red", "running": "cyan", "interrupted": "yellow"}
@@ -101,8 +101,8 @@ class Sweep:
             return
         notes = Notes()
         rows = as_csv([self.path], notes).encode()
-        write_whole(self.path / "results.csv", lambda file: file.write(rows))
-        for line in notes.blemishes:
+        write_atomic(self.path / "results.csv", lambda file: file.write(rows))
+        for line in notes.warnings:
             print(f"capsexp: {line}", file=sys.stderr)
         Console().print(table(jobs))
         self._put_beside_paper(jobs)
@@ -117,18 +117,22 @@ class Sweep:
         recipes = dict.fromkeys(run.choices["experiment"] for run in runs if "experiment" in run.choices)
         comparison = beside_paper(runs, recipes=list(recipes))
         words = [text for text in jobs[0].overrides if all(text in job.overrides for job in jobs)]
-        changes = [text for text in words if counts(text) and not text.startswith(("experiment=", "seed="))]
+        changes = [
+            text for text in words if affects_results(text) and not text.startswith(("experiment=", "seed="))
+        ]
         remark = f"\nOurs with {' '.join(changes)}; the paper's figures are its own.\n" if changes else ""
         print_comparison(comparison)
         print(remark)
         content = f"{markdown(comparison)}{remark}".encode()
-        write_whole(self.path / "table.md", lambda file: file.write(content))
+        write_atomic(self.path / "table.md", lambda file: file.write(content))
 
     def write(self) -> None:
         """Write sweep.json."""
         jobs = {job.name: {"overrides": job.overrides, **_summary(job.status)} for job in self.jobs()}
         content = {"command": self.command, "written": time.time(), "jobs": jobs}
-        write_whole(self.path / "sweep.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
+        write_atomic(
+            self.path / "sweep.json", lambda file: file.write(json.dumps(content, indent=1).encode())
+        )
 
 
 def told_apart(overrides: Sequence[Sequence[str]]) -> list[str]:

@@ -80,7 +80,7 @@ class Job:
         self._process.stdin.close()
         status = self.run.status()
         spoke = status.get("pid") == self._process.pid and status.get("status") != "running"
-        if not spoke and not self.run.is_owned():  # by a process that is none of ours
+        if not spoke and not self.run.is_locked():  # by a process that is none of ours
             self._speak_for_the_dead()
         return True
 
@@ -88,7 +88,7 @@ class Job:
         assert self._process is not None
         code = self._process.returncode
         stopped = self._asked_to_stop and code < 0  # before it could listen
-        self.run.abandon("interrupted" if stopped else "failed", self._last_words(), exit_code=code)
+        self.run.mark_dead("interrupted" if stopped else "failed", self._last_words(), exit_code=code)
         if not stopped:
             from capsexp.training.record import end_session
 

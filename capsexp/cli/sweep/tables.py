@@ -13,7 +13,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from capsexp.cli.jobs import checked
+from capsexp.cli.jobs import validate
 from capsexp.config.compose import compose, override_values, parse_all, searching, swept_variants
 from capsexp.config.overrides import value
 from capsexp.errors import UserError
@@ -60,7 +60,7 @@ def checked_sweep(
     def check(words: Sequence[str], row: str, *, sweep: bool) -> None:
         try:
             composed = compose(name, words, config_dir=config_dir, sweep=sweep)
-            first.append((composed, checked(composed, overrides)))
+            first.append((composed, validate(composed, overrides)))
         except UserError as error:
             for line in error.problems:
                 told.setdefault(line, []).append(row)

@@ -5,7 +5,7 @@ import torch
 
 from capsexp.analysis.attack.attacker import Attacker, Plan
 from capsexp.analysis.attack.objective import difference, own_loss
-from capsexp.config.build import components
+from capsexp.config.build import build_components
 from capsexp.schedule import Step
 
 PLAN = Plan(1, 1, 1.0, 1, ("own", "difference"), 0)
@@ -14,27 +14,27 @@ SMALL_EM = ("model.conv_channels=8", "model.primary_types=4", "model.conv_types=
 
 def parts_of(settings, implementation):
     settings["routing"]["implementation"] = settings["model"]["routing"]["implementation"] = implementation
-    parts = components(settings, plugins=[])
-    pictures = parts.dataset.read("test").take(torch.arange(12))
-    return parts, next(parts.batches(pictures, limit=None).in_order())
+    components = build_components(settings, plugins=[])
+    pictures = components.dataset.read("test").take(torch.arange(12))
+    return components, next(components.batches(pictures, limit=None).in_order())
 
 
 def started(settings):
     """Weights as at the start of a training."""
-    parts, batch = parts_of(settings, "reference")
+    components, batch = parts_of(settings, "reference")
     torch.manual_seed(0)
-    model = parts.new_model()
+    model = components.new_model()
     model.calibrate(batch.images)
     return model.state_dict()
 
 
 def slopes(settings, weights, implementation, dtype):
-    parts, batch = parts_of(settings, implementation)
-    model = parts.new_model()
+    components, batch = parts_of(settings, implementation)
+    model = components.new_model()
     model.load_state_dict(weights)
     model = model.eval().requires_grad_(False).to(dtype)
     batch = batch._replace(images=batch.images.to(dtype), pixels=batch.pixels.to(dtype))
-    aims = {"own": own_loss(model, parts.loss, Step(1, 1)), "difference": difference(model)}
+    aims = {"own": own_loss(model, components.loss, Step(1, 1)), "difference": difference(model)}
     one = Attacker(model, aims, PLAN)
     return {name: one.slope(batch, objective=name) for name in aims}
 

@@ -8,7 +8,7 @@ import torch
 from capsexp.analysis.routing import trace
 from capsexp.analysis.routing.trace import excess, measured, routed_layers, traced, vote_distances
 from capsexp.capsules import Capsules, Routed
-from capsexp.config.build import components
+from capsexp.config.build import build_components
 from capsexp.config.compose import compose, to_plain
 from capsexp.errors import UserError
 from capsexp.ops.receptive_fields import of_children
@@ -21,7 +21,7 @@ EM = ["model=em_routing", "model.conv_channels=8", "model.primary_types=2", "mod
 def network(*overrides, seed=0):
     config = to_plain(compose("train", ["device=cpu", "device.threads=1", *overrides], config_dir=None))
     torch.manual_seed(seed)
-    model = components(config, plugins=[]).new_model().double().eval()
+    model = build_components(config, plugins=[]).new_model().double().eval()
     images = torch.rand(5, 1, 8, 8, dtype=torch.float64)
     if hasattr(model, "calibrate"):
         model.calibrate(images)
@@ -163,11 +163,11 @@ def test_an_even_share_is_no_excess_and_what_one_class_gains_others_lose(words):
 )
 def test_the_grid_of_a_network_is_where_the_children_of_its_classes_look(words):
     config = to_plain(compose("train", ["device=cpu", *words], config_dir=None))
-    parts = components(config, plugins=[])
-    model = parts.new_model().double()
+    components = build_components(config, plugins=[])
+    model = components.new_model().double()
     centres = model.grid.centres()
     for place in (0, 1, len(centres) - 1):
-        images = torch.rand(1, *parts.dataset.image_shape, dtype=torch.float64, requires_grad=True)
+        images = torch.rand(1, *components.dataset.image_shape, dtype=torch.float64, requires_grad=True)
         below = [*model(images).layers.values()][-2]
         types = below.poses.shape[1] // len(centres)
         of_place = below.poses.unflatten(1, (-1, types))[0, place]

@@ -2,7 +2,7 @@ import matplotlib.image
 import pytest
 
 from capsexp.analysis.speed import growth
-from capsexp.config.build import components
+from capsexp.config.build import build_components
 from capsexp.errors import UserError
 
 
@@ -10,7 +10,7 @@ def test_along_each_axis_one_thing_grows_and_every_network_can_be_built(em_confi
     found = growth.axes(em_config("dataset=smallnorb"))
     assert [len(points) for points in found.values()] == [5, 5, 4, 4]
     models = {
-        axis: [components(changed, plugins=[]).new_model() for _, changed in points]
+        axis: [build_components(changed, plugins=[]).new_model() for _, changed in points]
         for axis, points in found.items()
     }
     assert [model.conv_caps_1.routing.iterations for model in models["iterations"]] == [1, 2, 3, 4, 5]

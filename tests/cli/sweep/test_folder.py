@@ -110,7 +110,7 @@ def test_a_short_table_shows_first_what_is_at_work_or_failed(sweep):
     for seed in range(8):
         state = {6: "running", 7: "failed"}.get(seed, "completed")
         finish(sweep, [f"seed={seed}"], status=state, host=socket.gethostname())
-    with sweep.ask(["seed=6"]).owned():
+    with sweep.ask(["seed=6"]).locked():
         text = shown(sweep, rows=3)
     assert [seed for seed in range(8) if f"seed={seed}" in text] == [0, 6, 7]
     assert "8 jobs: 6 finished, 1 running, 1 failed" in text

@@ -223,7 +223,7 @@ def test_settings_asked_for_twice_are_one_job_and_the_second_start_of_a_run_is_t
     run_dir = RunDir(tmp_path / "run")
     job = launcher.Job("a=1", ["a=1"], run_dir)
     monkeypatch.setattr(launcher.sys, "executable", shutil.which("false"))
-    with run_dir.owned():  # by another process, which the end of this one must not blame
+    with run_dir.locked():  # by another process, which the end of this one must not blame
         job.begin([], {})
         while not job.has_ended():
             time.sleep(0.01)

@@ -10,11 +10,11 @@ from capsexp.data.dataset import Dataset
 from capsexp.data.derived import DerivedDataset
 from capsexp.data.preprocess import Preprocess, windows
 from capsexp.data.seeds import derive_seed
-from capsexp.data.split import Part, Split
+from capsexp.data.split import Split, SplitName
 
 
-class Expanded(DerivedDataset):
-    """The pictures of a square set, each somewhere on a larger canvas; test pictures are of another kind.
+class PlacedDataset(DerivedDataset):
+    """The images of a square dataset, each at a random place on a larger canvas..
 
     Training pictures lie in the middle: `preprocess.shift` places them anew in each epoch. Validation and
     familiar test pictures each have one random place for good. The validation slice is the source's.
@@ -73,7 +73,7 @@ class Expanded(DerivedDataset):
     def _affine(self) -> Split:
         """The test pictures of the other kind."""
 
-    def _load(self, part: Part) -> Split:
+    def _load(self, part: SplitName) -> Split:
         if part == "train":
             return self._centred(self.source.read("train"))
         return self.familiar() if self.test_pictures == "expanded" else self._affine()

@@ -25,13 +25,13 @@ def affine():
 @pytest.fixture
 def mnist(affine):
     root = os.environ.get("CAPSEXP_DATA")
-    if root is None or affine(f"data_root={root}", source="mnist").missing():
+    if root is None or affine(f"data_root={root}", source="mnist").missing_files():
         pytest.skip("MNIST is not under CAPSEXP_DATA")
     return affine(f"data_root={root}", source="mnist")
 
 
 def places(images, originals):
-    """Where on its canvas each picture lies, (down, right); every one lies somewhere, whole."""
+    """Where on its canvas each picture lies, (down, right); each lies whole at a random place."""
     side, margins = originals.shape[2], images.shape[2] - originals.shape[2] + 1
     found = torch.full((len(images), 2), -1)
     for down in range(margins):
@@ -189,11 +189,11 @@ def test_mnist_fits_under_affnists_ranges_and_its_area_changes_as_they_say(mnist
 
 def test_files_are_those_of_the_source(affine, tmp_path):
     dataset = affine(f"data_root={tmp_path}", source="mnist")
-    assert dataset.missing() == dataset.source.missing()
-    assert len(dataset.missing()) == 4
+    assert dataset.missing_files() == dataset.source.missing_files()
+    assert len(dataset.missing_files()) == 4
     assert dataset.folder == tmp_path / "MNIST/raw"
     assert dataset.problems() == dataset.source.problems()
     with pytest.raises(UserError, match=re.escape("capsexp data prepare mnist")):
         dataset.require_files()
     assert affine().folder is None
-    assert affine().missing() == affine().problems() == affine().remarks() == []
+    assert affine().missing_files() == affine().problems() == affine().caveats() == []

@@ -20,10 +20,10 @@ from capsexp.capsules import Batch, Output, Routed
 from capsexp.data import Batches, Dataset, Split
 from capsexp.errors import UserError
 from capsexp.ops.entropy import coupling_entropy
+from capsexp.ops.labels import exactly, predicted, share_found
 from capsexp.parallel import ALONE, Processes
 from capsexp.schedule import Step
 from capsexp.state import trained_weights
-from capsexp.targets import exactly, predicted, share_found
 
 Loss = Callable[[Output, Batch, Step], dict[str, Tensor]]
 

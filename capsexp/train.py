@@ -18,6 +18,7 @@ from capsexp.errors import RunStopped, UserError, is_interruption
 from capsexp.evaluate import evaluate, inference
 from capsexp.familiar import ending, familiar_batches, remarks_on
 from capsexp.gradients import gradient_norm, gradients
+from capsexp.ops.labels import predicted
 from capsexp.parallel import ALONE, Processes
 from capsexp.profiler import profiler
 from capsexp.progress import Reporter
@@ -26,7 +27,6 @@ from capsexp.run_dir import RunDir
 from capsexp.schedule import Step
 from capsexp.state import State, processes_of, random_state
 from capsexp.stop_signal import StopSignal
-from capsexp.targets import predicted
 
 SHOWN = 16  # pictures whose reconstruction goes to TensorBoard
 

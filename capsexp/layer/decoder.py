@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capsexp.errors import require_at_least_1
-from capsexp.targets import predicted
+from capsexp.ops.labels import predicted
 
 MASKS = ("label", "prediction")
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from capsexp.capsules import Batch, Output
-from capsexp.penalty import checked_decay, reconstruction_term, weight_decay_term, weight_schedule
+from capsexp.ops.penalty import checked_decay, reconstruction_term, weight_decay_term, weight_schedule
 from capsexp.schedule import Schedule, Step
 
 

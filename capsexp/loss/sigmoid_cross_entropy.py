@@ -5,9 +5,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from capsexp.capsules import Batch, Output
-from capsexp.penalty import checked_decay, reconstruction_term, weight_decay_term, weight_schedule
+from capsexp.ops.labels import presence
+from capsexp.ops.penalty import checked_decay, reconstruction_term, weight_decay_term, weight_schedule
 from capsexp.schedule import Schedule, Step
-from capsexp.targets import presence
 
 
 class SigmoidCrossEntropy:

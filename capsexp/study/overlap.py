@@ -11,8 +11,8 @@ from torchvision.utils import make_grid
 from capsexp.analyze import Findings, Subject, visible
 from capsexp.capsules import Batch, Output
 from capsexp.errors import UserError
+from capsexp.ops.labels import exactly, predicted, presence, share_found
 from capsexp.pairs import Pairs
-from capsexp.targets import exactly, predicted, presence, share_found
 
 PAPERS_OVERLAP = 0.8
 COLOURS = {"R": "black", "R:P": "tab:red", "*R": "tab:blue"}

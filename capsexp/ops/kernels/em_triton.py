@@ -19,8 +19,6 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from capsexp.ops.kernels.em import padded_types
-
 SMALLEST_MASS = tl.constexpr(1e-8)  # as in capsexp/routing/em.py
 MOST_TYPES = 16  # in a tile: more would leave no room for places
 VOTES = 2048  # in a tile: 16 numbers for each of 128 threads, with two or three such tiles in registers
@@ -467,7 +465,7 @@ class _Layer:
         self.types, side = weight.shape[1], weight.shape[2]
         self.iterations = len(temperatures)
         self.dtype = torch.promote_types(poses.dtype, torch.float32)
-        self.padded, self.side, self.rows = padded_types(self.types), side, self.dim // side
+        self.padded, self.side, self.rows = triton.next_power_of_2(self.types), side, self.dim // side
         self.acc = tl.float64 if self.dtype == torch.float64 else tl.float32
         self.block_j = min(MOST_TYPES, self.padded)
         self.blocks = self.padded // self.block_j

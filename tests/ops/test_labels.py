@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from capsexp.targets import exactly, predicted, presence, share_found
+from capsexp.ops.labels import exactly, predicted, presence, share_found
 
 
 def test_of_one_class_predictions_are_the_highest_scores():

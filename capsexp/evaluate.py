@@ -20,7 +20,7 @@ from capsexp.capsules import Batch, Output, Routed
 from capsexp.data import Batches, Dataset, Split
 from capsexp.errors import UserError
 from capsexp.ops.entropy import coupling_entropy
-from capsexp.ops.labels import exactly, predicted, share_found
+from capsexp.ops.labels import all_correct, fraction_correct, predicted_labels
 from capsexp.parallel import ALONE, Processes
 from capsexp.schedule import Step
 from capsexp.state import trained_weights
@@ -103,9 +103,11 @@ def pooled(probabilities: Sequence[Float[Tensor, "B J"]]) -> Float[Tensor, "B J"
 
 def _accuracies(scores: Float[Tensor, "B J"], labels: Int[Tensor, " B *T"]) -> dict[str, Float[Tensor, ""]]:
     """Share of pictures of which all classes are right; of several in each, also the share of classes."""
-    predictions = predicted(scores, labels)
-    told = {"accuracy": exactly(predictions, labels).float().mean()}
-    return told if labels.dim() == 1 else told | {"digit_accuracy": share_found(predictions, labels).mean()}
+    predictions = predicted_labels(scores, labels)
+    told = {"accuracy": all_correct(predictions, labels).float().mean()}
+    return (
+        told if labels.dim() == 1 else told | {"digit_accuracy": fraction_correct(predictions, labels).mean()}
+    )
 
 
 def figures(

@@ -18,7 +18,7 @@ from capsexp.errors import RunStopped, UserError, is_interruption
 from capsexp.evaluate import evaluate, inference
 from capsexp.familiar import ending, familiar_batches, remarks_on
 from capsexp.gradients import gradient_norm, gradients
-from capsexp.ops.labels import predicted
+from capsexp.ops.labels import predicted_labels
 from capsexp.parallel import ALONE, Processes
 from capsexp.profiler import profiler
 from capsexp.progress import Reporter
@@ -271,7 +271,7 @@ def _show_reconstructions(record: Record | NoRecord, model: nn.Module, batches: 
     with inference(model):
         output = model(images)
         if several:
-            output = model(images, predicted(output.scores, labels))
+            output = model(images, predicted_labels(output.scores, labels))
     if output.reconstruction is not None:
         decoded = output.reconstruction
         rows = [images, *pixels.unbind(1), *decoded.unbind(1)] if several else [pixels, decoded]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from capsexp.capsules import Capsules, Routed
 from capsexp.layer.balance import balance
 from capsexp.ops.squash import length, squash
-from capsexp.ops.votes import DenseVotes, images_per_piece, in_pieces, make_votes, votes_budget
+from capsexp.ops.votes import DenseVotes, chunked, images_per_chunk, make_votes, votes_budget
 
 
 class ClassCaps(nn.Module):
@@ -58,17 +58,17 @@ class ClassCaps(nn.Module):
 
     def forward(self, capsules: Capsules) -> Routed:
         """Output capsules, and the coupling that made them."""
-        images = self._images_per_piece()
+        images = self._images_per_chunk()
         makes_votes = getattr(self.routing, "makes_dense_votes", None)
         if makes_votes is not None and makes_votes(self.weight):
             with torch.autocast(capsules.poses.device.type, enabled=False):
                 unmade = DenseVotes(capsules.poses.to(self.weight.dtype), self._matrices())
                 return self.routing.route_dense(unmade, images=images)  # type: ignore[operator]
-        return in_pieces(self._route, capsules.poses, capsules.activations, images=images)
+        return chunked(self._route, capsules.poses, capsules.activations, images=images)
 
     def calibrate(self, capsules: Capsules) -> None:
         """Let the routing start balanced on these capsules, if it can."""
-        balance(self.routing, self.votes, capsules, images=self._images_per_piece())
+        balance(self.routing, self.votes, capsules, images=self._images_per_chunk())
 
     def votes(self, poses: Float[Tensor, "B I K"]) -> Float[Tensor, "B I J D"]:
         """û_j|i of every child."""
@@ -82,10 +82,10 @@ class ClassCaps(nn.Module):
         """W_ij of every pair; shared ones are a view that repeats them."""
         return self.weight.expand(self.in_caps, -1, -1, -1)
 
-    def _images_per_piece(self) -> int:
+    def _images_per_chunk(self) -> int:
         out_caps, out_dim = self.weight.shape[2:]
         size = self.in_caps * out_caps * out_dim * self.weight.element_size()
-        return images_per_piece(size, budget=self.votes_bytes, device=self.weight.device)
+        return images_per_chunk(size, budget=self.votes_bytes, device=self.weight.device)
 
     def _route(self, poses: Float[Tensor, "B I K"], activations: Float[Tensor, "B I"]) -> Routed:
         # Votes in the weights' precision also under autocast: writing them is most of the work, and a routing

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capsexp.errors import require_at_least_1
-from capsexp.ops.labels import predicted
+from capsexp.ops.labels import predicted_labels
 
-MASKS = ("label", "prediction")
+DECODE = ("label", "prediction")
 
 
 class Decoder(nn.Module):
@@ -54,28 +54,28 @@ class Decoder(nn.Module):
         return self.layers[-1](features).sigmoid().unflatten(1, self.image_shape)
 
 
-def check_mask(mask: str | int, classes: int) -> None:
-    """Refuse a mask that `decoded_class` does not know."""
-    if mask not in MASKS and not (isinstance(mask, int) and 0 <= mask < classes):
+def check_decode(decode: str | int, classes: int) -> None:
+    """Refuse a choice that `decoded_class` does not know."""
+    if decode not in DECODE and not (isinstance(decode, int) and 0 <= decode < classes):
         raise ValueError(
-            f"mask must be one of {', '.join(MASKS)}, or a class 0 ... {classes - 1}, got {mask}"
+            f"decode must be one of {', '.join(DECODE)}, or a class 0 ... {classes - 1}, got {decode}"
         )
 
 
 def decoded_class(
-    mask: str | int, scores: Float[Tensor, "B J"], labels: Int[Tensor, " B *T"] | None
+    decode: str | int, scores: Float[Tensor, "B J"], labels: Int[Tensor, " B *T"] | None
 ) -> Int[Tensor, " B *T"]:
     """The class to decode, per picture; as many as there are labels.
 
     Args:
-        mask: "label": the label where there is one, else the highest score; "prediction": always the highest
-            score, or for several labels the highest ones (see `predicted`); or the index of a class.
+        decode: "label": the label where there is one, else the highest score; "prediction": always the highest
+            score, or for several labels the highest ones (see `predicted_labels`); or the index of a class.
         scores: of the class capsules.
         labels: None where they are not known.
     """
-    if isinstance(mask, int):
+    if isinstance(decode, int):
         shape = (len(scores),) if labels is None else labels.shape
-        return torch.full(shape, mask, device=scores.device)
+        return torch.full(shape, decode, device=scores.device)
     if labels is None:
         return scores.argmax(1)
-    return labels if mask == "label" else predicted(scores, labels)
+    return labels if decode == "label" else predicted_labels(scores, labels)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from capsexp.capsules import Capsules, ReceptiveFields, Routed
 from capsexp.errors import require_one_of
 from capsexp.layer.balance import balance
-from capsexp.ops.receptive_fields import Grid, of_places, receptive_fields
-from capsexp.ops.votes import MatrixVotes, images_per_piece, in_pieces, votes_budget, window_votes
+from capsexp.ops.receptive_fields import Grid, gather_windows, receptive_fields
+from capsexp.ops.votes import MatrixVotes, chunked, images_per_chunk, votes_budget, window_votes
 
 POSES = ("matrix", "vector")
 COORDINATES = ("paper", "official")
@@ -30,7 +30,7 @@ class MatrixCaps(nn.Module, ABC):
         repeats: how many times such children follow each other, with the same matrices.
         types: parent types.
         shared_transformations: one W_j per parent type for all children, instead of W_ij.
-        identity, noise: W_ij starts as identity * I + noise * N(0, 1).
+        init_identity, init_noise: W_ij starts as init_identity * I + init_noise * N(0, 1).
         routing: what routes the votes.
         votes_mib: see `ClassCaps`.
         votes_per_image: numbers in the votes of one picture.
@@ -48,8 +48,8 @@ class MatrixCaps(nn.Module, ABC):
         repeats: int,
         types: int,
         shared_transformations: bool,
-        identity: int | float,
-        noise: int | float,
+        init_identity: int | float,
+        init_noise: int | float,
         routing: nn.Module,
         votes_mib: int | float | None,
         votes_per_image: int,
@@ -60,7 +60,7 @@ class MatrixCaps(nn.Module, ABC):
         side = matrix_side(pose_dim, pose)
         self.places = places
         own = 1 if shared_transformations else places
-        start = identity * torch.eye(side) + noise * torch.randn(own, types, side, side)
+        start = init_identity * torch.eye(side) + init_noise * torch.randn(own, types, side, side)
         self.weight = nn.Parameter(start)  # W_ij, or W_j
         self.routing = routing
         self.register_buffer(
@@ -74,11 +74,11 @@ class MatrixCaps(nn.Module, ABC):
             with torch.autocast(capsules.poses.device.type, enabled=False):
                 unmade = self.unmade_votes(capsules.poses.to(self.weight.dtype))
                 return self.routing.route_unmade(unmade, capsules.activations.to(self.weight.dtype))  # type: ignore[operator]
-        return in_pieces(self._route, capsules.poses, capsules.activations, images=self._images_per_piece())
+        return chunked(self._route, capsules.poses, capsules.activations, images=self._images_per_chunk())
 
     def calibrate(self, capsules: Capsules) -> None:
         """Let the routing start balanced on these capsules, if it can."""
-        balance(self.routing, self.votes, capsules, images=self._images_per_piece())
+        balance(self.routing, self.votes, capsules, images=self._images_per_chunk())
 
     @abstractmethod
     def votes(self, poses: Float[Tensor, "B I D"]) -> Float[Tensor, "B *I J D"]:
@@ -92,9 +92,9 @@ class MatrixCaps(nn.Module, ABC):
         """W_ij of the child at every place; shared ones are a view that repeats them."""
         return self.weight.expand(self.places, -1, -1, -1)
 
-    def _images_per_piece(self) -> int:
+    def _images_per_chunk(self) -> int:
         size = self.votes_per_image * self.weight.element_size()
-        return images_per_piece(size, budget=self.votes_bytes, device=self.weight.device)
+        return images_per_chunk(size, budget=self.votes_bytes, device=self.weight.device)
 
     def _route(self, poses: Float[Tensor, "B I D"], activations: Float[Tensor, "B I"]) -> Routed:
         with torch.autocast(poses.device.type, enabled=False):  # see `ClassCaps`
@@ -112,7 +112,7 @@ class ConvCaps(MatrixCaps):
         types: parent types.
         kernel, stride: K and the stride of the windows, without padding.
         routing: builds the routing from (in_caps, out_caps, pose_dim, fields), out_caps being the types.
-        pose_dim, pose, shared_transformations, identity, noise, votes_mib: see `MatrixCaps`.
+        pose_dim, pose, shared_transformations, init_identity, init_noise, votes_mib: see `MatrixCaps`.
     Raises: ValueError: a routing that does not route windows; see `MatrixCaps`.
     """
 
@@ -130,8 +130,8 @@ class ConvCaps(MatrixCaps):
         pose_dim: int,
         pose: str,
         shared_transformations: bool,
-        identity: int | float,
-        noise: int | float,
+        init_identity: int | float,
+        init_noise: int | float,
         votes_mib: int | float | None,
     ) -> None:
         if "fields" not in inspect.signature(routing).parameters:
@@ -146,19 +146,19 @@ class ConvCaps(MatrixCaps):
             repeats=1,
             types=types,
             shared_transformations=shared_transformations,
-            identity=identity,
-            noise=noise,
+            init_identity=init_identity,
+            init_noise=init_noise,
             routing=routing(fields.in_caps, types, pose_dim, fields),
             votes_mib=votes_mib,
             votes_per_image=fields.children.numel() * types * pose_dim,
         )
-        self.grid, self.types = grid.seen_through(window, stride), types
+        self.grid, self.types = grid.after_convolution(window, stride), types
         self.register_buffer("windows", fields.children, persistent=False)
         self.counts = (fields.in_caps, fields.connected)
 
     def votes(self, poses: Float[Tensor, "B I D"]) -> Float[Tensor, "B P K J D"]:
         """V_ij of the child at each place of each window."""
-        return window_votes(of_places(poses, self._fields()), self._of_places())
+        return window_votes(gather_windows(poses, self._fields()), self._of_places())
 
     def unmade_votes(self, poses: Float[Tensor, "B I D"]) -> MatrixVotes:
         """V_ij that are not made yet."""
@@ -183,7 +183,7 @@ class SharedClassCaps(MatrixCaps):
             column (3 and 7 of 16); "official": to elements 0 and 1, as in the authors' code.
         coordinate_scale: per pixel.
         routing: builds the routing from (in_caps, out_caps, pose_dim).
-        pose_dim, pose, shared_transformations, identity, noise, votes_mib: see `MatrixCaps`.
+        pose_dim, pose, shared_transformations, init_identity, init_noise, votes_mib: see `MatrixCaps`.
     Raises: ValueError: coordinates that do not exist; see `MatrixCaps`.
     """
 
@@ -204,8 +204,8 @@ class SharedClassCaps(MatrixCaps):
         pose_dim: int,
         pose: str,
         shared_transformations: bool,
-        identity: int | float,
-        noise: int | float,
+        init_identity: int | float,
+        init_noise: int | float,
         votes_mib: int | float | None,
     ) -> None:
         if coordinates not in (None, *COORDINATES):
@@ -222,8 +222,8 @@ class SharedClassCaps(MatrixCaps):
             repeats=grid.positions,
             types=classes,
             shared_transformations=shared_transformations,
-            identity=identity,
-            noise=noise,
+            init_identity=init_identity,
+            init_noise=init_noise,
             routing=routing(in_caps, classes, pose_dim),
             votes_mib=votes_mib,
             votes_per_image=in_caps * classes * pose_dim,

@@ -46,7 +46,7 @@ class PrimaryCaps(nn.Module):
     def grid(self, features: Grid) -> Grid:
         """Places of capsules for features at these; 0 rows or less where they are too few."""
         kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
-        return features.seen_through((kernel, kernel), stride, self.padding)
+        return features.after_convolution((kernel, kernel), stride, self.padding)
 
     def forward(self, features: Float[Tensor, "B C H W"]) -> Capsules:
         """Capsules in the order (row, column, type)."""

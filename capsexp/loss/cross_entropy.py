@@ -17,7 +17,7 @@ class CrossEntropy:
     Raises: ValueError: a negative weight.
     """
 
-    takes_several = False
+    multi_label = False
 
     def __init__(self, *, weight_decay: int | float, reconstruction_weight: Schedule | int | float) -> None:
         self.weight_decay = checked_decay(weight_decay)

@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from capsexp.capsules import Batch, Output
-from capsexp.ops.labels import presence
+from capsexp.ops.labels import multi_hot
 from capsexp.ops.penalty import checked_decay, reconstruction_term, weight_decay_term, weight_schedule
 from capsexp.schedule import Schedule, Step
 
@@ -24,7 +24,7 @@ class Margin:
     Raises: ValueError: not 0 <= absent < present <= 1; a negative weight.
     """
 
-    takes_several = True
+    multi_label = True
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Margin:
         return {"reconstruction_weight": self.reconstruction_weight(step)}
 
     def _margin(self, lengths: Float[Tensor, "B J"], labels: Tensor) -> Float[Tensor, ""]:
-        is_present = presence(labels, lengths.shape[1]).to(lengths.dtype)  # T_k
+        is_present = multi_hot(labels, lengths.shape[1]).to(lengths.dtype)  # T_k
         too_short = (self.present - lengths).relu().square()
         too_long = (lengths - self.absent).relu().square()
         return (is_present * too_short + self.down_weight * (1 - is_present) * too_long).sum(1).mean()

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from capsexp.capsules import Batch, Output
-from capsexp.ops.labels import presence
+from capsexp.ops.labels import multi_hot
 from capsexp.ops.penalty import checked_decay, reconstruction_term, weight_decay_term, weight_schedule
 from capsexp.schedule import Schedule, Step
 
@@ -23,7 +23,7 @@ class SigmoidCrossEntropy:
     Raises: ValueError: a target outside (0, 1]; a negative weight.
     """
 
-    takes_several = True
+    multi_label = True
 
     def __init__(
         self,
@@ -51,5 +51,5 @@ class SigmoidCrossEntropy:
         return {"reconstruction_weight": self.reconstruction_weight(step)}
 
     def _cross_entropy(self, logits: Float[Tensor, "B J"], labels: Tensor) -> Float[Tensor, ""]:
-        targets = self.target * presence(labels, logits.shape[1]).to(logits.dtype)
+        targets = self.target * multi_hot(labels, logits.shape[1]).to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1).mean()

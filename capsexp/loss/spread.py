@@ -17,26 +17,26 @@ class Spread:
 
     Args:
         margin: m, a number or a schedule.
-        average: divide by the number of classes, as the authors' code does (which also counts the right
+        mean_over_classes: divide by the number of classes, as the authors' code does (which also counts the right
             class: its term is the constant m^2, left out here).
         weight_decay: factor on half the sum of all squared weights.
         reconstruction_weight: factor on the sum of squared errors over the pixels; a number or a schedule.
     Raises: ValueError: a margin outside (0, 1]; a negative weight.
     """
 
-    takes_several = False
+    multi_label = False
 
     def __init__(
         self,
         *,
         margin: Schedule | int | float,
-        average: bool,
+        mean_over_classes: bool,
         weight_decay: int | float,
         reconstruction_weight: Schedule | int | float,
     ) -> None:
         if not callable(margin) and not 0 < margin <= 1:
             raise ValueError(f"margin must be in (0, 1], got {margin}")
-        self.margin, self.average = as_schedule(margin), average
+        self.margin, self.mean_over_classes = as_schedule(margin), mean_over_classes
         self.weight_decay = checked_decay(weight_decay)
         self.reconstruction_weight = weight_schedule(reconstruction_weight)
 
@@ -57,4 +57,4 @@ class Spread:
         shortfall = (margin - (right - activations)).relu().square()
         wrong = 1 - F.one_hot(labels, activations.shape[1]).to(activations.dtype)
         per_picture = (shortfall * wrong).sum(1)
-        return per_picture.mean() / (activations.shape[1] if self.average else 1)
+        return per_picture.mean() / (activations.shape[1] if self.mean_over_classes else 1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from capsexp.capsules import Output
 from capsexp.errors import require_at_least_1, require_one_of
 from capsexp.layer.class_caps import ClassCaps
-from capsexp.layer.decoder import check_mask, decoded_class
+from capsexp.layer.decoder import check_decode, decoded_class
 from capsexp.layer.primary import PrimaryCaps
 from capsexp.ops.receptive_fields import Grid
 from capsexp.ops.weights import kernels_and_matrices
@@ -33,7 +33,7 @@ class CapsNet(nn.Module):
         class_dim: pose size of the class capsules.
         shared_transformations: see `ClassCaps`.
         initialisation: "default", or "official", that of the authors' code.
-        mask: the class to decode: "label", where a label is given, else the longest capsule; "prediction":
+        decode: the class to decode: "label", where a label is given, else the longest capsule; "prediction":
             always the longest; or the index of a class.
         votes_mib: see `ClassCaps`.
         routing: see `ClassCaps`.
@@ -57,7 +57,7 @@ class CapsNet(nn.Module):
         class_dim: int,
         shared_transformations: bool,
         initialisation: str,
-        mask: str | int,
+        decode: str | int,
         votes_mib: int | float | None,
         routing: Callable[..., nn.Module],
         decoder: Callable[..., nn.Module] | None,
@@ -72,9 +72,9 @@ class CapsNet(nn.Module):
             primary_stride=primary_stride,
             class_dim=class_dim,
         )
-        check_mask(mask, classes)
+        check_decode(decode, classes)
         require_one_of(INITIALISATIONS, initialisation=initialisation)
-        self.mask = mask
+        self.decode = decode
         self.primary_caps = PrimaryCaps(
             conv_channels,
             types=primary_types,
@@ -107,7 +107,7 @@ class CapsNet(nn.Module):
         lengths = routed.activations
         reconstruction = None
         if self.decoder is not None:
-            reconstruction = self.decoder(routed.poses, decoded_class(self.mask, lengths, labels))
+            reconstruction = self.decoder(routed.poses, decoded_class(self.decode, lengths, labels))
         return Output(
             scores=lengths,
             probabilities=lengths,
@@ -124,7 +124,7 @@ class CapsNet(nn.Module):
 
     def _grid(self, height: int, width: int) -> Grid:
         kernel, padding = self.conv.kernel_size[0], str(self.conv.padding)
-        grid = self.primary_caps.grid(Grid(height, width).seen_through((kernel, kernel), 1, padding))
+        grid = self.primary_caps.grid(Grid(height, width).after_convolution((kernel, kernel), 1, padding))
         if grid.rows < 1 or grid.columns < 1:
             lost = kernel - 1 if padding == "valid" else 0
             smallest = lost + self.primary_caps.conv.kernel_size[0]

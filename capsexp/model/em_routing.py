@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from capsexp.capsules import Capsules, Output, Routed
 from capsexp.errors import require_at_least_1, require_one_of
-from capsexp.layer.decoder import check_mask, decoded_class
+from capsexp.layer.decoder import check_decode, decoded_class
 from capsexp.layer.matrix_caps import ConvCaps, SharedClassCaps
 from capsexp.layer.matrix_primary import MatrixPrimaryCaps
 from capsexp.ops.receptive_fields import PADDINGS, Grid, padded
@@ -30,9 +30,9 @@ class MatrixCapsNet(nn.Module):
         padding: of the first convolution, "valid" or "same".
         primary_types: B.
         conv_types, conv_kernels, conv_strides: C, D, …; one number per layer of convolutional capsules.
-        pose_dim, pose, shared_transformations, identity, noise, votes_mib: see `MatrixCaps`.
+        pose_dim, pose, shared_transformations, init_identity, init_noise, votes_mib: see `MatrixCaps`.
         coordinates, coordinate_scale: see `SharedClassCaps`.
-        mask: see `CapsNet`; counts only with a decoder.
+        decode: see `CapsNet`; counts only with a decoder.
         routing: builds a layer's routing from (in_caps, out_caps, pose_dim[, fields]).
         decoder: builds the decoder from (classes, pose_dim, image_shape); None for a network without.
     Raises: ValueError: too small a picture, a size below 1, lists of different lengths, no such option.
@@ -54,11 +54,11 @@ class MatrixCapsNet(nn.Module):
         pose_dim: int,
         pose: str,
         shared_transformations: bool,
-        identity: int | float,
-        noise: int | float,
+        init_identity: int | float,
+        init_noise: int | float,
         coordinates: str | None,
         coordinate_scale: int | float,
-        mask: str | int,
+        decode: str | int,
         votes_mib: int | float | None,
         routing: Callable[..., nn.Module],
         decoder: Callable[..., nn.Module] | None,
@@ -80,9 +80,9 @@ class MatrixCapsNet(nn.Module):
                 f"got {len(conv_types)}, {len(conv_kernels)} and {len(conv_strides)}"
             )
         require_one_of(PADDINGS, padding=padding)
-        check_mask(mask, classes)
+        check_decode(decode, classes)
         channels, height, width = image_shape
-        grid = Grid(height, width).seen_through((conv_kernel, conv_kernel), conv_stride, padding)
+        grid = Grid(height, width).after_convolution((conv_kernel, conv_kernel), conv_stride, padding)
         if grid.rows < 1 or grid.columns < 1:
             raise ValueError(
                 f"image_shape must be at least {conv_kernel}x{conv_kernel} for conv_kernel {conv_kernel} "
@@ -92,12 +92,12 @@ class MatrixCapsNet(nn.Module):
             "pose_dim": pose_dim,
             "pose": pose,
             "shared_transformations": shared_transformations,
-            "identity": identity,
-            "noise": noise,
+            "init_identity": init_identity,
+            "init_noise": init_noise,
             "routing": routing,
             "votes_mib": votes_mib,
         }
-        self.mask, self.padding = mask, padding
+        self.decode, self.padding = decode, padding
         self.conv = nn.Conv2d(channels, conv_channels, conv_kernel, conv_stride)
         self.primary_caps = MatrixPrimaryCaps(conv_channels, types=primary_types, pose_dim=pose_dim)
         self.routed_layers = [*(f"conv_caps_{number + 1}" for number in range(len(conv_types))), "class_caps"]
@@ -129,7 +129,7 @@ class MatrixCapsNet(nn.Module):
         activations = capsules.activations
         reconstruction = None
         if self.decoder is not None:
-            reconstruction = self.decoder(capsules.poses, decoded_class(self.mask, activations, labels))
+            reconstruction = self.decoder(capsules.poses, decoded_class(self.decode, activations, labels))
         return Output(
             scores=activations,
             probabilities=activations,

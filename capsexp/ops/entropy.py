@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from capsexp.capsules import ReceptiveFields
-from capsexp.ops.receptive_fields import of_children
+from capsexp.ops.receptive_fields import scatter_sum
 
 
 def coupling_entropy(
@@ -33,10 +33,10 @@ def coupling_entropy(
 
 
 def _entropy_over_windows(coupling: Float[Tensor, "B P K J"], fields: ReceptiveFields) -> Float[Tensor, ""]:
-    mass = of_children(coupling.sum(-1), fields)
-    parents = of_children(coupling.new_full((1, *coupling.shape[1:3]), coupling.shape[-1]), fields)[0]  # [I]
+    mass = scatter_sum(coupling.sum(-1), fields)
+    parents = scatter_sum(coupling.new_full((1, *coupling.shape[1:3]), coupling.shape[-1]), fields)[0]  # [I]
     mass = mass.clamp_min(torch.finfo(mass.dtype).tiny)
-    entropy = mass.log() - of_children(coupling.xlogy(coupling).sum(-1), fields) / mass
+    entropy = mass.log() - scatter_sum(coupling.xlogy(coupling).sum(-1), fields) / mass
     choice = parents > 1
     shares = entropy[:, choice] / parents[choice].log()
     return shares.mean() if shares.numel() else coupling.new_zeros(())

@@ -8,16 +8,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, where
 
 
-def presence(labels: Int[Tensor, " B *T"], classes: int) -> Int[Tensor, "B J"]:
+def multi_hot(labels: Int[Tensor, " B *T"], classes: int) -> Int[Tensor, "B J"]:
     """1 for each class that is in the picture, 0 for the others."""
     hot: Tensor = F.one_hot(labels, classes)
     return hot if labels.dim() == 1 else hot.amax(1)
 
 
-def predicted(scores: Float[Tensor, "B J"], labels: Int[Tensor, " B *T"]) -> Int[Tensor, " B *T"]:
+def predicted_labels(scores: Float[Tensor, "B J"], labels: Int[Tensor, " B *T"]) -> Int[Tensor, " B *T"]:
     """The classes with the highest scores, as many as there are labels, each right one at its label's place.
 
-    So `predicted(...) == labels` says which labels were found, and T decoded pictures stand where the T
+    So `predicted_labels(...) == labels` says which labels were found, and T decoded pictures stand where the T
     pictures that they are compared with do. The order of the labels changes nothing else.
     """
     if labels.dim() == 1:
@@ -31,11 +31,11 @@ def predicted(scores: Float[Tensor, "B J"], labels: Int[Tensor, " B *T"]) -> Int
     return where(missed, spare, labels)
 
 
-def exactly(predictions: Int[Tensor, " B *T"], labels: Int[Tensor, " B *T"]) -> Bool[Tensor, " B"]:
-    """Whether all classes of the picture were found: `predictions` as `predicted` gives them."""
+def all_correct(predictions: Int[Tensor, " B *T"], labels: Int[Tensor, " B *T"]) -> Bool[Tensor, " B"]:
+    """Whether all classes of the picture were found: `predictions` as `predicted_labels` gives them."""
     return (predictions == labels).reshape(len(labels), -1).all(1)
 
 
-def share_found(predictions: Int[Tensor, " B *T"], labels: Int[Tensor, " B *T"]) -> Float[Tensor, " B"]:
+def fraction_correct(predictions: Int[Tensor, " B *T"], labels: Int[Tensor, " B *T"]) -> Float[Tensor, " B"]:
     """Share of the picture's classes that were found."""
     return (predictions == labels).reshape(len(labels), -1).float().mean(1)

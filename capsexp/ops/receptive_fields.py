@@ -47,7 +47,7 @@ class Grid(NamedTuple):
         """Rows times columns."""
         return self.rows * self.columns
 
-    def seen_through(self, kernel: tuple[int, int], stride: int, padding: str = "valid") -> "Grid":
+    def after_convolution(self, kernel: tuple[int, int], stride: int, padding: str = "valid") -> "Grid":
         """The grid of a layer that sees windows of this one; 0 rows or less where they do not fit."""
         sizes, first = [], []
         for axis, size in enumerate((self.rows, self.columns)):
@@ -78,22 +78,22 @@ def receptive_fields(grid: Grid, types: int, kernel: tuple[int, int], stride: in
     return ReceptiveFields(children, indices.numel(), _connected(grid, kernel, stride) * types)
 
 
-def of_places(values: Float[Tensor, "B I *rest"], fields: ReceptiveFields) -> Float[Tensor, "B P K *rest"]:
+def gather_windows(
+    values: Float[Tensor, "B I *rest"], fields: ReceptiveFields
+) -> Float[Tensor, "B P K *rest"]:
     """What each place of each window holds, given what each child holds."""
     # The gradient of index_select is index_add, many times as fast as that of values[:, children].
     flat = values.index_select(1, fields.children.flatten())
     return flat.unflatten(1, tuple(fields.children.shape))
 
 
-def of_children(values: Float[Tensor, "B P K *rest"], fields: ReceptiveFields) -> Float[Tensor, "B I *rest"]:
+def scatter_sum(values: Float[Tensor, "B P K *rest"], fields: ReceptiveFields) -> Float[Tensor, "B I *rest"]:
     """Sum over all places at which a child is seen; 0 for a child without parents."""
     total = values.new_zeros(len(values), fields.in_caps, *values.shape[3:])
     return total.index_add(1, fields.children.flatten(), values.flatten(1, 2))
 
 
-def largest_of_children(
-    values: Float[Tensor, "B P K *rest"], fields: ReceptiveFields
-) -> Float[Tensor, "B I *rest"]:
+def scatter_max(values: Float[Tensor, "B P K *rest"], fields: ReceptiveFields) -> Float[Tensor, "B I *rest"]:
     """Maximum over all places at which a child is seen; -inf for a child without parents. No gradient."""
     flat = values.detach().flatten(1, 2)
     places = fields.children.flatten().view(1, -1, *(1 for _ in flat.shape[2:])).expand_as(flat)
@@ -103,7 +103,7 @@ def largest_of_children(
 
 def _connected(grid: Grid, kernel: tuple[int, int], stride: int) -> int:
     """Positions of the grid that lie in some window."""
-    places = grid.seen_through(kernel, stride)
+    places = grid.after_convolution(kernel, stride)
     count = 1
     for windows, size in zip((places.rows, places.columns), kernel, strict=True):
         count *= (windows - 1) * min(stride, size) + size

@@ -76,7 +76,7 @@ def window_votes(
 
 
 def votes_budget(votes_mib: int | float | None) -> int | None:
-    """A layer's memory for votes in bytes; None leaves it to `images_per_piece`.
+    """A layer's memory for votes in bytes; None leaves it to `images_per_chunk`.
 
     Raises:
         ValueError: no memory at all.
@@ -87,7 +87,7 @@ def votes_budget(votes_mib: int | float | None) -> int | None:
     return None if votes_mib is None else int(votes_mib * MIB)
 
 
-def images_per_piece(bytes_per_image: int, *, budget: int | None, device: torch.device) -> int:
+def images_per_chunk(bytes_per_image: int, *, budget: int | None, device: torch.device) -> int:
     """How many pictures' votes fit the budget; at least one.
 
     Args:
@@ -103,7 +103,7 @@ def images_per_piece(bytes_per_image: int, *, budget: int | None, device: torch.
     return max(1, budget // bytes_per_image)
 
 
-def in_pieces(route: Callable[..., Routed], *inputs: Float[Tensor, "B ..."], images: int) -> Routed:
+def chunked(route: Callable[..., Routed], *inputs: Float[Tensor, "B ..."], images: int) -> Routed:
     """Apply `route` to the batch in pieces, so that the votes of the whole batch never exist at once.
 
     With more than one piece, the backward pass computes each piece again instead of storing what is inside.

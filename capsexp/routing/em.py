@@ -17,7 +17,7 @@ from capsexp.ops.kernels.em import (
     fused_em_routing,
     why_not_fused,
 )
-from capsexp.ops.receptive_fields import largest_of_children, of_children, of_places
+from capsexp.ops.receptive_fields import gather_windows, scatter_max, scatter_sum
 from capsexp.ops.votes import MatrixVotes
 from capsexp.schedule import Schedule, Step, as_schedule
 
@@ -90,7 +90,7 @@ def em_routing(
     votes = votes.to(torch.promote_types(votes.dtype, torch.float32))
     with torch.autocast(votes.device.type, enabled=False):
         active = activations.to(votes.dtype)
-        active = active.unsqueeze(1) if fields is None else of_places(active, fields)  # [B, P, K]
+        active = active.unsqueeze(1) if fields is None else gather_windows(active, fields)  # [B, P, K]
         first = initial_shares(votes[:1, :, :, 0, 0], votes.shape[3], fields, initial_coupling)
         coupling = first.unsqueeze(3).expand(-1, -1, -1, votes.shape[3])
         before = None
@@ -117,7 +117,7 @@ def initial_shares(
     """R of the first iteration, of every type alike. See `em_routing`."""
     one = torch.ones_like(like)
     if fields is not None and initial == "paper":
-        one = of_places(of_children(one, fields), fields).reciprocal()
+        one = gather_windows(scatter_sum(one, fields), fields).reciprocal()
     return one / types
 
 
@@ -153,10 +153,10 @@ def _e_step(
     if fields is None or normalisation == "types":
         return logits.softmax(3)
     if normalisation == "paper":
-        shares = (logits - of_places(largest_of_children(logits.amax(3), fields), fields).unsqueeze(3)).exp()
-        return shares / of_places(of_children(shares.sum(3), fields), fields).unsqueeze(3)
-    shares = (logits - of_places(largest_of_children(logits, fields), fields)).exp()
-    return shares / of_places(of_children(shares, fields), fields)
+        shares = (logits - gather_windows(scatter_max(logits.amax(3), fields), fields).unsqueeze(3)).exp()
+        return shares / gather_windows(scatter_sum(shares.sum(3), fields), fields).unsqueeze(3)
+    shares = (logits - gather_windows(scatter_max(logits, fields), fields)).exp()
+    return shares / gather_windows(scatter_sum(shares, fields), fields)
 
 
 def _log_shares(mass: Float[Tensor, "B P J"]) -> Float[Tensor, "B P J"]:

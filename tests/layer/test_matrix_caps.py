@@ -15,7 +15,7 @@ from capsexp.routing.uniform import UniformRouting
 from capsexp.schedule import Saturating
 
 MIB = 2**20
-MATRICES = {"pose_dim": 16, "pose": "matrix", "identity": 1.0, "noise": 0.5, "votes_mib": None}
+MATRICES = {"pose_dim": 16, "pose": "matrix", "init_identity": 1.0, "init_noise": 0.5, "votes_mib": None}
 MATRICES["shared_transformations"] = False
 PAPERS_GRID = Grid(4, 4, (8.0, 8.0), 4)  # that of ConvCaps2 for 32x32
 POSE = pytest.mark.parametrize("pose", ["matrix", "vector"])
@@ -213,9 +213,9 @@ def test_autocast_makes_and_routes_votes_in_float32(make):
 
 def test_matrices_start_as_identity_and_noise():
     poses = capsules(32).poses
-    votes = classes(identity=1.0, noise=0.0, coordinates=None).votes(poses)
+    votes = classes(init_identity=1.0, init_noise=0.0, coordinates=None).votes(poses)
     torch.testing.assert_close(votes, poses.unsqueeze(2).expand_as(votes))
-    weight = conv(5, 5, 8, types=8, identity=2.0, noise=0.1).weight.detach()
+    weight = conv(5, 5, 8, types=8, init_identity=2.0, init_noise=0.1).weight.detach()
     torch.testing.assert_close(weight.mean((0, 1)), 2 * torch.eye(4).double(), rtol=0, atol=0.02)
     assert weight.std((0, 1)).mean().item() == pytest.approx(0.1, rel=0.05)
 
@@ -236,7 +236,7 @@ def test_class_votes_are_those_of_the_loops_over_positions_and_types(pose):
 def test_votes_carry_the_centre_of_the_receptive_field(placement, elements, pose):
     poses = capsules(32).poses
     votes, without = (
-        classes(coordinates=one, pose=pose, noise=0.1).votes(poses) for one in (placement, None)
+        classes(coordinates=one, pose=pose, init_noise=0.1).votes(poses) for one in (placement, None)
     )
     added = (votes - without).view(2, 4, 4, 2, 3, 16)
     along = torch.tensor([-0.08, -0.04, 0.0, 0.04], dtype=torch.float64)
@@ -247,7 +247,7 @@ def test_votes_carry_the_centre_of_the_receptive_field(placement, elements, pose
 
 
 def test_coordinates_are_those_of_a_picture_that_is_not_square():
-    grid = Grid(32, 48).seen_through((5, 5), 2).seen_through((3, 3), 2).seen_through((3, 3), 1)
+    grid = Grid(32, 48).after_convolution((5, 5), 2).after_convolution((3, 3), 2).after_convolution((3, 3), 1)
     offsets = classes(grid, image_size=(32, 48)).coordinates.view(4, 8, 16)
     assert offsets[:, 0, 3].tolist() == pytest.approx([-0.08, -0.04, 0, 0.04])
     assert offsets[0, :, 7].tolist() == pytest.approx([-0.16, -0.12, -0.08, -0.04, 0, 0.04, 0.08, 0.12])

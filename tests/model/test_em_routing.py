@@ -132,7 +132,7 @@ def test_black_pictures_give_finite_values_and_gradients():
 
 
 @pytest.mark.parametrize(
-    ("mask", "labels", "decoded"),
+    ("decode", "labels", "decoded"),
     [
         ("label", [3, 4], [3, 4]),
         ("label", None, "most active"),
@@ -140,8 +140,8 @@ def test_black_pictures_give_finite_values_and_gradients():
         ("2", [3, 4], [2, 2]),
     ],
 )
-def test_mask_chooses_the_capsule_to_decode(mask, labels, decoded):
-    net = network(*SMALL, DECODER, f"model.mask={mask}")
+def test_decode_chooses_the_class_capsule(decode, labels, decoded):
+    net = network(*SMALL, DECODER, f"model.decode={decode}")
     output = net(pictures(2, *STEREO), None if labels is None else torch.tensor(labels))
     classes = output.scores.argmax(1) if decoded == "most active" else torch.tensor(decoded)
     expected = net.decoder(output.layers["class_caps"].poses, classes)
@@ -276,7 +276,7 @@ def test_too_small_a_picture_is_refused_with_the_smallest_size(image_shape):
         ("pose_dim=15", "pose_dim must be a square for matrix poses, got 15"),
         ("pose=tensor", "pose must be one of matrix, vector, got tensor"),
         ("coordinates=left", "coordinates must be null or one of paper, official, got left"),
-        ("mask=longest", "mask must be one of label, prediction, or a class 0 ... 4, got longest"),
+        ("decode=longest", "decode must be one of label, prediction, or a class 0 ... 4, got longest"),
         ("votes_mib=0", "votes_mib must be > 0 or null, got 0"),
     ],
 )

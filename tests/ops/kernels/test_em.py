@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from capsexp.capsules import ReceptiveFields
 from capsexp.ops.kernels import em as kernel
 from capsexp.ops.kernels.em import fused_em_routing
-from capsexp.ops.receptive_fields import Grid, of_places, receptive_fields
+from capsexp.ops.receptive_fields import Grid, gather_windows, receptive_fields
 from capsexp.ops.votes import MatrixVotes, window_votes
 from capsexp.routing.em import em_routing, initial_shares
 
@@ -99,7 +99,7 @@ def unmade(layer, poses, weight):
 
 def made(votes):
     """The votes, [B, P, K, J, D]."""
-    places = votes.poses.unsqueeze(1) if votes.fields is None else of_places(votes.poses, votes.fields)
+    places = votes.poses.unsqueeze(1) if votes.fields is None else gather_windows(votes.poses, votes.fields)
     made_ = window_votes(places, votes.weight[votes.matrices])
     return made_ if votes.offsets is None else made_ + votes.offsets[:, None]
 

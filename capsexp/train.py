@@ -23,6 +23,7 @@ from capsexp.parallel import ALONE, Processes
 from capsexp.profiler import profiler
 from capsexp.progress import Reporter
 from capsexp.record import NoRecord, Record
+from capsexp.routing import advance
 from capsexp.run_dir import RunDir
 from capsexp.schedule import Step
 from capsexp.state import State, processes_of, random_state
@@ -220,16 +221,6 @@ def _read_splits(parts: Parts) -> tuple[Batches, Batches | None]:
     if validation.size == 0:
         return batches, None
     return batches, parts.batches(validation, limit=settings.limit_eval_batches)
-
-
-def advance(model: nn.Module, step: Step) -> dict[str, float]:
-    """Bring whatever follows a schedule inside the network to this step; returns the values, by layer."""
-    values: dict[str, float] = {}
-    for name, module in model.named_modules():
-        if (follow := getattr(module, "advance", None)) is not None:
-            layer = name.removesuffix(".routing")
-            values |= {f"{key}/{layer}": value for key, value in follow(step).items()}
-    return values
 
 
 def _calibrate(model: nn.Module, batches: Batches) -> None:

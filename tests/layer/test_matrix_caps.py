@@ -304,6 +304,7 @@ def test_windows_are_routed_by_an_algorithm_that_knows_them_only():
         ({"votes_mib": 0}, "votes_mib must be > 0 or null, got 0"),
     ],
 )
+@pytest.mark.usefixtures("no_type_checks")
 def test_wrong_settings_are_refused(make, wrong, message):
     with pytest.raises(ValueError, match=message):
         both(make, **wrong)
@@ -312,10 +313,11 @@ def test_wrong_settings_are_refused(make, wrong, message):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"coordinates": "left"}, "coordinates must be null or one of paper, official, got left"),
+        ({"coordinates": "left"}, "coordinates must be one of paper, official, got left"),
         ({"pose_dim": 1}, "pose_dim must be >= 4 for coordinates, got 1"),
     ],
 )
+@pytest.mark.usefixtures("no_type_checks")
 def test_wrong_coordinates_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         classes(**wrong)
@@ -364,14 +366,14 @@ def test_a_fused_layer_routes_in_full_precision_under_autocast(make):
 
 def test_mixing_takes_the_plain_path_unless_the_fused_one_is_asked_for():
     layer, given = both("conv", routing=em(implementation="auto", activation="mixing"))
-    assert not layer.routing.makes_votes(layer.weight)
+    assert layer.fused_reason() == "there is no fused EM routing with activation mixing"
     assert layer(given).activations.sum(1).tolist() == pytest.approx([1.0] * 5)
     with pytest.raises(ValueError, match="implementation fused is for activation logistic, got mixing"):
         em(implementation="fused", activation="mixing")(6, 4, 16)
 
 
 def test_where_there_is_no_fused_path_asking_for_it_is_an_error(monkeypatch):
-    monkeypatch.setattr("capsexp.routing.em.why_not_fused", lambda *given_: "no compiler")
+    monkeypatch.setattr("capsexp.routing.em.fused_reason", lambda *given_: "no compiler")
     layer, given = both("conv", routing=em(implementation="fused"))
     with pytest.raises(UserError, match=r"routing\.implementation=fused: no compiler"):
         layer(given)

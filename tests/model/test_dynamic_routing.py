@@ -135,6 +135,7 @@ def test_too_small_a_picture_is_refused_with_the_smallest_size(image_shape):
         ("votes_mib=0", "votes_mib must be > 0 or null, got 0"),
     ],
 )
+@pytest.mark.usefixtures("no_type_checks")
 def test_wrong_settings_are_refused(wrong, message):
     with pytest.raises(UserError, match=message):
         network(*THIN, f"model.{wrong}")

@@ -8,8 +8,9 @@ from capsexp.capsules import Batch, Capsules, Routed
 from capsexp.config import compose, plain
 from capsexp.errors import UserError
 from capsexp.model.em_routing import MatrixCapsNet
+from capsexp.routing import advance
 from capsexp.schedule import Step
-from capsexp.train import _moving_average, advance
+from capsexp.train import _moving_average
 
 SMALL = ["model=em_routing", "model.conv_channels=8", "model.primary_types=2", "model.conv_types=[3,4]"]
 DECODER = "model.decoder={_target_: capsexp.layer.decoder.Decoder, _partial_: true, hidden: [8]}"
@@ -275,11 +276,12 @@ def test_too_small_a_picture_is_refused_with_the_smallest_size(image_shape):
         ("padding=full", "padding must be one of valid, same, got full"),
         ("pose_dim=15", "pose_dim must be a square for matrix poses, got 15"),
         ("pose=tensor", "pose must be one of matrix, vector, got tensor"),
-        ("coordinates=left", "coordinates must be null or one of paper, official, got left"),
+        ("coordinates=left", "coordinates must be one of paper, official, got left"),
         ("decode=longest", "decode must be one of label, prediction, or a class 0 ... 4, got longest"),
         ("votes_mib=0", "votes_mib must be > 0 or null, got 0"),
     ],
 )
+@pytest.mark.usefixtures("no_type_checks")
 def test_wrong_settings_are_refused(wrong, message):
     with pytest.raises(UserError, match=message):
         network(*SMALL, f"model.{wrong}")

@@ -140,7 +140,7 @@ def plain(layer, inputs, *, iterations=3, use=(True, True, True), **changes):
     votes = window_votes(poses[:, None] if fields is None else gather_windows(poses, fields), weight[matrix])
     if layer.dense:
         votes = votes + offsets_of(layer, votes)[:, None]
-    routed, _ = em_routing(
+    routed = em_routing(
         votes,
         activations,
         fields=fields,

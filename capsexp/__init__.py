@@ -14,18 +14,40 @@ if TYPE_CHECKING:
     from capsexp.loss.margin import margin_loss
     from capsexp.loss.spread import spread_loss
     from capsexp.ops.squash import squash
+    from capsexp.routing import advance
     from capsexp.routing.dynamic import dynamic_routing
     from capsexp.routing.em import em_routing
+    from capsexp.schedule import Step
 
     load = TrainedRun.load
+
+__all__ = [
+    "Batch",
+    "Capsules",
+    "Output",
+    "Routed",
+    "Step",
+    "TrainedRun",
+    "UserError",
+    "advance",
+    "dynamic_routing",
+    "em_routing",
+    "load",
+    "make",
+    "margin_loss",
+    "spread_loss",
+    "squash",
+]
 
 _MODULES = {
     "Batch": "capsules",
     "Capsules": "capsules",
     "Output": "capsules",
     "Routed": "capsules",
+    "Step": "schedule",
     "TrainedRun": "analysis.trained_run",
     "UserError": "errors",
+    "advance": "routing",
     "dynamic_routing": "routing.dynamic",
     "em_routing": "routing.em",
     "make": "config.make",
@@ -33,9 +55,6 @@ _MODULES = {
     "spread_loss": "loss.spread",
     "squash": "ops.squash",
 }
-"""The module of each public name."""
-
-__all__ = [*_MODULES, "load"]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, get_args
 
 
 class UserError(Exception):
@@ -63,6 +64,17 @@ def require_one_of(allowed: Collection[str], **values: str) -> None:
     for name, value in values.items():
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value}")
+
+
+def require_literal(allowed: Any, **values: object) -> None:
+    """Check constructor arguments that are annotated with a `Literal`.
+
+    Raises:
+        ValueError: naming the argument, the words of the Literal and what it got.
+    """
+    for name, value in values.items():
+        if value not in get_args(allowed):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {value}")
 
 
 def exit_code(error: BaseException) -> int:

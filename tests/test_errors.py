@@ -1,6 +1,8 @@
+from typing import Literal
+
 import pytest
 
-from capsexp.errors import UserError, require_at_least_1, require_one_of
+from capsexp.errors import UserError, require_at_least_1, require_literal, require_one_of
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,12 @@ def test_an_option_must_be_one_of_those_that_there_are():
     with pytest.raises(ValueError, match="padding must be one of valid, same, got full"):
         require_one_of(("valid", "same"), padding="full")
     require_one_of(("valid", "same"), padding="same")
+
+
+def test_a_word_must_be_one_of_its_literal():
+    with pytest.raises(ValueError, match="padding must be one of valid, same, got full"):
+        require_literal(Literal["valid", "same"], padding="full")
+    require_literal(Literal["valid", "same"], padding="same")
 
 
 def test_all_problems_stand_in_the_message():

@@ -79,7 +79,7 @@ def _target_problems(built: dict[str, Any]) -> Iterator[str]:
         return
     dataset, loss = built["dataset"], built["loss"]
     targets = getattr(dataset, "targets", 1)
-    if targets > 1 and not getattr(loss, "takes_several", False):
+    if targets > 1 and not getattr(loss, "multi_label", False):
         name = getattr(loss, "__name__", type(loss).__name__)
         yield (
             f"loss: {name} takes one class in each picture, and {dataset.name} has {targets}: "

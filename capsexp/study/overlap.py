@@ -13,7 +13,7 @@ from capsexp.analysis.trained_run import TrainedRun
 from capsexp.capsules import Batch, Output
 from capsexp.data.pairs import OverlaidPairs
 from capsexp.errors import UserError
-from capsexp.targets import exactly, predicted, presence, share_found
+from capsexp.ops.labels import all_correct, fraction_correct, multi_hot, predicted_labels
 
 PAPERS_OVERLAP = 0.8
 COLOURS = {"R": "black", "R:P": "tab:red", "*R": "tab:blue"}
@@ -101,7 +101,7 @@ class Overlap:
 
     def _collect(self, columns: dict[str, list[Column]], decoded: Decoded) -> None:
         """Add the batch's first pictures of each kind, as far as more are wanted."""
-        right = exactly(decoded.predictions, decoded.batch.labels).tolist()
+        right = all_correct(decoded.predictions, decoded.batch.labels).tolist()
         for place, (is_right, has_absent) in enumerate(zip(right, decoded.has_absent.tolist(), strict=True)):
             if not is_right and len(columns["R:P"]) < 2 * self.wrong:
                 columns["R:P"] += [_column("R", decoded, place), _column("R:P", decoded, place)]
@@ -112,7 +112,7 @@ class Overlap:
 
 
 def _decoded(batch: Batch, output: Output, decoder: Any, generator: torch.Generator) -> Decoded:
-    predictions = predicted(output.scores, batch.labels)
+    predictions = predicted_labels(output.scores, batch.labels)
     absent, has_absent = _absent(
         torch.cat([batch.labels, predictions], dim=1), len(output.scores.T), generator
     )
@@ -127,7 +127,7 @@ def _absent(
     taken: Int[Tensor, "B N"], classes: int, generator: torch.Generator
 ) -> tuple[Int[Tensor, " B"], Bool[Tensor, " B"]]:
     """A class that is not taken, drawn uniformly; and whether there is one."""
-    is_taken = presence(taken, classes).bool()
+    is_taken = multi_hot(taken, classes).bool()
     lots = torch.rand(is_taken.shape, generator=generator).to(taken.device)
     return lots.masked_fill(is_taken, -1).argmax(1), ~is_taken.all(1)
 
@@ -138,8 +138,8 @@ def _sums(decoded: Decoded) -> dict[str, int | float]:
     return {
         "pictures": len(labels),
         "have_absent": len(from_absent),
-        "error": (~exactly(decoded.predictions, labels)).sum().item(),
-        "digit_error": (1 - share_found(decoded.predictions, labels)).sum().item(),
+        "error": (~all_correct(decoded.predictions, labels)).sum().item(),
+        "digit_error": (1 - fraction_correct(decoded.predictions, labels)).sum().item(),
         "squared_error": (from_labels - decoded.batch.pixels).square().flatten(1).mean(1).sum().item(),
         "ink_present": from_labels.flatten(1).mean(1).sum().item(),
         "ink_absent": from_absent.flatten(1).mean(1).sum().item(),

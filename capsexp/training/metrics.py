@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from capsexp.capsules import Batch, Output, Routed
 from capsexp.ops.entropy import coupling_entropy
+from capsexp.ops.labels import all_correct, fraction_correct, predicted_labels
 from capsexp.schedule import Step
-from capsexp.targets import exactly, predicted, share_found
 
 Loss = Callable[[Output, Batch, Step], dict[str, Tensor]]
 
@@ -22,9 +22,11 @@ def pooled(probabilities: Sequence[Float[Tensor, "B J"]]) -> Float[Tensor, "B J"
 
 def _accuracies(scores: Float[Tensor, "B J"], labels: Int[Tensor, " B *T"]) -> dict[str, Float[Tensor, ""]]:
     """Share of pictures of which all classes are right; of several in each, also the share of classes."""
-    predictions = predicted(scores, labels)
-    told = {"accuracy": exactly(predictions, labels).float().mean()}
-    return told if labels.dim() == 1 else told | {"digit_accuracy": share_found(predictions, labels).mean()}
+    predictions = predicted_labels(scores, labels)
+    told = {"accuracy": all_correct(predictions, labels).float().mean()}
+    return (
+        told if labels.dim() == 1 else told | {"digit_accuracy": fraction_correct(predictions, labels).mean()}
+    )
 
 
 def figures(

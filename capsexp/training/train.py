@@ -16,8 +16,9 @@ from capsexp.data.batches import Batches
 from capsexp.data.seeds import derive_seed
 from capsexp.data.split import Split
 from capsexp.errors import RunStopped, UserError, is_interruption
+from capsexp.ops.labels import predicted_labels
+from capsexp.routing import advance
 from capsexp.schedule import Step
-from capsexp.targets import predicted
 from capsexp.training import checkpoint
 from capsexp.training.early_stop import ending, familiar_batches, remarks_on
 from capsexp.training.evaluate import evaluate, inference
@@ -229,16 +230,6 @@ def _read_splits(components: Components) -> tuple[Batches, Batches | None]:
     return batches, components.batches(validation, limit=settings.limit_eval_batches)
 
 
-def advance(model: nn.Module, step: Step) -> dict[str, float]:
-    """Bring whatever follows a schedule inside the network to this step; returns the values, by layer."""
-    values: dict[str, float] = {}
-    for name, module in model.named_modules():
-        if (follow := getattr(module, "advance", None)) is not None:
-            layer = name.removesuffix(".routing")
-            values |= {f"{key}/{layer}": value for key, value in follow(step).items()}
-    return values
-
-
 def _calibrate(model: nn.Module, batches: Batches) -> None:
     """Let a network that can, start from its first batch of training pictures."""
     if (calibrate := getattr(model, "calibrate", None)) is not None:
@@ -278,7 +269,7 @@ def _show_reconstructions(record: Record | NoRecord, model: nn.Module, batches: 
     with inference(model):
         output = model(images)
         if several:
-            output = model(images, predicted(output.scores, labels))
+            output = model(images, predicted_labels(output.scores, labels))
     if output.reconstruction is not None:
         decoded = output.reconstruction
         rows = [images, *pixels.unbind(1), *decoded.unbind(1)] if several else [pixels, decoded]

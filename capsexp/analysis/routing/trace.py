@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from capsexp.capsules import Capsules, Routed
 from capsexp.errors import UserError
 from capsexp.ops.entropy import coupling_entropy
-from capsexp.ops.votes import images_per_piece
+from capsexp.ops.votes import images_per_chunk
 
 
 class RoutedLayer(NamedTuple):
@@ -76,7 +76,7 @@ def traced(layer: Any, children: Capsules, *, iterations: int | None) -> Iterato
     if iterations is not None and "iterations" in inspect.signature(trace).parameters:
         trace = functools.partial(trace, iterations=max(iterations, own_iterations(layer)))
     size = layer.votes(children.poses[:1]).nbytes
-    images = images_per_piece(size, budget=None, device=children.poses.device)
+    images = images_per_chunk(size, budget=None, device=children.poses.device)
     for poses, activations in zip(*(tensor.split(images) for tensor in children), strict=True):
         votes = layer.votes(poses)
         yield Traced(votes, trace(votes, activations))

@@ -72,13 +72,13 @@ def library() -> ctypes.CDLL:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def why_no_library(cost: str) -> str | None:
+def library_problem(cost: str) -> str | None:
     """Why there is no library, told on stderr the first time, with what that costs; None: there is one."""
-    return _why_no_library(cost)
+    return _library_problem(cost)
 
 
 @functools.cache
-def _why_no_library(cost: str) -> str | None:
+def _library_problem(cost: str) -> str | None:
     try:
         library()
     except NotBuiltError as error:

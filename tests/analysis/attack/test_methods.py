@@ -112,7 +112,7 @@ def test_attacks_raise_what_they_are_given(cnn, batch):
 
 
 @pytest.mark.parametrize(
-    "loss", [LOSS, Spread(margin=0.9, average=True, weight_decay=0.0, reconstruction_weight=0.0)]
+    "loss", [LOSS, Spread(margin=0.9, mean_over_classes=True, weight_decay=0.0, reconstruction_weight=0.0)]
 )
 def test_a_pictures_gradient_is_its_own_whatever_batch_it_is_in(cnn, batch, loss):
     together = attacker(cnn, loss).slope(batch)
@@ -125,7 +125,7 @@ def test_where_the_margin_is_kept_the_spread_loss_has_no_gradient_and_the_differ
     labels = predicted(cnn, batch.images)
     scores = cnn(batch.images).scores.topk(2).values
     margin = float((scores[:, 0] - scores[:, 1]).quantile(0.5))
-    loss = Spread(margin=margin, average=False, weight_decay=0.0, reconstruction_weight=0.0)
+    loss = Spread(margin=margin, mean_over_classes=False, weight_decay=0.0, reconstruction_weight=0.0)
     batch = batch._replace(labels=labels)
     kept = scores[:, 0] - scores[:, 1] >= margin
     one = attacker(cnn, loss)

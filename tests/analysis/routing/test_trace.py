@@ -11,7 +11,7 @@ from capsexp.capsules import Capsules, Routed
 from capsexp.config.build import build_components
 from capsexp.config.compose import compose, to_plain
 from capsexp.errors import UserError
-from capsexp.ops.receptive_fields import of_children
+from capsexp.ops.receptive_fields import scatter_sum
 
 DYNAMIC = ["model.conv_channels=8", "model.primary_types=2", "model.decoder=null"]
 UNIFORM = [*DYNAMIC, "routing=uniform"]
@@ -39,7 +39,7 @@ def example(*overrides, number=-1):
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
 @pytest.mark.parametrize("words", [DYNAMIC, EM], ids=["dynamic", "em"])
 def test_the_last_state_is_what_the_layer_gives(words, implementation, monkeypatch):
-    monkeypatch.setattr(trace, "images_per_piece", lambda *_, **__: 2)
+    monkeypatch.setattr(trace, "images_per_chunk", lambda *_, **__: 2)
     model, images = network(*words, f"routing.implementation={implementation}")
     layers = model(images).layers
     found = routed_layers(model, layers)
@@ -61,7 +61,7 @@ def test_there_is_a_state_for_each_iteration_and_couplings_sum_to_one(words, cou
         for state in piece.states:
             total = state.coupling.sum(-1)
             if state.fields is not None:
-                total = of_children(total, state.fields)
+                total = scatter_sum(total, state.fields)
                 total = total[:, total.sum(0) > 0]  # a stride leaves some children without parents
             torch.testing.assert_close(total, torch.ones_like(total))
 

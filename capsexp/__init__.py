@@ -1,6 +1,6 @@
 """Capsule networks: routing algorithms, layers, losses, networks, and experiments with them.
 
-The names are imported on first use, so that `import capsexp` is fast and the command line starts without torch.
+The names are imported on first use, so `import capsexp` is fast and the command line starts without torch.
 """
 
 import importlib

@@ -129,7 +129,7 @@ def closing(record: Record | NoRecord) -> Iterator[None]:
 
 
 def displayable(images: Float[Tensor, "*N C H W"]) -> Float[Tensor, "*N D H W"]:
-    """Return grey or color images unchanged; with other channel counts, as of stereo, the first channel."""
+    """Return gray or color images unchanged; with other channel counts, as of stereo, the first channel."""
     return images if images.shape[-3] in (1, 3) else images[..., :1, :, :]
 
 

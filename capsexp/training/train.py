@@ -166,7 +166,8 @@ class Training:
 
     def _validate(self, *, epoch: int, last: bool) -> None:
         """Evaluate at the end of an epoch, and decide whether an accuracy ends the training."""
-        state, settings, splits, metrics = self.state, self.settings, self.splits, dict[str, float]()
+        state, settings, splits = self.state, self.settings, self.splits
+        metrics: dict[str, float] = {}
         if splits.validation is not None:
             metrics |= self._evaluate(splits.validation, "validation")
         if splits.familiar is not None:
@@ -250,8 +251,8 @@ class Training:
         if not self.processes.is_main:
             return
         checkpoint.save(folder, state.state_dict(rng_states), step=state.step)
-        without_best = self.splits.validation is None and state.stopped is None
-        best = state.step if without_best else state.chosen_step
+        last_is_best = self.splits.validation is None and state.stopped is None
+        best = state.step if last_is_best else state.chosen_step
         if best is not None:
             checkpoint.link(folder, "best", best)
         keep = [] if best is None else [best]

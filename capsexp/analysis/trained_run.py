@@ -19,7 +19,7 @@ from capsexp.errors import UserError
 from capsexp.schedule import Step
 from capsexp.training import checkpoint
 from capsexp.training.evaluate import inference
-from capsexp.training.state import trained_weights
+from capsexp.training.state import saved_position, trained_weights
 
 
 def load_model(components: Components, path: Path, *, weights: str) -> tuple[nn.Module, Step]:
@@ -42,7 +42,7 @@ def load_model(components: Components, path: Path, *, weights: str) -> tuple[nn.
         model.load_state_dict(trained_weights(saved))
     except RuntimeError as error:
         raise UserError(f"the weights in {path} are of another network: {_first_lines(error)}") from None
-    return components.device.place(model).eval(), Step(saved["step"], saved["step"])
+    return components.device.place(model).eval(), saved_position(saved)
 
 
 def _first_lines(error: Exception) -> str:

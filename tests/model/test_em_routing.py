@@ -10,7 +10,7 @@ from capsexp.errors import UserError
 from capsexp.model.em_routing import MatrixCapsNet
 from capsexp.routing import advance
 from capsexp.schedule import Step
-from capsexp.training.train import _moving_average
+from capsexp.training.start import moving_average
 
 SMALL = ["model=em_routing", "model.conv_channels=8", "model.primary_types=2", "model.conv_types=[3,4]"]
 DECODER = "model.decoder={_target_: capsexp.layer.decoder.Decoder, _partial_: true, hidden: [8]}"
@@ -215,7 +215,7 @@ def test_advance_tells_the_inverse_temperature_of_each_layer():
 
 def test_a_moving_average_sees_the_same_windows():
     net, images = network(*SMALL), pictures(2, *STEREO)
-    average = _moving_average(net, 0.9)
+    average = moving_average(net, 0.9)
     for _ in range(2):
         average.update_parameters(net)
     assert all(torch.equal(*both) for both in zip(net.buffers(), average.module.buffers(), strict=True))

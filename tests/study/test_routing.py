@@ -11,7 +11,7 @@ from capsexp.errors import UserError
 from capsexp.ops.receptive_fields import Grid
 from capsexp.schedule import Step
 from capsexp.study.routing import Routing
-from capsexp.training.metrics import figures as told_about
+from capsexp.training.metrics import batch_metrics
 
 SETTINGS = {
     "iterations": 5,
@@ -41,8 +41,8 @@ def test_curves_are_those_of_the_network_over_all_pictures_and_go_on_beyond_its_
     numbers, figures, _ = Routing(**SETTINGS)(one)
     expected = 0.0
     for batch, output in one.outputs():
-        told = told_about(output, batch, {"loss": torch.zeros(())})
-        expected += told["coupling_entropy/class_caps"] * len(batch.labels) / 150
+        metrics = batch_metrics(output, batch, {"loss": torch.zeros(())})
+        expected += metrics["coupling_entropy/class_caps"] * len(batch.labels) / 150
     layer = numbers["layers"]["class_caps"]
     assert numbers["pictures"] == 150
     assert numbers["entropy/class_caps"] == pytest.approx(expected, rel=1e-5)

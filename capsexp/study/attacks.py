@@ -113,7 +113,7 @@ class Attacks:
         source = None if self.source is None else self._attacker(_matching(subject, self.source))
         tally = Tally(counted="accuracy")
         picked: dict[int, tuple[Batch, Tensor]] = {}
-        for batch in subject.batches(what="attacks"):
+        for batch in subject.batches(description="attacks"):
             scale, slope, withstood = scale_of(batch), attacker.slope(batch), Withstood(batch.labels)
             clean = predicted(attacker.model, batch.images)
             withstood.see(0, clean)

@@ -63,7 +63,7 @@ class Equivariance:
         """Accuracy, change and R² for each kind of move; as scalars the R² of one map for each class."""
         subject.require_single_label()
         split = subject.components.dataset.read("test")
-        split = split.take(subject.chosen(split.size))
+        split = split.take(subject.sampled(split.size))
         self._require_in_sight(split)
         unmoved = _seen(subject, split, "unmoved")
         if unmoved.right.sum() < 2:
@@ -159,7 +159,7 @@ def _with_one(inputs: Float[Tensor, "N M P"]) -> Float[Tensor, "R P1"]:
 
 def _seen(subject: TrainedRun, split: Split, what: str) -> Seen:
     poses, right = [], []
-    for batch, output in subject.outputs(split, what=what):
+    for batch, output in subject.outputs(split, description=what):
         top = [*output.layers.values()][-1:]
         if not top or not isinstance(top[0], Routed):
             raise UserError("this network has no capsules, so there are no poses to follow")

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from capsexp.analysis.findings import Findings, visible
+from capsexp.analysis.findings import Findings, displayable
 from capsexp.analysis.trained_run import TrainedRun
 from capsexp.capsules import Batch, Output
 from capsexp.data.pairs import OverlaidPairs
@@ -160,7 +160,7 @@ def _drawn(shown: list[Column]) -> Any:
     made = [torch.cat([*one.reconstructions, torch.zeros_like(one.picture)]) for one in shown]
     figure = Figure(figsize=(max(5, 0.95 * len(shown)), 2.6), layout="constrained")
     plot = figure.add_subplot()
-    plot.imshow(visible(make_grid(torch.stack(inputs + made), nrow=len(shown), padding=1, pad_value=0.5)))
+    plot.imshow(displayable(make_grid(torch.stack(inputs + made), nrow=len(shown), padding=1, pad_value=0.5)))
     titles = [f"{one.mark}:{tuple(one.decoded)}\nL:{tuple(one.labels)}" for one in shown]
     plot.set_xticks([(place + 0.5) * (width + 1) for place in range(len(shown))], titles)
     plot.set_yticks([0.5 * (height + 1), 1.5 * (height + 1)], ["input", "decoded"])

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from capsexp.analysis.findings import Findings, visible
+from capsexp.analysis.findings import Findings, displayable
 from capsexp.analysis.trained_run import TrainedRun
 
 
@@ -82,7 +82,7 @@ def _drawn(right: list[Triple], failures: list[Triple]) -> Any:
     for column, one in enumerate(shown):
         for row, picture in enumerate((one.picture, one.reconstruction)):
             plot = figure.add_subplot(2, len(shown), row * len(shown) + column + 1)
-            plot.imshow(visible(picture), cmap="gray", vmin=0, vmax=1)
+            plot.imshow(displayable(picture), cmap="gray", vmin=0, vmax=1)
             plot.set_xticks([])
             plot.set_yticks([])
             if row == 0:

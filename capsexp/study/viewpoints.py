@@ -94,10 +94,10 @@ def _seen(subject: TrainedRun) -> Seen:
     split, factors = everything.read("test"), everything.factors("test")
     right = [
         (output.scores.argmax(1) == batch.labels).cpu()
-        for batch, output in subject.outputs(split, what=subject.path.name)
+        for batch, output in subject.outputs(split, description=subject.path.name)
     ]
     parameters = sum(parameter.numel() for parameter in subject.model.parameters())
-    return Seen(subject.path.name, parameters, torch.cat(right), factors[subject.chosen(split.size)])
+    return Seen(subject.path.name, parameters, torch.cat(right), factors[subject.sampled(split.size)])
 
 
 def _numbers(seen: Seen, viewpoint: str | None) -> dict[str, Any]:

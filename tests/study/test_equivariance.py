@@ -74,8 +74,8 @@ def study(poses, tiny_parts, right=lambda labels: labels, limit=None, moves=MOVE
     parts = tiny_parts("trainer.batch_size=32")._replace(dataset=Blobs(**changes))
     model = Network(poses, right)
     model.class_caps = SimpleNamespace(coordinate_elements=(0, 1), coordinate_scale=0.01)
-    subject = TrainedRun(model, parts, path=Path("run"), step=Step(0, 1), limit=limit)
-    return Equivariance(**moves)(subject), model
+    run = TrainedRun(model, parts, path=Path("run"), step=Step(0, 1), limit=limit)
+    return Equivariance(**moves)(run), model
 
 
 def test_a_pose_that_says_where_the_picture_is_is_equivariant(tiny_parts):
@@ -151,7 +151,7 @@ def test_the_share_that_is_told_is_that_of_pictures_that_were_not_fitted_to():
         for group in groups.unique():
             train, test = ((groups == group) & half for half in (fitted, ~fitted))
             design, other = (
-                np.c_[inputs[one].reshape(-1, 3), np.ones(4 * one.sum())] for one in (train, test)
+                np.c_[inputs[rows].reshape(-1, 3), np.ones(4 * rows.sum())] for rows in (train, test)
             )
             weights = np.linalg.lstsq(design, outputs[train].reshape(-1, 1).numpy(), rcond=None)[0]
             truths.append(outputs[test].reshape(-1, 1).numpy())
@@ -169,17 +169,17 @@ def test_too_few_rows_and_outputs_that_are_all_the_same_have_no_share():
     assert held_out_r2(inputs[..., :0], torch.ones(4, 1, 1).double(), labels, fitted) is None
 
 
-def test_a_trained_network_loses_accuracy_and_its_poses_change_as_it_is_moved(subject):
-    one = subject(limit=200)
-    numbers, *_ = Equivariance(shifts=[1, 3], rotations=[30], seed=0)(one)
-    right = sum((output.scores.argmax(1) == batch.labels).sum().item() for batch, output in one.outputs())
+def test_a_trained_network_loses_accuracy_and_its_poses_change_as_it_is_moved(trained_run):
+    run = trained_run(limit=200)
+    numbers, *_ = Equivariance(shifts=[1, 3], rotations=[30], seed=0)(run)
+    right = sum((output.scores.argmax(1) == batch.labels).sum().item() for batch, output in run.outputs())
     assert numbers["accuracy"] == pytest.approx(right / 200)
     down = numbers["moves"]["down"]
     assert down["accuracy"][1] < min(down["accuracy"][0], numbers["accuracy"])
     assert 0 < down["relative_change"][0] < down["relative_change"][1]
 
 
-def test_networks_and_pictures_without_a_pose_to_follow_are_refused(tiny_parts, subject):
+def test_networks_and_pictures_without_a_pose_to_follow_are_refused(tiny_parts, trained_run):
     with pytest.raises(UserError, match=r"^fewer than 2 pictures are classified right: there are no poses"):
         study(middle, tiny_parts, right=lambda labels: (labels + 1) % 3)
     with pytest.raises(UserError, match=r"^study\.shifts: must be < the picture's 20x20, got -20$"):
@@ -187,12 +187,12 @@ def test_networks_and_pictures_without_a_pose_to_follow_are_refused(tiny_parts, 
     model = Network(middle)
     model.forward = lambda images, labels: Output(images.flatten(1), images.flatten(1))
     parts = tiny_parts()._replace(dataset=Blobs())
-    one = TrainedRun(model, parts, path=Path("run"), step=Step(0, 1), limit=None)
+    run = TrainedRun(model, parts, path=Path("run"), step=Step(0, 1), limit=None)
     with pytest.raises(UserError, match=r"^this network has no capsules, so there are no poses to follow$"):
-        Equivariance(**MOVES)(one)
+        Equivariance(**MOVES)(run)
     parts.dataset.targets = 2
-    with pytest.raises(UserError, match=r"^this study needs pictures of one class each; those of "):
-        Equivariance(**MOVES)(one)
+    with pytest.raises(UserError, match=r"^this study needs images of one class each; those of "):
+        Equivariance(**MOVES)(run)
 
 
 @pytest.mark.parametrize("none", [[], [0]])

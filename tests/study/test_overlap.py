@@ -28,15 +28,15 @@ def pairs(untrained):
     return lambda **options: untrained(*PAIRS, **options)
 
 
-def both_right(one):
-    for batch, output in one.outputs():
+def both_right(run):
+    for batch, output in run.outputs():
         best = output.scores.topk(2).indices.tolist()
         yield from (len({*a} & {*b}) for a, b in zip(best, batch.labels.tolist(), strict=True))
 
 
 def test_columns_are_decoded_from_labels_predictions_and_digits_that_are_not_there(pairs):
-    one = pairs()
-    numbers, figures, _ = Overlap(correct=3, wrong=2, absent=2)(one)
+    run = pairs()
+    numbers, figures, _ = Overlap(correct=3, wrong=2, absent=2)(run)
     shown = numbers["shown"]
     marks = [mark for mark, _, _ in shown]
     assert marks == ["R"] * marks.index("*R") + ["*R"] * 2 + ["R", "R:P"] * 2
@@ -57,20 +57,20 @@ def test_columns_are_decoded_from_labels_predictions_and_digits_that_are_not_the
 
 
 def test_the_numbers_are_means_over_all_pictures(pairs):
-    one = pairs()
-    numbers, *_ = Overlap(correct=1, wrong=0, absent=0)(one)
-    found = list(both_right(one))
+    run = pairs()
+    numbers, *_ = Overlap(correct=1, wrong=0, absent=0)(run)
+    found = list(both_right(run))
     assert numbers["pictures"] == numbers["test_pairs"] == len(found) == 359
     assert numbers["error"] == pytest.approx(1 - found.count(2) / 359)
     assert numbers["digit_error"] == pytest.approx(1 - sum(found) / 718)
     squares = ink = 0.0
-    for batch, output in one.outputs():  # decoded from the labels, as the mask of this network says
+    for batch, output in run.outputs():  # decoded from the labels, as the mask of this network says
         squares += (output.reconstruction - batch.pixels).square().mean((1, 2, 3, 4)).sum().item()
         ink += output.reconstruction.mean((1, 2, 3, 4)).sum().item()
     assert numbers["squared_error"] == pytest.approx(squares / 359)
     assert numbers["ink_present"] == pytest.approx(ink / 359)
     assert 0 < numbers["ink_absent"] < 1
-    measured = one.in_batches(one.components.dataset.read("test")).overlap()
+    measured = run.in_batches(run.components.dataset.read("test")).overlap()
     assert (numbers["overlap_frames"], numbers["overlap_ink"]) == (measured["frames"], measured["ink"])
     assert numbers["overlap_paper"] == 0.8
 
@@ -94,27 +94,27 @@ def test_it_needs_a_decoder_and_two_digits_in_each_picture(pairs, untrained):
     study = Overlap(correct=1, wrong=1, absent=1)
     with pytest.raises(UserError, match=r"^this study needs pairs of digits, .* has; this is digits$"):
         study(untrained())
-    one = pairs()
-    one.model.decoder = None
+    run = pairs()
+    run.model.decoder = None
     with pytest.raises(UserError, match=r"^this run has no decoder"):
-        study(one)
+        study(run)
 
 
 @pytest.mark.parametrize(
     "study", [Reconstructions(correct=1, wrong=0), Perturbations(classes=None, reach=1, step=1)]
 )
 def test_studies_of_one_class_refuse_pairs(study, pairs):
-    message = r"^this study needs pictures of one class each; those of multimnist have 2$"
+    message = r"^this study needs images of one class each; those of multimnist have 2$"
     with pytest.raises(UserError, match=message):
         study(pairs())
 
 
 def test_nothing_to_show_is_one_line(pairs):
-    one = pairs(limit=1)
-    wrong_one = next(both_right(one)) < 2
+    run = pairs(limit=1)
+    wrong_one = next(both_right(run)) < 2
     study = Overlap(correct=int(wrong_one), wrong=int(not wrong_one), absent=0)
     with pytest.raises(UserError, match=r"^there is no picture of the kinds that study\.correct, wrong and"):
-        study(one)
+        study(run)
 
 
 @pytest.mark.parametrize(("correct", "wrong", "absent"), [(-1, 1, 0), (1, -1, 0), (1, 0, -1), (0, 0, 0)])

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from capsexp.analysis.findings import visible
+from capsexp.analysis.findings import displayable
 
 Curve = Sequence[int | float]
 COLOURS = {
@@ -120,7 +120,7 @@ def attacked_pictures(
     figure = Figure(figsize=(1.25 * columns + 0.3, 1.45 * len(rows) + 0.4), layout="constrained")
     plot = figure.add_subplot()
     grid = make_grid(torch.cat(rows).clamp(0, 1), nrow=columns, padding=margin, pad_value=1)
-    plot.imshow(visible(grid[:, margin:, margin:]), cmap="gray", vmin=0, vmax=1)
+    plot.imshow(displayable(grid[:, margin:, margin:]), cmap="gray", vmin=0, vmax=1)
     for row, one in enumerate(shown):
         for column, prediction in enumerate(one.predictions):
             place = (column * right + width / 2, row * down + height)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid
 
-from capsexp.analysis.findings import visible
+from capsexp.analysis.findings import displayable
 from capsexp.ops.receptive_fields import Grid
 
 LOGITS_OF_THE_PAPER = {2: 0.007, 5: 1e-5}
@@ -87,7 +87,7 @@ def parents(one: Shown, grid: Grid, classes: Sequence[str]) -> Any:
     down, across = picture.shape[2:]
     sheet = {"nrow": columns, "padding": 0}
     extent = (0, columns * across, rows * down, 0)
-    plot.imshow(visible(make_grid(picture, **sheet)), cmap="gray", vmin=0, vmax=1, extent=extent)
+    plot.imshow(displayable(make_grid(picture, **sheet)), cmap="gray", vmin=0, vmax=1, extent=extent)
     values = make_grid(cells.unsqueeze(1), **sheet)[0]
     # Where nothing is gained or lost, the picture shows.
     alpha = 0.8 * (values.abs() / reach).sqrt()

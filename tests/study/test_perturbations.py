@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from capsexp.errors import UserError
-from capsexp.study.perturbations import Perturbations
+from capsexp.study.perturbations import Perturbations, perturbed
 
 
-def test_each_row_changes_one_dimension_of_the_pose_by_the_papers_steps(trained_run):
+def test_each_row_changes_one_dimension_of_the_pose_in_the_steps_of_the_paper(trained_run):
     run = trained_run()
     study = Perturbations(classes=[0], reach=0.25, step=0.05)
     numbers, figures, _ = study(run)
@@ -20,7 +20,7 @@ def test_each_row_changes_one_dimension_of_the_pose_by_the_papers_steps(trained_
     )
     place = ((batch.labels == 0) & (output.scores.argmax(1) == 0)).nonzero()[0, 0]
     pose = output.layers["class_caps"].poses[place, 0]
-    rows = study._decoded(pose, 0, 10, run.decoder())
+    rows = perturbed(pose, study.deltas, 0, 10, run.decoder())
     assert rows.shape == (16, 11, 1, 8, 8)
     for dimension, number in ((3, 0), (15, 10), (7, 5)):
         changed = pose.clone()
@@ -33,12 +33,12 @@ def test_each_row_changes_one_dimension_of_the_pose_by_the_papers_steps(trained_
     assert min(numbers["change_by_dimension/0"]) > 0
 
 
-def test_all_classes_have_a_figure_and_a_class_that_is_never_right_is_named(trained_run):
+def test_all_classes_have_a_figure_and_a_class_without_a_correct_image_is_named(trained_run):
     run = trained_run()
     with pytest.raises(UserError, match=r"^study\.classes: must be 0 … 9, got 10$"):
         Perturbations(classes=[3, 10], reach=0.1, step=0.1)(run)
     run.limit = 1
-    with pytest.raises(UserError, match=r"^no picture of class \d is classified right: there is nothing"):
+    with pytest.raises(UserError, match=r"^no image of class \d is classified correctly: there is no pose"):
         Perturbations(classes=None, reach=0.1, step=0.1)(run)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import logging
 import os
 import re
 import subprocess
@@ -20,6 +21,8 @@ from omegaconf import OmegaConf
 # Tests are many small operations: with more threads they wait for each other, most of all on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from capsexp.cli import jobs
+from capsexp.cli import main as cli
 from capsexp.config.build import build_components
 from capsexp.config.components import Components
 from capsexp.config.compose import GROUPS, compose, to_plain
@@ -97,6 +100,34 @@ def train_tiny() -> Callable[..., dict[str, float]]:
 @pytest.fixture
 def metrics_of() -> Callable[[Path], list[dict[str, Any]]]:
     return lambda path: [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def capsexp(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process: `capsexp("train", "seed=1", COLUMNS="200")`.
+
+    Keywords are environment variables. Returns exit code, stdout, stderr.
+    """
+
+    def call(*arguments: object, **variables: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["capsexp", *map(str, arguments)])
+        monkeypatch.setattr(jobs, "_argv", tuple(sys.argv))
+        folders = {"CAPSEXP_OUTPUTS": str(tmp_path / "outputs"), "CAPSEXP_DATA": str(tmp_path / "data")}
+        for name, value in {**folders, "HYDRA_FULL_ERROR": "1", **variables}.items():
+            monkeypatch.setenv(name, value)
+        try:
+            code = cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code or 0, *capsys.readouterr()
+
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    yield call
+    for handler in set(root.handlers) - set(before):  # Hydra's, which hold a file or this test's stdout
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
 """What a user can put right: told in one line, without a traceback."""
 
 import difflib
+import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeGuard
 
 
 class UserError(Exception):
@@ -39,6 +41,11 @@ class Notes:
             self.warnings.append(line)
 
 
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Return whether a value is an int or a float; Python also counts True and False as ints."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def require_at_least_1(**values: int | Sequence[int] | None) -> None:
     """Check constructor arguments: a number must be >= 1, a list must hold such numbers; None is no value.
 
@@ -63,6 +70,13 @@ def require_one_of(allowed: Collection[str], **values: str) -> None:
     for name, value in values.items():
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value}")
+
+
+def print_error(error: UserError) -> int:
+    """Print each problem of a user error on stderr; return the exit code."""
+    for problem in error.problems:
+        print(f"capsexp: {problem}", file=sys.stderr)
+    return error.exit_code
 
 
 def exit_code(error: BaseException) -> int:

@@ -25,7 +25,8 @@ from capsexp.cli import jobs
 from capsexp.cli import main as cli
 from capsexp.config.build import build_components
 from capsexp.config.components import Components
-from capsexp.config.compose import GROUPS, compose, to_plain
+from capsexp.config.compose import compose, to_plain
+from capsexp.config.settings import GROUPS, with_setting
 from capsexp.training.run_dir import RunDir
 
 # Small enough for a second, large enough for every part: several steps an epoch, a smaller last batch.
@@ -188,15 +189,6 @@ SETTINGS = {
 }
 
 
-def changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """A config with one dotted key set anew, its copy within the model too."""
-    first, _, rest = key.partition(".")
-    config = {**config, first: changed(config.get(first, {}), rest, value) if rest else value}
-    if first == "routing" and "model" in config:
-        config["model"] = {**config["model"], "routing": config["routing"]}
-    return config
-
-
 @pytest.fixture
 def write_run(tmp_path) -> Callable[..., Path]:
     """Write a run's files: `write_run("a", {"seed": 1}, validation=[0.5, 0.6], test=0.6)`."""
@@ -206,7 +198,7 @@ def write_run(tmp_path) -> Callable[..., Path]:
         path.mkdir(parents=True, exist_ok=True)
         config = told.pop("config", SETTINGS)
         for key, value in (settings or {}).items():
-            config = changed(config, key, value)
+            config = with_setting(config, key, value)
         validation, test = told.pop("validation", []), told.pop("test", None)
         lines = [
             {"step": 10 * number, "epoch": number, "train/loss": 1 / number, "train/accuracy": 0.5}

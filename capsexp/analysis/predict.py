@@ -47,7 +47,7 @@ def predict(components: Components, config: Mapping[str, Any], files: Sequence[s
         for name, pixels, decoded in zip(files, prepared.pixels, output.reconstruction, strict=True):
             target = Path(name).with_suffix(".reconstruction.png")
             save_image(_side_by_side(pixels, *(decoded if targets > 1 else [decoded])), target)
-            print(f"{target}: the picture as the network saw it, and its reconstruction")
+            print(f"{target}: the network's input and its reconstruction")
 
 
 def _fitted(name: str, shape: Shape) -> UInt8[Tensor, "C H W"]:

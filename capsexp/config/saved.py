@@ -6,10 +6,12 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 
-from capsexp.config.compose import GROUPS, REPLACE, compose, to_plain
-from capsexp.config.overrides import quoted, value
+from capsexp.config.compose import to_plain
+from capsexp.config.overrides import value
+from capsexp.config.settings import GROUPS
 from capsexp.errors import UserError
 
 STORED = "stored"  # option of every group that a saved config holds
@@ -90,25 +92,19 @@ def register_saved_config(
     run = value(overrides, "run")
     if not isinstance(run, str):
         raise UserError(f"capsexp {command} needs a run: capsexp {command} run=DIR")
-    path = Path(run) / ".hydra" / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{run} is not the directory of a run: there is no {path}")
-    try:
-        saved = parse_saved(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    store_as_primary(saved, extra={"run": None, **extra}, groups=groups or {}, name=f"{command}_run")
+    store_as_primary(
+        _read(Path(run)), extra={"run": None, **extra}, groups=groups or {}, name=f"{command}_run"
+    )
 
 
 def load_saved_config(path: Path) -> dict[str, Any]:
-    """Load the plain config of a run from its directory.
+    """Load the plain config of a run from its directory. Hydra's global state stays as it is.
 
     Raises:
         UserError: there is no such run, or its config cannot be read.
     """
-    overrides = [f"run={quoted(path)}"]
-    register_saved_config(overrides, command="other")
-    return to_plain(compose("other_run", overrides, config_dir=None))
+    groups, root = _divide(_read(path))
+    return to_plain(OmegaConf.create({**root, **groups, "run": str(path), "plugins": []}))
 
 
 def store_as_primary(
@@ -119,16 +115,35 @@ def store_as_primary(
     Hydra then treats it like conf/: `capsexp eval run=DIR dataset=fashion_mnist routing.iterations=5` works.
     """
     store = ConfigStore.instance()
-    own = [group for group in GROUPS if isinstance(saved.get(group), dict)]
-    # `hydra`, `defaults` and `plugins` of a saved config would let a run directory run code of its own.
-    # So would the `defaults` of a group: they can place another group's keys at `hydra`.
-    for group in own:
-        node = {key: value for key, value in saved[group].items() if key != "defaults"}
-        store.store(group=group, name=STORED, node=node, **REPLACE)
-    root = {key: value for key, value in saved.items() if key not in (*own, "hydra", "defaults", "plugins")}
+    own, root = _divide(saved)
+    for group, node in own.items():
+        store.store(group=group, name=STORED, node=node)
     logging = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
     options = {**dict.fromkeys(own, STORED), **(groups or {})}
     defaults = [*({group: option} for group, option in options.items()), "_self_", *logging]
     quiet = {"run": {"dir": "."}, "output_subdir": None, "job": {"name": name, "chdir": False}}
     node = {"defaults": defaults, **root, **extra, "plugins": [], "hydra": quiet}
-    store.store(name=name, node=node, **REPLACE)
+    store.store(name=name, node=node)
+
+
+def _read(run: Path) -> dict[str, Any]:
+    """Read the saved config of a run directory; interpolations stay as they are."""
+    path = run / ".hydra" / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run} is not the directory of a run: there is no {path}")
+    try:
+        return parse_saved(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _divide(saved: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divide a saved config into its groups and its other keys, without what could run code of its own.
+
+    That is `hydra`, `defaults` and `plugins`, and also the `defaults` of a group: they can place another
+    group's keys at `hydra`.
+    """
+    own = [group for group in GROUPS if isinstance(saved.get(group), dict)]
+    groups = {group: {key: saved[group][key] for key in saved[group] if key != "defaults"} for group in own}
+    excluded = (*own, "hydra", "defaults", "plugins")
+    return groups, {key: content for key, content in saved.items() if key not in excluded}

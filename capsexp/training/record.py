@@ -17,7 +17,7 @@ from torch import Tensor, cat
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 
-from capsexp.config.settings import comparable, fingerprint, without
+from capsexp.config.settings import comparable, fingerprint, flat, without
 from capsexp.errors import UserError
 from capsexp.files import write_atomic
 
@@ -126,15 +126,14 @@ def _typed(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value if isinstance(value, bool | int | float | str) else str(value)
         for key, value in settings.items()
-        if value is not None and _is_telling(key, settings)
+        if value is not None and _is_telling(key)
     }
 
 
-def _is_telling(key: str, settings: Mapping[str, Any]) -> bool:
-    """Whether a setting is for the table: no class of a part, no copy as model.routing.iterations is."""
+def _is_telling(key: str) -> bool:
+    """Return whether a setting is for the table: not the class of a component inside another."""
     _, _, rest = key.partition(".")
-    copied = rest in settings and settings[rest] == settings[key]
-    return not copied and not key.endswith("_partial_") and not rest.endswith("._target_")
+    return not key.endswith("_partial_") and not rest.endswith("._target_")
 
 
 def begin_session(path: Path, settings: Mapping[str, Any]) -> None:
@@ -145,10 +144,9 @@ def begin_session(path: Path, settings: Mapping[str, Any]) -> None:
     """
     for old in (path / "tb").glob(f"*{_END}"):
         old.unlink()
-    compared = comparable(settings)
-    trial = fingerprint(without(compared, "seed"))
+    trial = fingerprint(without(comparable(settings), "seed"))
     # Read before all others: a name that sorts first. TensorBoard does not go back to an earlier file.
-    _write_event(path / "tb" / _BEGIN, hparams_summary.hparams_pb(_typed(compared), trial_id=trial))
+    _write_event(path / "tb" / _BEGIN, hparams_summary.hparams_pb(_typed(flat(settings)), trial_id=trial))
 
 
 def end_session(path: Path, status: str) -> None:

@@ -389,7 +389,7 @@ def test_the_rest_of_capsexp_may_not_be_built(target):
 )
 def test_functions_and_modules_may_not_be_built(target):
     with pytest.raises(
-        UserError, match=f"'{target}' may not be built from a config: it is .*, which is no class"
+        UserError, match=f"'{target}' may not be built from a config: it is .*, which is not a class"
     ):
         resolve(target)
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 import capsexp
 from capsexp.config import compose as config
-from capsexp.config.build import RUN_TIME, build_components, checked_part, resolve
+from capsexp.config.build import RUN_TIME, build_checked, build_components, resolve
 from capsexp.config.compose import (
     HYDRA_1_3,
     compose,
@@ -144,9 +144,9 @@ def test_each_experiment_composes_and_builds(path, tmp_path):
 @pytest.mark.parametrize("path", yamls("study"), ids=named)
 def test_every_study_passes_the_checks_and_a_wrong_key_is_told(path):
     node = merged(path)
-    assert checked_part(node, at="study", plugins=[])
+    assert build_checked(node, at="study", plugins=[])
     with pytest.raises(UserError, match=r"^study: unknown key 'foo'|study\.foo"):
-        checked_part({**node, "foo": 1}, at="study", plugins=[])
+        build_checked({**node, "foo": 1}, at="study", plugins=[])
 
 
 # A study is no part of a run: it is chosen when there is one.

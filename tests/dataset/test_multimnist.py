@@ -138,7 +138,7 @@ def test_a_run_trains_and_is_evaluated(tmp_path, train_tiny, tiny_parts, capsys)
     results = train_tiny(tmp_path, *SMALL)
     assert "multimnist of digits, pairs for each test picture: 1; in" in capsys.readouterr().out
     assert 0 <= results["test/accuracy"] <= results["test/digit_accuracy"] <= 1
-    values = evaluate_run(tiny_parts(*SMALL), {"run": str(tmp_path), "weights": "best", "part": "test"})
+    values = evaluate_run(tiny_parts(*SMALL), {"run": str(tmp_path), "weights": "best", "split": "test"})
     for name in ("accuracy", "digit_accuracy", "margin", "reconstruction"):
         assert values[name] == results[f"test/{name}"]
     with Image.open(tmp_path / "figures" / "reconstruction.png") as shown:

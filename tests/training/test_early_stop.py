@@ -107,7 +107,7 @@ def test_the_test_and_eval_have_the_weights_that_were_matched(tmp_path, train_ti
     assert status(tmp_path)["stopped"]["step"] == best_step(tmp_path) == 5
     told = {"run": str(tmp_path), "weights": "best"}
     for part in ("familiar", "test"):
-        values = evaluate_run(tiny_parts(*overrides), {**told, "part": part})
+        values = evaluate_run(tiny_parts(*overrides), {**told, "split": part})
         assert values["accuracy"] == results[f"{part}/accuracy"]
     stopped = status(tmp_path)["stopped"]
     assert stopped["accuracy"] == results["familiar/accuracy"]

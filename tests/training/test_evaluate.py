@@ -103,15 +103,13 @@ def test_a_part_that_does_not_exist_or_is_empty_is_refused(tmp_path, train_tiny,
     train_tiny(tmp_path, "dataset.validation=0", "trainer.max_steps=2", "trainer.test=none")
     told = {"run": str(tmp_path), "weights": "last"}
     with pytest.raises(
-        UserError, match="part: must be 'test', 'familiar', 'validation' or 'train', got 'all'"
+        UserError, match="split: must be 'test', 'familiar', 'validation' or 'train', got 'all'"
     ):
-        evaluate_run(tiny_parts("dataset.validation=0"), {**told, "part": "all"})
-    with pytest.raises(UserError, match="this run had no validation pictures"):
-        evaluate_run(tiny_parts("dataset.validation=0"), {**told, "part": "validation"})
-    with pytest.raises(
-        UserError, match="part=familiar: digits has no familiar test pictures beside its test"
-    ):
-        evaluate_run(tiny_parts(), {**told, "part": "familiar"})
+        evaluate_run(tiny_parts("dataset.validation=0"), {**told, "split": "all"})
+    with pytest.raises(UserError, match="this run has no validation images"):
+        evaluate_run(tiny_parts("dataset.validation=0"), {**told, "split": "validation"})
+    with pytest.raises(UserError, match="split=familiar: digits has no familiar test images beside its test"):
+        evaluate_run(tiny_parts(), {**told, "split": "familiar"})
 
 
 def test_weights_of_another_network_are_refused(tmp_path, train_tiny, tiny_parts):
@@ -130,7 +128,7 @@ def test_a_step_can_be_named(tmp_path, train_tiny, tiny_parts):
 
 def test_eval_repeats_the_runs_own_test_figures(tmp_path, train_tiny, tiny_parts):
     results = train_tiny(tmp_path)
-    told = {"run": str(tmp_path), "weights": "best", "part": "test"}
+    told = {"run": str(tmp_path), "weights": "best", "split": "test"}
     values = evaluate_run(tiny_parts(), told)
     assert values["accuracy"] == results["test/accuracy"]
     assert values["margin"] == results["test/margin"]
@@ -142,7 +140,7 @@ def test_remarks_stand_above_the_figures(tmp_path, train_tiny, tiny_parts, monke
     lines = capsys.readouterr().out.splitlines()
     assert lines.count("digits: drawn by the testers themselves") == 1
     assert "parameters" in lines[lines.index("digits: drawn by the testers themselves") - 1]
-    evaluate_run(tiny_parts(), {"run": str(tmp_path), "weights": "last", "part": "test"})
+    evaluate_run(tiny_parts(), {"run": str(tmp_path), "weights": "last", "split": "test"})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "digits: drawn by the testers themselves"
     assert any("accuracy" in line for line in lines[1:])

@@ -313,12 +313,12 @@ def test_other_commands_work_in_one_process(command, second):
     with pytest.raises(
         UserError, match=f"^capsexp {command} works in one process: start it without torchrun$"
     ):
-        cli._dispatch([command])
+        cli.dispatch([command])
 
 
 def test_a_sweep_is_started_without_torchrun(second):
     with pytest.raises(UserError, match=r"^a sweep starts its runs by itself: start it without torchrun$"):
-        cli._dispatch(["train", "-m", "seed=0,1"])
+        cli.dispatch(["train", "-m", "seed=0,1"])
 
 
 def test_a_batch_has_a_picture_for_each_process(second, tiny_parts):

@@ -39,7 +39,7 @@ COMMANDS = {
         "capsexp eval run=outputs/demo split=validation routing.iterations=1",
         {
             "run": "directory of the run",
-            "split": "test (default), validation, train, or familiar (test images like those seen in training)",
+            "split": "test (default), validation, train, or familiar (test images like the training images)",
             "weights": WEIGHTS,
             "KEY=VALUE": "changes the run's config for this evaluation",
         },
@@ -172,7 +172,7 @@ def command_help(name: str) -> str:
     summary = f"{command.summary[0].upper()}{command.summary[1:]}."
     blocks = [summary, f"usage: capsexp {name} {command.arguments}"]
     if command.settings:
-        blocks.append("\n".join(f"  {key:15} {text}" for key, text in command.settings.items()))
+        blocks.append("\n".join(f"  {key:16} {text}" for key, text in command.settings.items()))
     if command.group:
         blocks.append(f"{command.group}: {', '.join(_options(command.group))}")
     return "\n\n".join([*blocks, f"example: {command.example}"])

@@ -12,11 +12,21 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 from capsexp.config import saved
-from capsexp.config.build import build_components, resolve
+from capsexp.config.build import build_components
 from capsexp.config.compose import compose, to_plain
-from capsexp.config.saved import RENAMED_KEYS, RENAMED_TARGETS, load_saved_config, parse_saved
+from capsexp.config.saved import (
+    RENAMED_KEYS,
+    RENAMED_TARGETS,
+    load_saved_config,
+    parse_saved,
+    store_as_primary,
+)
+from capsexp.config.targets import resolve
+from capsexp.errors import UserError
 from capsexp.training import checkpoint
 
 OLD_RUN = Path(__file__).with_name("old_run")
@@ -170,3 +180,60 @@ def test_values_are_read_as_omegaconf_reads_them(text, value):
 def test_what_is_no_config_is_refused_in_one_line(text):
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
         parse_saved(text)
+
+
+@pytest.fixture
+def config():
+    node = OmegaConf.to_container(compose("train", ["loss.present=0.8"], config_dir=None), resolve=False)
+    del node["hydra"]
+    return node
+
+
+def as_root(config, *overrides):
+    store_as_primary(config, extra={"split": "test"}, name="saved_test")
+    return compose("saved_test", list(overrides), config_dir=None)
+
+
+def test_a_saved_config_comes_back_as_it_was(config):
+    back = to_plain(as_root(config))
+    assert back.pop("split") == "test"
+    assert back == to_plain(compose("train", ["loss.present=0.8"], config_dir=None))
+
+
+def test_a_saved_config_takes_overrides_and_other_options(config):
+    changed = to_plain(as_root(config, "routing.iterations=5", "dataset=mnist", "split=train"))
+    assert changed["model"]["routing"]["iterations"] == 5
+    assert changed["dataset"]["_target_"].endswith("MNIST")
+    assert (changed["split"], changed["loss"]["present"]) == ("train", 0.8)
+
+
+def test_a_wrong_override_of_a_saved_config_is_reported(config):
+    with pytest.raises(
+        UserError, match=r"unknown key 'routing.iteration': did you mean 'routing.iterations'"
+    ):
+        as_root(config, "routing.iteration=5")
+
+
+def test_a_saved_config_without_a_routing_comes_back():
+    node = OmegaConf.to_container(compose("train", ["model=cnn_sabour"], config_dir=None), resolve=False)
+    del node["hydra"]
+    for change in ({}, {"routing": None}):
+        back = to_plain(as_root(node | change))
+        assert back["model"]["_target_"] == "capsexp.model.cnn_sabour.CNN"
+        assert back.get("routing") is None
+
+
+def test_what_could_start_code_is_left_out_of_a_saved_config(config):
+    hostile = {"x": {"_target_": "a.b"}}
+    moved = {"defaults": ["_self_", {"/loss@_global_.hydra": "stored"}]}
+    extra = {
+        "hydra": {"callbacks": hostile},
+        "defaults": ["a"],
+        "plugins": ["os"],
+        "experiment": {"callbacks": hostile},
+    }
+    root = as_root(config | extra | {"model": config["model"] | moved})
+    assert to_plain(root)["plugins"] == []
+    assert root.hydra.callbacks == {}
+    assert "defaults" not in root.model
+    assert ConfigStore.instance().load("model/stored.yaml").node.get("defaults") is None

@@ -1,8 +1,10 @@
 """Overrides with several values."""
 
+from pathlib import Path
+
 import pytest
 
-from capsexp.config.compose import compose, to_plain
+from capsexp.config.compose import compose, conf_dir, to_plain
 from capsexp.config.sweeps import swept_variants, with_constants_swept
 from capsexp.errors import UserError
 

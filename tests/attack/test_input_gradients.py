@@ -1,4 +1,4 @@
-"""An attack needs the gradient by the picture of a network whose weights need none."""
+"""An attack needs the gradient by the image of a network whose weights need none."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ SMALL_EM = ("model.conv_channels=8", "model.primary_types=4", "model.conv_types=
 def parts_of(settings, implementation):
     settings["routing"]["implementation"] = settings["model"]["routing"]["implementation"] = implementation
     parts = components(settings, plugins=[])
-    pictures = parts.dataset.read("test").take(torch.arange(12))
-    return parts, next(parts.batches(pictures, limit=None).in_order())
+    images = parts.dataset.read("test").take(torch.arange(12))
+    return parts, next(parts.batches(images, limit=None).in_order())
 
 
 def started(settings):
@@ -41,9 +41,7 @@ def slopes(settings, weights, implementation, dtype):
 
 @pytest.mark.parametrize("iterations", [1, 3])
 @pytest.mark.parametrize("routing", ["dynamic", "em"])
-def test_fused_routing_has_the_references_gradient_by_the_picture(
-    routing, iterations, tiny_config, em_config
-):
+def test_fused_routing_has_the_references_gradient_by_the_image(routing, iterations, tiny_config, em_config):
     words = ("trainer.batch_size=12", f"routing.iterations={iterations}")
 
     def settings():

@@ -54,7 +54,7 @@ def test_votes_of_a_window_pass_gradcheck(side):
     ("budget", "device", "images"),
     [(None, CPU, 12), (None, CUDA, 1024), (3 * MIB, CPU, 3), (3 * MIB - 1, CUDA, 2), (1, CPU, 1)],
 )
-def test_pieces_fit_the_budget_and_hold_at_least_one_picture(budget, device, images):
+def test_pieces_fit_the_budget_and_hold_at_least_one_image(budget, device, images):
     assert images_per_chunk(MIB, budget=budget, device=device) == images
 
 
@@ -88,8 +88,8 @@ def test_pieces_give_the_same_values_and_gradients():
         routed = chunked(route, poses, activations, images=images)
         loss = sum((field**2).sum() for field in routed[:3])
         results.append((*routed[:3], *torch.autograd.grad(loss, [poses, *layer.parameters()])))
-    for whole, pieces in zip(*results, strict=True):
-        torch.testing.assert_close(whole, pieces, rtol=1e-12, atol=1e-12)
+    for whole, chunks in zip(*results, strict=True):
+        torch.testing.assert_close(whole, chunks, rtol=1e-12, atol=1e-12)
 
 
 def spy(sizes):

@@ -43,14 +43,14 @@ def starting(source, cache, code=LOAD, **environment):
 @needs_compiler
 def test_the_library_is_built_once_and_says_so(empty_cache, capfd):
     assert compiled.library().em_forward(None) == 7
-    told = capfd.readouterr().err
-    assert "building the routing" in told
-    assert str(compiled.library_path()) in told
+    progress = capfd.readouterr().err
+    assert "building the routing" in progress
+    assert str(compiled.library_path()) in progress
     compiled.library.cache_clear()
     assert compiled.library().em_forward(None) == 7
     assert capfd.readouterr().err == ""
-    kept = sorted(path.name for path in empty_cache.iterdir())
-    assert kept == sorted([compiled.library_path().name, compiled.library_path().with_suffix(".lock").name])
+    files = sorted(path.name for path in empty_cache.iterdir())
+    assert files == sorted([compiled.library_path().name, compiled.library_path().with_suffix(".lock").name])
 
 
 @needs_compiler

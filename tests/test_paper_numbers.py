@@ -28,7 +28,7 @@ LARGER = "model=em_routing_310k"
 STEREO = (2, 32, 32)
 
 
-# Sabour et al. 2017: 6.8M and 8.2M (section 5.1), 11.36M (section 6). The figures for other images include
+# Sabour et al. 2017: 6.8M and 8.2M (section 5.1), 11.36M (section 6). The numbers for other images include
 # the bias of the class capsules, which the authors' code has.
 @pytest.mark.parametrize(
     ("overrides", "image_shape", "classes", "expected"),

@@ -82,9 +82,9 @@ def test_fused_float32_error_is_at_most_twice_that_of_the_reference(both):
         for name, truth in exact.items():
             errors[name].append([typical_error(gradients[name], truth) for gradients in single])
     for found in errors.values():
-        # Both errors are rounding noise of the same size, which differs tenfold from start to start. On an Intel
-        # Xeon with AVX-512, EM routing at a single start fails this bound for 5 % (own loss) and 10 % of 60
-        # starts. The false-alarm rate of the medians over nine of them is below 0.01 %.
+        # Both errors are rounding noise of the same size, which differs tenfold from start to start. With EM
+        # routing on an Intel Xeon with AVX-512, single starts fail this bound in 5 % (own loss) and 10 % of
+        # cases. The false-alarm rate of the medians over nine starts, drawn from 60, is below 0.01 %.
         allowed, got = torch.tensor(found).median(0).values.tolist()
         assert got <= 2 * allowed + 1e-7
 

@@ -38,7 +38,7 @@ def test_a_hundred_classes_never_hold_the_votes_of_the_whole_batch(implementatio
     stored = []
     with largest_tensor as largest, saved_tensors_hooks(lambda t: stored.append(t.nbytes) or t, lambda t: t):
         layer(capsules(32, 128, 1)).activations.sum().backward()
-    coupling = 32 * 128 * 100 * 4  # of one pass, which is returned; the fused path keeps those of all three
+    coupling = 32 * 128 * 100 * 4  # of the last pass; the fused path saves all three
     saved_bytes = 3 * coupling if implementation == "fused" else coupling
     assert MIB <= largest.size <= saved_bytes < votes_of_the_batch / 5
     assert sum(stored) - saved_bytes < votes_of_the_batch / 10
@@ -47,9 +47,9 @@ def test_a_hundred_classes_never_hold_the_votes_of_the_whole_batch(implementatio
 @pytest.mark.parametrize(
     "routing", [dynamic(prior="learned", bias=True), functools.partial(UniformRouting, bias=True)]
 )
-def test_pieces_give_the_same_result_and_gradients(routing):
+def test_chunks_give_the_same_result_and_gradients(routing):
     results = []
-    for votes_mib in (1.0, 0.01):  # a piece is one image
+    for votes_mib in (1.0, 0.01):  # a chunk is one image
         torch.manual_seed(0)
         layer = class_caps(30, 4, 5, 8, routing=routing, votes_mib=votes_mib).double()
         inputs = capsules(3, 30, 4, dtype=torch.float64)
@@ -108,7 +108,7 @@ def test_without_routing_is_the_uniform_control(shared):
 
 
 @pytest.mark.parametrize("implementation", ["fused", "reference"])
-@pytest.mark.parametrize("dim", [8, 6])  # made inside the operator, and outside
+@pytest.mark.parametrize("dim", [8, 6])  # votes made inside the operator, and outside
 def test_shared_transformations_are_matrices_that_are_all_the_same(implementation, dim):
     routing = dynamic(implementation=implementation, prior="learned", bias=True)
     tied, untied = (

@@ -153,9 +153,9 @@ def test_children_that_the_stride_leaves_out_have_no_effect():
 
 @LAYERS
 @POSE
-def test_pieces_give_the_same_result_and_gradients(make, pose):
+def test_chunks_give_the_same_result_and_gradients(make, pose):
     results = []
-    for votes_mib in (None, 1e-6):  # a piece is one image
+    for votes_mib in (None, 1e-6):  # a chunk is one image
         layer, given = both(make, pose=pose, votes_mib=votes_mib)
         inputs = [tensor.requires_grad_() for tensor in given]
         routed = layer(given)
@@ -166,7 +166,7 @@ def test_pieces_give_the_same_result_and_gradients(make, pose):
 
 
 @LAYERS
-def test_pieces_start_as_balanced_as_the_whole(make):
+def test_chunks_start_as_balanced_as_the_whole(make):
     starts = []
     for votes_mib in (None, 1e-6):
         layer, given = both(make, votes_mib=votes_mib)
@@ -368,7 +368,7 @@ def test_a_fused_layer_routes_in_full_precision_under_autocast(make):
             assert torch.equal(tensor, other)
 
 
-def test_mixing_takes_the_plain_path_unless_the_fused_one_is_asked_for():
+def test_mixing_takes_the_reference_path_unless_the_fused_one_is_asked_for():
     layer, given = both("conv", routing=em(implementation="auto", activation="mixing"))
     assert layer.fused_reason() == "there is no fused EM routing with activation mixing"
     assert layer(given).activations.sum(1).tolist() == pytest.approx([1.0] * 5)

@@ -196,7 +196,7 @@ def test_a_hundred_classes_train_within_the_budget_for_votes():
     assert len(sizes) == 2 * 4
 
 
-def test_small_network_learns_a_batch_by_heart():
+def test_small_network_memorizes_a_batch():
     config = parts(*SMALL)
     loss = build(config["loss"], at="loss")
     net = network(*SMALL, image_shape=(1, 8, 8))
@@ -211,7 +211,7 @@ def test_small_network_learns_a_batch_by_heart():
     assert (net(images).scores.argmax(1) == labels).all()
 
 
-def test_image_shape_and_classes_are_what_the_data_set_gives():
+def test_image_shape_and_classes_are_what_the_dataset_gives():
     node = {key: value for key, value in parts(*THIN)["model"].items() if key != "_target_"}
     node["routing"], node["decoder"] = (build(node[key], at=key) for key in ("routing", "decoder"))
     assert isinstance(CapsNet(image_shape=MNIST, classes=10, **node), nn.Module)

@@ -179,7 +179,7 @@ def test_calibration_draws_no_random_numbers():
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_pieces_start_and_score_as_the_whole():
+def test_chunks_start_and_score_as_the_whole():
     images, scores = smooth_images(5, *STEREO), []
     for votes_mib in ("null", "1e-6"):
         net = network(*SMALL, f"model.votes_mib={votes_mib}")
@@ -203,7 +203,7 @@ def test_weights_are_kernels_and_matrices_without_betas_and_biases():
     ]
 
 
-def test_advance_tells_the_inverse_temperature_of_each_layer():
+def test_advance_returns_the_inverse_temperature_of_each_layer():
     net, last = network(*SMALL, RAMP), 0.01 * (1 - 0.95**3)
     for number, factor in [(0, 0.5), (50, 1.0), (100, 1.5)]:
         assert advance(net, Step(number, 100)) == {
@@ -231,7 +231,7 @@ def test_channels_last_gives_the_same_output():
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 3])
-def test_small_network_learns_a_batch_by_heart(iterations):
+def test_small_network_memorizes_a_batch(iterations):
     # With the paper's cost the few children of so small a image hardly move an activation from 1/2.
     routing = [f"routing.iterations={iterations}", "routing.cost_norm=100"]
     overrides = [*SMALL, "model.conv_channels=16", *routing]
@@ -253,7 +253,7 @@ def test_small_network_learns_a_batch_by_heart(iterations):
     assert (net(images).scores.argmax(1) == labels).all()
 
 
-def test_image_shape_and_classes_are_what_the_data_set_gives():
+def test_image_shape_and_classes_are_what_the_dataset_gives():
     node = {key: value for key, value in parts(*SMALL)["model"].items() if key != "_target_"}
     node["routing"] = build(node["routing"], at="routing")
     assert isinstance(MatrixCapsNet(image_shape=STEREO, classes=5, **node), nn.Module)

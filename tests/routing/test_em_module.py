@@ -70,7 +70,7 @@ def test_module_routes_with_the_parameters_it_owns(layer):
         temperatures=[factor * 0.01 * (1 - 0.95 ** (i + 1)) for i in range(3)],
     )
     routed = routing(votes, activations)
-    # lambda is kept in float32 until .double()
+    # lambda is float32 until .double()
     assert_all_close(expected[:2], routed[:2], rtol=1e-6, atol=1e-9)
     assert_all_close(expected[3:], [routing.cost(votes, activations)], rtol=1e-6, atol=1e-9)
 
@@ -113,7 +113,7 @@ def test_balance_leaves_a_number_alone():
 
 
 @pytest.mark.parametrize("layer", [WINDOWS[0], DENSE[0]], ids=str)
-def test_advance_moves_lambda_along_its_ramp_and_tells_the_last(layer):
+def test_advance_moves_lambda_along_its_ramp_and_returns_the_last(layer):
     ramp = Linear(start=0.5, end=2.0, steps=1.0)
     routing, (votes, activations) = module(layer, inverse_temperature_ramp=ramp), votes_for(layer)
     last = (1.0 if fields_of(layer) else 0.25) * 0.01 * (1 - 0.95**3)
@@ -147,7 +147,7 @@ def test_a_copy_routes_alike(duplicate):
     assert_all_close(routing(*inputs)[:3], duplicate(routing)(*inputs)[:3])
 
 
-SETTINGS = {  # but for `implementation`, which must change nothing
+SETTINGS = {  # without `implementation`, which changes no result
     "iterations": 2,
     "inverse_temperature": Saturating(limit=0.02, decay=0.95),
     "inverse_temperature_ramp": 2.0,

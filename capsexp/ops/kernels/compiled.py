@@ -137,7 +137,7 @@ def _compile(path: Path, cxx: str) -> None:
         except RuntimeError as error:
             raise NotBuiltError(f"{cxx} failed:\n{error}") from None
         os.replace(next(Path(folder).glob("*.so")), path)  # atomic
-    print(f"capsexp: built in {time.monotonic() - start:.0f} s, kept in {path}", file=sys.stderr, flush=True)
+    print(f"capsexp: built in {time.monotonic() - start:.0f} s: {path}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -132,21 +132,21 @@ def _call(
     chunk: int,
 ) -> None:
     # The names keep the copies that `contiguous` makes alive until the call returns.
-    held = {name: tensor.contiguous() for name, tensor in read.items() if tensor is not None} | written
-    inputs, weight = held["inputs"], held["weight"]
+    tensors = {name: tensor.contiguous() for name, tensor in read.items() if tensor is not None} | written
+    inputs, weight = tensors["inputs"], tensors["weight"]
     passes = _Passes(
         batch=inputs.shape[0],
         children=inputs.shape[1],
         numbers=inputs.shape[2],
         parents=weight.shape[2],
         dim=weight.shape[3],
-        iterations=held["coupling"].shape[0],
+        iterations=tensors["coupling"].shape[0],
         doubles=weight.dtype == torch.float64,
         leaky=leaky,
         first=first,
         chunk=chunk,
         threads=torch.get_num_threads(),
-        **{name: tensor.data_ptr() for name, tensor in held.items()},
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
     )
     if function(ctypes.byref(passes)) != 0:
         raise ValueError(f"dynamic.cpp has no code for poses of size {weight.shape[3]}")

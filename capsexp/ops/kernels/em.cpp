@@ -328,7 +328,7 @@ template <typename T, int W, int ROWS, int SIDE> struct Layer {
     V *r = s.r.data, *tile = s.tile.data, *gr = s.gr.data;
     assigned(t, b, p, block, r);
     const V *saved = numbers(t, b, p, block), mass = saved[0], log_deviation = saved[NB];
-    const V least = V{} + T(SMALLEST_MASS), held = mass > least ? mass : least, inverse = 1 / held;
+    const V least = V{} + T(SMALLEST_MASS), divisor = mass > least ? mass : least, inverse = 1 / divisor;
     const auto active = M::logistic(saved[2 * NB]);
     const V *gl = last ? nullptr : g_logits(s, t, p) + block;
     V g_logit, g_deviation = {};

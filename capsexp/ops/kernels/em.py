@@ -283,8 +283,8 @@ def _call(
     **options: bool | float,
 ) -> None:
     # The names keep the copies that `contiguous` makes alive until the call returns.
-    held = {name: tensor.contiguous() for name, tensor in read.items() if tensor is not None} | written
-    poses, weight, child = held["poses"], held["weight"], held["child"]
+    tensors = {name: tensor.contiguous() for name, tensor in read.items() if tensor is not None} | written
+    poses, weight, child = tensors["poses"], tensors["weight"], tensors["child"]
     matrices, types, side, _ = weight.shape
     rows = poses.shape[2] // side
     problem = _Problem(
@@ -294,7 +294,7 @@ def _call(
         places=child.shape[1],
         types=types,
         matrices=matrices,
-        iterations=held["temperatures"].shape[0],
+        iterations=tensors["temperatures"].shape[0],
         rows=rows,
         side=side,
         lanes=lanes(types, poses.dtype),
@@ -302,7 +302,7 @@ def _call(
         normalisation=NORMALISATIONS.index(normalisation),
         threads=torch.get_num_threads(),
         **options,
-        **{name: tensor.data_ptr() for name, tensor in held.items()},
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
     )
     if function(ctypes.byref(problem)) != 0:
         raise ValueError(f"em.cpp has no code for poses of {rows}x{side}")

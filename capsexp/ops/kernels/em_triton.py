@@ -80,7 +80,7 @@ def _over_pose(numbers):
 
 @triton.jit
 @no_type_check
-def _held(mass, BLOCK_J: tl.constexpr, ACC: tl.constexpr):
+def _as_divisor(mass, BLOCK_J: tl.constexpr, ACC: tl.constexpr):
     """A mass as a divisor."""
     return tl.maximum(mass, tl.full([BLOCK_J], SMALLEST_MASS, ACC))  # a plain number would be float32
 
@@ -126,8 +126,8 @@ def _fit(
         masses += r
         sums += r[:, None, None, :] * votes
     mass = tl.sum(masses, 0)
-    held = _held(mass, BLOCK_J, ACC)[None, None, :]
-    middle = tl.sum(sums, 0) / held
+    divisor = _as_divisor(mass, BLOCK_J, ACC)[None, None, :]
+    middle = tl.sum(sums, 0) / divisor
     if SMOOTH != 0:
         middle = (1 - SMOOTH) * middle
         if not FIRST:
@@ -141,7 +141,7 @@ def _fit(
         )  # fmt: skip
         d = votes - middle[None, :, :, :]
         sums += (share * active[:, None])[:, None, None, :] * (d * d)
-    spread = tl.sum(sums, 0) / held
+    spread = tl.sum(sums, 0) / divisor
     whole = tl.where(real, spread + FLOOR, 1)
     log_deviation = 0.5 * _over_pose(tl.log(whole))
     bias_u = tl.load(beta_u + j, mask=j < types, other=0).to(ACC)
@@ -274,7 +274,7 @@ def _unfit(
     mass = tl.load(stats_at)
     log_deviation = tl.load(stats_at + PADDED)
     on, off, _log_on = _logistic(tl.load(stats_at + 2 * PADDED))
-    held = _held(mass, BLOCK_J, ACC)
+    divisor = _as_divisor(mass, BLOCK_J, ACC)
     parent = at * types + j
     g_mean = tl.zeros([R, S, BLOCK_J], ACC)
     if LAST:
@@ -324,11 +324,11 @@ def _unfit(
             fresh -= SMOOTH * tl.load(before + h, mask=inside, other=0)
         fresh = fresh / (1 - SMOOTH)
     # 0 but for smoothing or hardly any mass.
-    g_mean -= 2 * g_variance * (fresh - middle * (mass / held)[None, None, :])
+    g_mean -= 2 * g_variance * (fresh - middle * (mass / divisor)[None, None, :])
     if SMOOTH != 0:
         tl.store(carry + h, SMOOTH * g_mean, mask=inside)
-    alpha = (1 - SMOOTH) * g_mean / held[None, None, :]
-    gamma = g_variance / held[None, None, :]
+    alpha = (1 - SMOOTH) * g_mean / divisor[None, None, :]
+    gamma = g_variance / divisor[None, None, :]
     tl.store(slope + h, alpha, mask=inside)
     tl.store(curve + h, 2 * gamma, mask=inside)
     enough = (mass > SMALLEST_MASS)[None, None, :]

@@ -17,7 +17,7 @@ needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="needs a
 
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
-    """A cache of kernels with nothing in it, and a source that is quick to compile."""
+    """An empty cache of kernels, and a source that compiles fast."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     source = tmp_path / "em.cpp"
     source.write_text('extern "C" int em_forward(const void *) { return 7; }\n')

@@ -1,4 +1,4 @@
-"""The fused layer is held to the plain one, which tests/routing/test_dynamic.py holds to the paper."""
+"""The fused layer against the reference, which tests/routing/test_dynamic.py compares with the paper."""
 
 import functools
 
@@ -89,20 +89,20 @@ def assert_same(shape, **options):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("iterations", [1, 2, 3, 5])
-def test_values_and_gradients_are_those_of_the_plain_path(shape, iterations):
+def test_values_and_gradients_are_those_of_the_reference(shape, iterations):
     assert layer_of(shape).fused_reason() is None
     assert_same(shape, iterations=iterations)
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
-def test_shared_transformations_have_the_values_and_gradients_of_the_plain_path(switches):
+def test_shared_transformations_have_the_values_and_gradients_of_the_reference(switches):
     assert_same(SHAPES[2], shared=True, votes_mib=0.01, **switches)
 
 
 @pytest.mark.parametrize("changes", SWITCHES, ids=str)
 @pytest.mark.parametrize("iterations", [1, 3])
 @pytest.mark.parametrize("votes_mib", [None, 1e-6])  # 1e-6: one image at a time
-def test_every_switch_does_what_it_does_in_the_plain_path(changes, iterations, votes_mib):
+def test_every_switch_does_what_it_does_in_the_reference(changes, iterations, votes_mib):
     assert_same(SHAPES[0], iterations=iterations, votes_mib=votes_mib, **changes)
 
 
@@ -115,14 +115,14 @@ def test_every_switch_does_what_it_does_in_the_plain_path(changes, iterations, v
     switch=st.sampled_from(SWITCHES),
 )
 @settings(max_examples=30, deadline=None)
-def test_layers_of_any_shape_are_routed_as_in_the_plain_path(
+def test_layers_of_any_shape_are_routed_as_in_the_reference(
     children, numbers, parents, quarter, iterations, switch
 ):
     assert_same((children, numbers, parents, 4 * quarter), iterations=iterations, **switch)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1e3])
-def test_extreme_poses_are_routed_as_in_the_plain_path(scale):
+def test_extreme_poses_are_routed_as_in_the_reference(scale):
     shape = SHAPES[2]
     results = [
         values_and_gradients(layer_of(shape, implementation=implementation), inputs_for(shape, scale=scale))
@@ -134,7 +134,7 @@ def test_extreme_poses_are_routed_as_in_the_plain_path(scale):
 
 
 @pytest.mark.parametrize("scale", [0.3, 3.0])
-def test_float32_error_is_at_most_twice_that_of_the_plain_path(scale):
+def test_float32_error_is_at_most_twice_that_of_the_reference(scale):
     shape = (40, 8, 10, 16)
     poses = inputs_for(shape, batch=8, scale=scale, dtype=torch.float32)
     exact = layer_of(shape, implementation="reference", dtype=torch.float32).double()
@@ -168,7 +168,7 @@ def test_gradients_pass_gradcheck():
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_number_of_the_results_is_written(shape):
-    torch.use_deterministic_algorithms(True)  # fills new memory with what is no number
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
         assert torch.empty(3).isnan().all()
         results = values_and_gradients(layer_of(shape, prior="learned", bias=True), inputs_for(shape))
@@ -200,7 +200,7 @@ def test_an_empty_batch_gives_empty_results():
     assert not any(tensor.any() for tensor in results[4:])
 
 
-def test_poses_that_there_is_no_code_for_take_the_plain_path():
+def test_poses_that_there_is_no_code_for_take_the_reference_path():
     shape = (5, 3, 4, 6)
     assert layer_of(shape).fused_reason() == "there is no fused dynamic routing for poses of size 6"
     assert_same(shape)

@@ -1,4 +1,4 @@
-"""The Triton kernels are held to the reference, which tests/routing/test_dynamic.py holds to the paper."""
+"""The Triton kernels against the reference, which tests/routing/test_dynamic.py compares with the paper."""
 
 import itertools
 import multiprocessing
@@ -10,7 +10,7 @@ import torch
 
 from capsexp.routing.dynamic import dynamic_routing_reference
 
-pytest.importorskip("triton", reason="Triton is not installed: there are builds for Linux alone")
+pytest.importorskip("triton", reason="Triton is not installed: it is built for Linux only")
 
 from capsexp.ops.kernels.dynamic_triton import dynamic_backward, dynamic_forward
 
@@ -23,8 +23,8 @@ SMALL_TILES = "VOTES, STEPS = 1024, 2"
 def interpreted():
     """Calls a function of the kernels' module with Triton's interpreter.
 
-    In a process of its own: Triton takes the interpreter if told so before its first import, which torch may
-    have made long ago; and the interpreter leaves its changes to Triton's language behind.
+    In a separate process: Triton chooses the interpreter at its first import, and torch may have imported it
+    already; also, the interpreter does not undo its changes to Triton's language.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")

@@ -161,14 +161,14 @@ def assert_same(layer, inputs, **options):
 
 @EVERY_LAYER
 @pytest.mark.parametrize("iterations", [1, 2, 3, 4])
-def test_values_and_gradients_are_those_of_the_plain_path(layer, iterations):
+def test_values_and_gradients_are_those_of_the_reference(layer, iterations):
     assert_same(layer, example(layer), iterations=iterations)
 
 
 @pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[4], LAYERS[8]], ids=str)
 @pytest.mark.parametrize("changes", SWITCHES, ids=str)
 @pytest.mark.parametrize("iterations", [1, 3])
-def test_every_switch_does_what_it_does_in_the_plain_path(layer, changes, iterations):
+def test_every_switch_does_what_it_does_in_the_reference(layer, changes, iterations):
     assert_same(layer, example(layer), iterations=iterations, **changes)
 
 
@@ -186,7 +186,7 @@ def test_every_switch_does_what_it_does_in_the_plain_path(layer, changes, iterat
     seed=st.integers(0, 9),
 )
 @settings(max_examples=40, deadline=None)
-def test_layers_of_any_shape_are_routed_as_in_the_plain_path(
+def test_layers_of_any_shape_are_routed_as_in_the_reference(
     rows, columns, in_types, kernel, stride, types, pose, dense, iterations, switch, seed
 ):
     window = (min(kernel[0], rows), min(kernel[1], columns))
@@ -199,7 +199,7 @@ def test_layers_of_any_shape_are_routed_as_in_the_plain_path(
 @pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[8]], ids=str)
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1e3])
 @pytest.mark.parametrize("active", [0.0, 1e-12, 1.0])
-def test_extreme_poses_and_silent_children_are_routed_as_in_the_plain_path(layer, scale, active):
+def test_extreme_poses_and_silent_children_are_routed_as_in_the_reference(layer, scale, active):
     poses, weight, activations, *betas = example(layer, scale=scale)
     inputs = [poses, weight, torch.full_like(activations, active), *betas]
     weak = {"temperatures": PAPERS_LAMBDA}
@@ -208,14 +208,14 @@ def test_extreme_poses_and_silent_children_are_routed_as_in_the_plain_path(layer
     ):
         assert got.isfinite().all()
         # With equal votes and hardly any mass the gradients of the poses reach 1e10, and one unit in the last
-        # place of the inputs moves them, in the plain path, by 3e-8 of that.
+        # place of the inputs moves them, in the reference, by 3e-8 of that.
         largest = max(1.0, expected.abs().max().item())
         torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-7 * largest)
 
 
 @pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[1], LAYERS[3], LAYERS[7], LAYERS[8]], ids=str)
 @pytest.mark.parametrize("changes", [{}, {"scale": 30.0}, {"normalisation": "official_v1"}], ids=str)
-def test_float32_error_is_at_most_twice_that_of_the_plain_path(layer, changes):
+def test_float32_error_is_at_most_twice_that_of_the_reference(layer, changes):
     scale, options = changes.get("scale", 1.0), {k: v for k, v in changes.items() if k != "scale"}
     options["temperatures"] = PAPERS_LAMBDA
     errors = []
@@ -252,7 +252,7 @@ def test_gradients_pass_gradcheck(layer, normalisation):
 
 @EVERY_LAYER
 def test_every_number_of_the_results_is_written(layer):
-    torch.use_deterministic_algorithms(True)  # fills new memory with what is no number
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
         assert torch.empty(3).isnan().all()
         results = values_and_gradients(fused, layer, example(layer))

@@ -12,7 +12,7 @@ from capsexp.ops.receptive_fields import Grid, gather_windows, receptive_fields
 from capsexp.ops.votes import window_votes
 from capsexp.routing.em import em_routing, initial_shares
 
-pytest.importorskip("triton", reason="Triton is not installed: there are builds for Linux alone")
+pytest.importorskip("triton", reason="Triton is not installed: it is built for Linux only")
 
 from capsexp.ops.kernels.em import padded_types
 from capsexp.ops.kernels.em_triton import em_backward, em_forward
@@ -66,8 +66,8 @@ LAYERS = [
 def interpreted():
     """Calls a function of the kernels' module with Triton's interpreter.
 
-    In a process of its own: Triton takes the interpreter if told so before its first import, which torch may
-    have made long ago; and the interpreter leaves its changes to Triton's language behind.
+    In a separate process: Triton chooses the interpreter at its first import, and torch may have imported it
+    already; also, the interpreter does not undo its changes to Triton's language.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -200,23 +200,23 @@ def errors(truth, got):
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_values_and_gradients_are_those_of_the_plain_path(interpreted, layer):
+def test_values_and_gradients_are_those_of_the_reference(interpreted, layer):
     assert_same(interpreted, layer, example(layer, batch=2 if layer is STRIDED else 1))
 
 
 @pytest.mark.parametrize(("layer", "iterations"), [(STRIDED, 1), (DENSE, 1), (DENSE, 2), (DENSE, 4)], ids=str)
-def test_any_number_of_iterations_does_what_it_does_in_the_plain_path(interpreted, layer, iterations):
+def test_any_number_of_iterations_does_what_it_does_in_the_reference(interpreted, layer, iterations):
     assert_same(interpreted, layer, example(layer, batch=1), iterations=iterations)
 
 
 @pytest.mark.parametrize("changes", SWITCHES, ids=str)
-def test_every_switch_does_what_it_does_in_the_plain_path(interpreted, changes):
+def test_every_switch_does_what_it_does_in_the_reference(interpreted, changes):
     assert_same(interpreted, STRIDED, example(STRIDED, batch=1), **changes)
 
 
 @pytest.mark.parametrize("active", [0.0, 1e-12])
 @pytest.mark.parametrize("scale", [0.0, 1e3])
-def test_extreme_poses_and_silent_children_are_routed_as_in_the_plain_path(interpreted, scale, active):
+def test_extreme_poses_and_silent_children_are_routed_as_in_the_reference(interpreted, scale, active):
     poses, weight, activations, *betas = example(LAYERS[0], batch=1, scale=scale)
     inputs = [poses, weight, torch.full_like(activations, active), *betas]
     expected = plain(LAYERS[0], inputs, iterations=2)
@@ -227,7 +227,7 @@ def test_extreme_poses_and_silent_children_are_routed_as_in_the_plain_path(inter
 
 
 @pytest.mark.parametrize("used", range(3))
-def test_gradients_are_those_of_the_plain_path_whichever_result_the_loss_takes(interpreted, used):
+def test_gradients_are_those_of_the_reference_whichever_result_the_loss_takes(interpreted, used):
     use = [number == used for number in range(3)]
     assert_same(interpreted, DENSE, example(DENSE, batch=1), iterations=2, use=use)
 

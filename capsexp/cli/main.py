@@ -21,7 +21,7 @@ from capsexp.cli.jobs import (
     training_job,
     validate,
 )
-from capsexp.cli.sweep.job_process import WATCHED, end_with_launcher
+from capsexp.cli.sweep.job_process import JOB_VARIABLE, end_with_launcher
 from capsexp.cli.torchrun import is_distributed, processes, run_distributed
 from capsexp.config.compose import compose, conf_dir, to_plain
 from capsexp.config.naming import new_run_dir
@@ -96,7 +96,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    if WATCHED in os.environ:
+    if JOB_VARIABLE in os.environ:
         end_with_launcher()
     options, flags, overrides = parse(arguments)
     if _only_shows(options):

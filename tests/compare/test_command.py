@@ -248,7 +248,10 @@ def test_two_hundred_runs_are_compared_without_torch(write_run, tiny_config, tmp
         loss = [{"step": step, "epoch": 1, "train/loss": 1 / step, "x": "y" * 500} for step in range(1, 101)]
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in loss))
     arguments = ("compare", "--json", "--show", "train/loss", "--group-by", "seed")
-    code = "import sys; from capsexp.cli.main import main; print(main(), 'torch' in sys.modules, file=sys.stderr)"
+    code = (
+        "import sys; from capsexp.cli.main import main; "
+        "print(main(), 'torch' in sys.modules, file=sys.stderr)"
+    )
     done = start(*arguments, cwd=tmp_path, code=code, stdout=subprocess.PIPE)
     assert done.stderr == "0 False\n"
     rows = json.loads(done.stdout)

@@ -317,7 +317,7 @@ def test_other_commands_work_in_one_process(command, second):
 
 
 def test_a_sweep_is_started_without_torchrun(second):
-    with pytest.raises(UserError, match=r"^a sweep starts its runs by itself: start it without torchrun$"):
+    with pytest.raises(UserError, match=r"^a sweep starts its own processes: run it without torchrun$"):
         cli._dispatch(["train", "-m", "seed=0,1"])
 
 

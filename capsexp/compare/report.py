@@ -2,6 +2,7 @@
 
 import base64
 import importlib.metadata
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -37,7 +38,7 @@ class Head(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A cell of the table. A cell without `value` is sorted to the end."""
+    """A cell of the table. Cells without a `value`, such as NaN, are sorted to the end."""
 
     text: str
     is_number: bool
@@ -102,7 +103,7 @@ def page(comparison: Comparison, curves: Sequence[Curve], tags: Sequence[str], n
         heads=[_head(column, comparison) for column in comparison.columns],
         runs=[
             {"anchor": f"run-{index}", "curve": entries.get(row.runs[0].path)}
-            | _run(row, comparison.columns, folder, notes)
+            | _run_section(row, comparison.columns, folder, notes)
             for index, row in enumerate(comparison.rows)
         ],
         curves=legend,
@@ -129,7 +130,7 @@ def _head(column: Column, comparison: Comparison) -> Head:
     )
 
 
-def _run(row: Row, columns: Sequence[Column], folder: Path, notes: Notes) -> dict[str, Any]:
+def _run_section(row: Row, columns: Sequence[Column], folder: Path, notes: Notes) -> dict[str, Any]:
     (run,) = row.runs
     return {
         "name": os.path.relpath(run.path, folder),
@@ -149,7 +150,7 @@ def _cell(row: Row, column: Column, folder: Path) -> Cell:
     value = row.cells[column.name]
     value = value.mean if isinstance(value, Spread) else value
     if is_number(value):
-        return Cell(text, True, None if value != value else value, "number")  # NaN has no place in the order
+        return Cell(text, True, None if math.isnan(value) else value, "number")
     return Cell(text, False, text, "text")
 
 

@@ -22,6 +22,7 @@ from capsexp import cli, config
 from capsexp.build import build, components, resolve
 from capsexp.errors import UserError
 from capsexp.schedule import Linear, Warmup
+from capsexp.signature import signature_problems
 
 NARROW = "torch.nn.modules.module.torch"
 HANDLER = "distributed.elastic.multiprocessing.subprocess_handler.SubprocessHandler"
@@ -555,7 +556,10 @@ def test_a_key_that_does_not_fit_is_told_by_its_name(overrides, message):
         ("trainer.compile=null", "trainer.compile: must be bool, got None"),
         ("device.name=gpu", "device.name: must be 'auto' or 'cpu' or 'cuda' or 'mps', got 'gpu'"),
         ("model.conv_channels=64.5", "model.conv_channels: must be int, got 64.5"),
-        ("model.padding=3", "model.padding: must be str, got 3"),
+        ("model.padding=3", "model.padding: must be 'valid' or 'same', got 3"),
+        ("model.padding=wide", "model.padding: must be 'valid' or 'same', got 'wide'"),
+        ("model.decode=longest", "model.decode: must be 'label' or 'prediction' or int, got 'longest'"),
+        ("routing.prior=ones", "routing.prior: must be 'zero' or 'learned', got 'ones'"),
         ("model.decoder.hidden=8", "model.decoder.hidden: must be a list of int, got 8"),
         ("model.decoder.hidden=[8,a]", "model.decoder.hidden: must be a list of int, got [8, 'a']"),
         ("model.decoder.hidden=[null]", "model.decoder.hidden: must be a list of int, got [None]"),
@@ -576,11 +580,19 @@ def test_a_value_of_the_wrong_type_is_told_by_its_key(override, message):
     assert any(line.startswith(message) for line in told), told
 
 
+def test_a_number_is_no_string():
+    def target(*, name: str):
+        """Only its signature counts."""
+
+    lines = signature_problems(target, {"name": 3}, "node", run_time=set(), partial=False)
+    assert list(lines) == ["node.name: must be str, got 3"]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("routing.iterations=0", "routing: iterations must be >= 1, got 0"),
-        ("model.padding=wide", "model: padding must be "),
+        ("model.decode=10", "model: decode must be one of label, prediction, or a class 0 ... 9, got 10"),
         ("loss.present=2", "loss: absent and present must be 0 <= absent < present <= 1, got 0.1 and 2"),
         ("loss.reconstruction_weight=.nan", "loss: value must be finite, got nan"),
         ("loss.reconstruction_weight=-1", "loss: reconstruction_weight must be >= 0, got -1"),

@@ -41,7 +41,7 @@ def analyze(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with the run of a small network that has learnt something."""
+    """A folder with the run of a small network that is trained for six epochs."""
     folder = tmp_path_factory.mktemp("home")
     done = capsexp("train", "run=run", "device=cpu", "trainer.max_epochs=6", cwd=folder)
     assert done.returncode == 0, done.stderr

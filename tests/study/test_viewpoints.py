@@ -64,8 +64,8 @@ class Guesser(nn.Module):
 @pytest.fixture
 def run_of(tiny_parts):
     def make(knows, *, viewpoint="azimuth", name="run", limit=None):
-        parts = tiny_parts("trainer.batch_size=7")._replace(dataset=Turntable(viewpoint))
-        return TrainedRun(Guesser(knows), parts, path=Path(name), step=Step(1, 1), limit=limit)
+        components = tiny_parts("trainer.batch_size=7")._replace(dataset=Turntable(viewpoint))
+        return TrainedRun(Guesser(knows), components, path=Path(name), step=Step(1, 1), limit=limit)
 
     return make
 

@@ -16,7 +16,7 @@ def quick(monkeypatch):
     def in_this_process(kind, variants, *, plugins):
         plain = {name: tuple(variant) for name, variant in variants.items()}
         results = measure.measure({"kind": kind, "variants": plain, "plugins": plugins})
-        # Other tests of this process may have had a higher peak: then this one is 0 bytes over it.
+        # The peak of earlier tests in this process may be higher: then this measurement is 0 bytes.
         return {**results, "bytes": results["bytes"] + 1} if kind == "peak" else results
 
     monkeypatch.setattr(measure, "WARM_UP", 1)

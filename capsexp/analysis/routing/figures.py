@@ -108,7 +108,7 @@ def parents(example: Example, grid: Grid, classes: Sequence[str]) -> Any:
     return figure
 
 
-def _sheet(images: Float[Tensor, "N C H W"], columns: int) -> Float[Tensor, "C h w"]:
+def _sheet(images: Float[Tensor, "N C H W"], columns: int) -> Float[Tensor, "D h w"]:
     return make_grid(images, nrow=columns, padding=0)
 
 

@@ -187,4 +187,4 @@ def _longest(layers: Mapping[str, Mapping[str, Any]]) -> int:
 def _title(example: Example, classes: Sequence[str]) -> str:
     label, prediction = classes[example.label], classes[example.prediction]
     predicted = "" if example.label == example.prediction else f", predicted {prediction}"
-    return f"{example.number}, {label}{predicted}"
+    return f"{example.number}, label {label}{predicted}"

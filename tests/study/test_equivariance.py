@@ -71,10 +71,10 @@ def middle(images):
 
 
 def study(poses, tiny_parts, right=lambda labels: labels, limit=None, moves=MOVES, **changes):
-    parts = tiny_parts("trainer.batch_size=32")._replace(dataset=Blobs(**changes))
+    components = tiny_parts("trainer.batch_size=32")._replace(dataset=Blobs(**changes))
     model = Network(poses, right)
     model.class_caps = SimpleNamespace(coordinate_elements=(0, 1), coordinate_scale=0.01)
-    run = TrainedRun(model, parts, path=Path("run"), step=Step(0, 1), limit=limit)
+    run = TrainedRun(model, components, path=Path("run"), step=Step(0, 1), limit=limit)
     return Equivariance(**moves)(run), model
 
 
@@ -186,11 +186,11 @@ def test_networks_and_images_without_a_pose_to_follow_are_refused(tiny_parts, tr
         study(middle, tiny_parts, moves={**MOVES, "shifts": [1, -20]})
     model = Network(middle)
     model.forward = lambda images, labels: Output(images.flatten(1), images.flatten(1))
-    parts = tiny_parts()._replace(dataset=Blobs())
-    run = TrainedRun(model, parts, path=Path("run"), step=Step(0, 1), limit=None)
+    components = tiny_parts()._replace(dataset=Blobs())
+    run = TrainedRun(model, components, path=Path("run"), step=Step(0, 1), limit=None)
     with pytest.raises(UserError, match=r"^this network has no capsules, so there are no poses to follow$"):
         Equivariance(**MOVES)(run)
-    parts.dataset.targets = 2
+    components.dataset.targets = 2
     with pytest.raises(UserError, match=r"^this study needs images of one class each; those of "):
         Equivariance(**MOVES)(run)
 

@@ -36,7 +36,7 @@ def predict(components: Components, config: Mapping[str, Any], files: Sequence[s
         raise UserError(f"top: must be an integer >= 1, got {config['top']!r}")
     pictures = torch.stack([_fitted(name, components.dataset.raw_shape) for name in files])
     model, _ = load_model(components, Path(config["run"]), weights=str(config["weights"]))
-    targets = components.dataset.targets
+    targets = components.dataset.labels_per_image
     prepared = components.dataset.preprocess.test(pictures.to(components.device.torch_device))
     with inference(model):
         output = model(prepared.images)

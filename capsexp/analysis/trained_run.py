@@ -103,7 +103,7 @@ class TrainedRun:
     def in_batches(self, split: Split) -> Batches:
         """A split, or what the limit leaves of it, on the run's device."""
         batches: Batches = self.components.batches(split, limit=None)
-        return batches if self.limit is None else batches.only(self.chosen(batches.count))
+        return batches if self.limit is None else batches.subset(self.chosen(batches.count))
 
     def chosen(self, size: int) -> Int64[Tensor, " N"]:
         """Which pictures of a split of this size the limit leaves, in their order; the same for every run."""
@@ -127,9 +127,10 @@ class TrainedRun:
             UserError: it is one.
         """
         dataset = self.components.dataset
-        if dataset.targets > 1:
+        if dataset.labels_per_image > 1:
             raise UserError(
-                f"this study needs pictures of one class each; those of {dataset.name} have {dataset.targets}"
+                f"this study needs pictures of one class each; those of {dataset.name} have "
+                f"{dataset.labels_per_image}"
             )
 
     def decoder(self) -> Callable[[Float[Tensor, "B J D"], Tensor], Float[Tensor, "B *T C H W"]]:

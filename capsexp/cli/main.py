@@ -193,7 +193,7 @@ def _data(arguments: list[str]) -> int:
         return 0
     if action == "prepare" and not names:
         raise UserError(f"capsexp data prepare needs names: {', '.join(datasets)}")
-    return prepare.work_through(action, datasets)
+    return prepare.run_action(action, datasets)
 
 
 def _doctor(arguments: list[str]) -> int:

@@ -596,5 +596,5 @@ def test_missing_data_are_told_before_a_run_directory_is_made(tmp_path, capsexp)
         f"output_root={tmp_path / 'out'}",
     )
     assert code == 2
-    assert "data set mnist is not complete under" in error
+    assert "dataset mnist is not complete under" in error
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from capsexp.data import cache
-from capsexp.data.cache import cached, fingerprint
+from capsexp.data.cache import cached, file_fingerprint
 
 ARRAY = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
 
@@ -28,7 +28,7 @@ def kept(path, compute, *, key="a key", shape=ARRAY.shape):
     return cached(path, key=key, shape=shape, compute=compute)
 
 
-def test_it_is_computed_once_and_then_read(tmp_path):
+def test_an_array_is_computed_once_and_then_read(tmp_path):
     compute = Counted()
     first, again = (kept(tmp_path / "kept", compute) for _ in range(2))
     assert compute.calls == 1
@@ -65,7 +65,7 @@ def without_a_line(content):
 @pytest.mark.parametrize(
     "damage", [truncated, longer, flipped_in_the_array, flipped_in_the_title, empty, without_a_line]
 )
-def test_a_damaged_file_is_not_used_and_replaced(tmp_path, damage):
+def test_a_damaged_file_is_replaced(tmp_path, damage):
     path = tmp_path / "kept"
     kept(path, Counted())
     whole = path.read_bytes()
@@ -77,7 +77,7 @@ def test_a_damaged_file_is_not_used_and_replaced(tmp_path, damage):
 
 
 @pytest.mark.parametrize("changes", [{"key": "another key"}, {"shape": (4, 3, 5)}, {"shape": (3, 4, 4)}])
-def test_a_file_that_was_made_for_something_else_is_not_used(tmp_path, changes):
+def test_a_file_with_another_key_or_shape_is_not_used(tmp_path, changes):
     path = tmp_path / "kept"
     kept(path, Counted())
     other = np.zeros(changes.get("shape", ARRAY.shape), np.uint8)
@@ -86,7 +86,7 @@ def test_a_file_that_was_made_for_something_else_is_not_used(tmp_path, changes):
     assert compute.calls == 1
 
 
-def test_where_nothing_can_be_written_it_is_computed_every_time(tmp_path, monkeypatch):
+def test_an_array_is_computed_every_time_if_the_file_cannot_be_written(tmp_path, monkeypatch):
     def refuse(path, write):
         raise OSError(errno.EROFS, "Read-only file system")
 
@@ -98,7 +98,7 @@ def test_where_nothing_can_be_written_it_is_computed_every_time(tmp_path, monkey
     assert os.listdir(tmp_path) == []
 
 
-def test_a_mistake_in_the_computation_is_not_hidden(tmp_path):
+def test_an_error_in_the_computation_is_raised(tmp_path):
     def broken():
         raise OSError("the source cannot be read")
 
@@ -106,7 +106,7 @@ def test_a_mistake_in_the_computation_is_not_hidden(tmp_path):
         kept(tmp_path / "kept", broken)
 
 
-def test_processes_that_start_together_leave_one_whole_file(tmp_path):
+def test_concurrent_processes_leave_one_complete_file(tmp_path):
     program = textwrap.dedent(
         """
         import sys, time
@@ -151,10 +151,10 @@ def changed_in_size_alone(path):
 @pytest.mark.parametrize(
     "change", [changed_to_the_same_size_and_time, changed_in_time_alone, changed_in_size_alone]
 )
-def test_a_fingerprint_tells_a_file_from_what_it_was(tmp_path, change):
+def test_the_fingerprint_changes_with_the_file(tmp_path, change):
     path = tmp_path / "source"
     path.write_bytes(b"a" * 1_000_000)
-    before = fingerprint(path)
-    assert fingerprint(path) == before
+    before = file_fingerprint(path)
+    assert file_fingerprint(path) == before
     change(path)
-    assert fingerprint(path) != before
+    assert file_fingerprint(path) != before

@@ -31,7 +31,7 @@ def mnist(affine):
 
 
 def places(images, originals):
-    """Where on its canvas each picture lies, (down, right); each lies whole at a random place."""
+    """Where on its canvas each image lies, (down, right); each lies whole at a random place."""
     side, margins = originals.shape[2], images.shape[2] - originals.shape[2] + 1
     found = torch.full((len(images), 2), -1)
     for down in range(margins):
@@ -58,7 +58,7 @@ def assert_as_likely(found, margins):
     assert excess < 4 * (2 * (margins**2 - 1)) ** 0.5
 
 
-def test_training_pictures_are_anywhere_on_the_canvas_anew_in_each_epoch(affine):
+def test_training_images_get_new_random_positions_in_each_epoch(affine):
     dataset = affine()
     training, _ = dataset.read_training()
     originals, _ = dataset.source.read_training()
@@ -71,7 +71,7 @@ def test_training_pictures_are_anywhere_on_the_canvas_anew_in_each_epoch(affine)
     assert_as_likely(torch.cat(found), 5)
 
 
-def test_familiar_and_validation_pictures_have_each_one_place_whatever_the_run(affine):
+def test_familiar_and_validation_images_have_the_same_positions_in_every_run(affine):
     dataset, again = affine(), affine("seed=7", "trainer.batch_size=3")
     splits = [dataset.read_training()[1], dataset.familiar(), again.read_training()[1], again.familiar()]
     for one, other in zip(splits[:2], splits[2:], strict=True):
@@ -85,14 +85,14 @@ def test_familiar_and_validation_pictures_have_each_one_place_whatever_the_run(a
     assert torch.equal(moved.labels, splits[1].labels)
 
 
-def test_fixed_places_are_as_likely_and_lose_no_ink(affine):
+def test_fixed_positions_are_equally_likely_and_lose_no_ink(affine):
     dataset = affine("dataset.canvas=10", "dataset.preprocess.shift=1")
     assert_as_likely(places(dataset.familiar().images, dataset.source.read("test").images), 3)
     validation = dataset.read_training()[1]
     assert_as_likely(places(validation.images, dataset.source.read_training()[1].images), 3)
 
 
-def test_mnist_lies_at_all_13x13_places(mnist):
+def test_mnist_images_have_all_13x13_positions(mnist):
     training, validation = mnist.read_training()
     familiar, originals = mnist.familiar(), mnist.source.read("test")
     assert (training.size, validation.size, familiar.size) == (55_000, 5_000, 10_000)
@@ -100,13 +100,13 @@ def test_mnist_lies_at_all_13x13_places(mnist):
     assert_as_likely(places(validation.images, mnist.source.read_training()[1].images), 13)
 
 
-def test_the_test_part_is_the_familiar_one_when_asked_for(affine):
+def test_expanded_test_images_are_the_familiar_ones(affine):
     dataset = affine("dataset.test_pictures=expanded")
     for one, other in zip(dataset.read("test"), dataset.familiar(), strict=True):
         assert torch.equal(one, other)
 
 
-def test_there_may_be_no_validation_pictures(affine):
+def test_validation_images_are_optional(affine):
     training, validation = affine("dataset.source.validation=0").read_training()
     assert (training.size, validation.size) == (1438, 0)
 
@@ -114,9 +114,9 @@ def test_there_may_be_no_validation_pictures(affine):
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("dataset.canvas=13", r"canvas must be the side .*\(8x8\) and an even number of pixels more, got 13"),
-        ("dataset.canvas=6", "an even number of pixels more, got 6"),
-        ("dataset.preprocess.shift=3", r"shift must be <= 2, the margin of 8x8 pictures .* of 12x12, got 3"),
+        ("dataset.canvas=13", r"canvas must be the side .*\(8x8\) plus an even number of pixels, got 13"),
+        ("dataset.canvas=6", "plus an even number of pixels, got 6"),
+        ("dataset.preprocess.shift=3", r"shift must be <= 2, the margin of 8x8 images .* of 12x12, got 3"),
         ("dataset.preprocess.resize=20", r"preprocess\.resize must be null: .*source\.preprocess\.resize"),
         ("dataset.rotation=181", r"rotation must be in \[0, 180\] degrees, got 181"),
         ("dataset.shear=-1", "shear must be >= 0, got -1"),
@@ -124,12 +124,12 @@ def test_there_may_be_no_validation_pictures(affine):
         ("dataset.transforms=0", "transforms must be >= 1, got 0"),
     ],
 )
-def test_settings_that_cannot_be_are_told_in_one_line(affine, override, told):
+def test_invalid_settings_are_reported_in_one_line(affine, override, told):
     with pytest.raises(UserError, match=told):
         affine(override)
 
 
-def test_pictures_may_be_made_smaller_before_they_are_placed(affine):
+def test_images_can_be_resized_before_they_are_placed(affine):
     dataset = affine("dataset.source.preprocess.resize=6")
     assert dataset.margin == 3
     assert dataset.familiar().images.shape == (359, 1, 12, 12)
@@ -138,7 +138,7 @@ def test_pictures_may_be_made_smaller_before_they_are_placed(affine):
 NO_RANGES = ("dataset.rotation=0", "dataset.shear=0", "dataset.scale=[1,1]")
 
 
-def test_without_ranges_the_affine_pictures_are_the_originals_moved_by_whole_pixels(affine):
+def test_without_ranges_the_affine_images_are_the_originals_moved_by_whole_pixels(affine):
     dataset = affine(*NO_RANGES, "dataset.transforms=2")
     originals, found = dataset.source.read("test"), dataset.read("test")
     assert torch.equal(found.labels, originals.labels.repeat(2))
@@ -151,7 +151,7 @@ def ink(image):
     return image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
 
 
-def test_further_transforms_leave_the_first_ones_as_they_are(affine):
+def test_more_transforms_do_not_change_the_first_ones(affine):
     one, three = (affine(f"dataset.transforms={n}", "dataset.canvas=16").read("test") for n in (1, 3))
     count = one.size
     assert three.size == 3 * count
@@ -160,7 +160,7 @@ def test_further_transforms_leave_the_first_ones_as_they_are(affine):
     assert torch.equal(three.labels, one.labels.repeat(3))
 
 
-def test_affine_pictures_depend_on_their_seed_alone(affine):
+def test_affine_images_depend_only_on_their_seed(affine):
     one, run, other = (
         affine("dataset.canvas=16", word).read("test").images
         for word in ("seed=0", "seed=3", "dataset.affine_seed=1")
@@ -169,14 +169,14 @@ def test_affine_pictures_depend_on_their_seed_alone(affine):
     assert not torch.equal(one, other)
 
 
-def test_a_canvas_that_is_too_small_for_the_ranges_is_told_when_the_pictures_are_made(affine):
+def test_a_canvas_too_small_for_the_ranges_is_reported_on_reading(affine):
     dataset = affine("dataset.canvas=8", "dataset.preprocess.shift=0", "dataset.scale=[1.5,1.5]")
     assert dataset.read_training()[0].size > 0
-    with pytest.raises(UserError, match=r"\d+ of 359 pictures do not fit on the canvas of 8x8: ink of up to"):
+    with pytest.raises(UserError, match=r"\d+ of 359 images do not fit on the canvas of 8x8: ink of up to"):
         dataset.read("test")
 
 
-def test_mnist_fits_under_affnists_ranges_and_its_area_changes_as_they_say(mnist):
+def test_mnist_fits_the_canvas_with_affnists_ranges(mnist):
     originals, found = mnist.source.read("test"), mnist.read("test")
     assert torch.equal(found.labels, originals.labels)
     assert tuple(found.images.shape) == (10_000, 1, 40, 40)
@@ -187,7 +187,7 @@ def test_mnist_fits_under_affnists_ranges_and_its_area_changes_as_they_say(mnist
     assert factors.mean().item() == pytest.approx(1, abs=0.01)
 
 
-def test_files_are_those_of_the_source(affine, tmp_path):
+def test_files_are_the_sources(affine, tmp_path):
     dataset = affine(f"data_root={tmp_path}", source="mnist")
     assert dataset.missing_files() == dataset.source.missing_files()
     assert len(dataset.missing_files()) == 4

@@ -187,7 +187,7 @@ def test_a_source_that_takes_other_pictures_is_refused(subject, tmp_path, train_
 
 def test_pictures_of_several_classes_are_refused(subject):
     one = subject(*SHORT, limit=5)
-    one.components.dataset.targets = 2
+    one.components.dataset.labels_per_image = 2
     with pytest.raises(
         UserError, match=r"^this study needs pictures of one class each; those of digits have 2$"
     ):

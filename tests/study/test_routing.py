@@ -161,7 +161,7 @@ def test_a_network_that_routes_nothing_and_pictures_of_several_classes_are_refus
     one.model.grid = None
     with pytest.raises(UserError, match=r"^this network has no `grid`, so nobody knows where the children"):
         Routing(**SETTINGS)(one)
-    one.components.dataset.targets = 2
+    one.components.dataset.labels_per_image = 2
     with pytest.raises(
         UserError, match=r"^this study needs pictures of one class each; those of digits have 2$"
     ):

@@ -25,9 +25,7 @@ class Turntable(SmallNORB):
 
     def __init__(self, viewpoint):
         self.viewpoint, self.test_views = viewpoint, "novel"
-        neutral = {"resize": None, "shift": 0, "crop": None, "flip": False, "brightness": 0}
-        neutral |= {"contrast": None, "light": "window", "standardise": None, "test_crops": 1}
-        self.preprocess = Preprocess(**neutral)
+        self.preprocess = Preprocess.identity()
 
     def read(self, part):
         assert (part, self.test_views) == ("test", "all")

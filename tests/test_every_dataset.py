@@ -1,4 +1,4 @@
-"""Contract of every dataset: each `conf/dataset/*.yaml` is under test by existing."""
+"""Contract of every dataset: each `conf/dataset/*.yaml` is tested automatically."""
 
 import importlib
 import inspect
@@ -26,9 +26,9 @@ def resolve(target):
 
 
 def node(name, *, data_root="nowhere", path="nowhere"):
-    words = [f"dataset={name}", f"data_root={data_root}"]
-    words += [f"dataset.path={path}"] if name == "image_folder" else []
-    return to_plain(compose("train", words, config_dir=None))["dataset"]
+    overrides = [f"dataset={name}", f"data_root={data_root}"]
+    overrides += [f"dataset.path={path}"] if name == "image_folder" else []
+    return to_plain(compose("train", overrides, config_dir=None))["dataset"]
 
 
 def build(name, **places):
@@ -49,7 +49,7 @@ def write_own_images(folder):
 
 @pytest.fixture
 def dataset(request, tmp_path):
-    """The dataset with its real data, or skipped where they are not."""
+    """The dataset with its real data; skips the test if they are missing."""
     root = os.environ.get("CAPSEXP_DATA", str(tmp_path / "nothing"))
     path = write_own_images(tmp_path / "images") if request.param == "image_folder" else "nowhere"
     built = build(request.param, data_root=root, path=path)
@@ -107,10 +107,10 @@ def test_images_and_labels_match_the_attributes(dataset):
         assert split.images.dtype == torch.uint8
         assert tuple(split.images.shape[1:]) == dataset.raw_shape
         assert split.images.is_contiguous()
-        # Nearly the whole range of bytes: making images smaller takes a little of it.
+        # Nearly the whole range of bytes: resizing reduces it a little.
         assert split.images.min() < 16
         assert split.images.max() >= 240
-    assert all("\n" not in remark for remark in dataset.caveats())
+    assert all("\n" not in line for line in dataset.caveats())
     for split in (training, test):
         assert split.labels.unique().tolist() == list(range(len(dataset.classes)))
 
@@ -121,11 +121,11 @@ def test_batches_have_the_shapes_and_ranges_that_networks_expect(dataset):
     batches = dataset.batches(
         test, batch_size=8, seed=0, device="cpu", memory_format=torch.channels_last, limit=3
     )
-    several = () if dataset.labels_per_image == 1 else (dataset.labels_per_image,)
+    label_axis = () if dataset.labels_per_image == 1 else (dataset.labels_per_image,)
     for batch in (*batches.training(0), *batches.in_order()):
         assert tuple(batch.images.shape[1:]) == dataset.image_shape
-        assert tuple(batch.pixels.shape[1:]) == (*several, *dataset.image_shape)
-        assert tuple(batch.labels.shape[1:]) == tuple(batch.indices.shape[1:]) == several
+        assert tuple(batch.pixels.shape[1:]) == (*label_axis, *dataset.image_shape)
+        assert tuple(batch.labels.shape[1:]) == tuple(batch.indices.shape[1:]) == label_axis
         assert batch.images.dtype == batch.pixels.dtype == torch.float32
         assert batch.images.isfinite().all()
         assert 0 <= batch.pixels.min() <= batch.pixels.max() <= 1

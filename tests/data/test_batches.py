@@ -15,7 +15,7 @@ AUGMENTED = {"shift": 2, "flip": True, "brightness": 20, "contrast": [0.5, 1.5],
 
 
 def numbered(count, channels=1, side=6):
-    """Pictures that can be told apart, labelled by their position."""
+    """Random images, labeled by their position."""
     images = torch.randint(0, 256, (count, channels, side, side), generator=torch.Generator().manual_seed(0))
     return Split(images.to(torch.uint8), torch.arange(count))
 
@@ -56,22 +56,22 @@ def toy(*, split=None, preprocess=IDENTITY, validation=0):
 @settings(max_examples=25, deadline=None)
 @given(count=st.integers(1, 40), batch_size=st.integers(1, 12), epoch=st.integers(0, 3), data=st.data())
 def test_training_can_start_at_any_batch(count, batch_size, epoch, data):
-    drawn = batches(count, batch_size=batch_size)
-    start = data.draw(st.integers(0, len(drawn)))
-    whole = list(drawn.training(epoch))
+    all_batches = batches(count, batch_size=batch_size)
+    start = data.draw(st.integers(0, len(all_batches)))
+    whole = list(all_batches.training(epoch))
     resumed = list(batches(count, batch_size=batch_size).training(epoch, start=start))
-    assert len(resumed) == len(drawn) - start
+    assert len(resumed) == len(all_batches) - start
     assert all(equal(a, b) for a, b in zip(whole[start:], resumed, strict=True))
 
 
 @settings(max_examples=25, deadline=None)
 @given(count=st.integers(1, 40), batch_size=st.integers(1, 12))
 def test_an_epoch_visits_each_image_once(count, batch_size):
-    drawn = batches(count, batch_size=batch_size)
-    for epoch in (drawn.training(0), drawn.in_order()):
-        seen = list(epoch)
-        assert len(seen) == len(drawn) == -(-count // batch_size)
-        assert sorted(torch.cat([batch.indices for batch in seen]).tolist()) == list(range(count))
+    all_batches = batches(count, batch_size=batch_size)
+    for epoch in (all_batches.training(0), all_batches.in_order()):
+        batches_of_epoch = list(epoch)
+        assert len(batches_of_epoch) == len(all_batches) == -(-count // batch_size)
+        assert sorted(torch.cat([batch.indices for batch in batches_of_epoch]).tolist()) == list(range(count))
 
 
 def test_labels_and_indices_belong_to_their_images():
@@ -103,8 +103,8 @@ def test_epochs_and_seeds_differ_in_order_and_in_augmentation():
 
 
 def test_in_order_keeps_the_order_and_is_not_random():
-    drawn = batches()
-    first, again = list(drawn.in_order()), list(drawn.in_order())
+    all_batches = batches()
+    first, again = list(all_batches.in_order()), list(all_batches.in_order())
     assert all(equal(a, b) for a, b in zip(first, again, strict=True))
     assert torch.cat([batch.indices for batch in first]).tolist() == list(range(23))
     pixels = torch.cat([batch.pixels for batch in first])
@@ -112,9 +112,9 @@ def test_in_order_keeps_the_order_and_is_not_random():
 
 
 def test_views_start_with_the_batches_of_in_order():
-    several = {"crop": 2, "test_crops": 13}
-    drawn = batches(preprocess=several, side=9)
-    for plain, views in zip(drawn.in_order(), drawn.views(), strict=True):
+    crops = {"crop": 2, "test_crops": 13}
+    all_batches = batches(preprocess=crops, side=9)
+    for plain, views in zip(all_batches.in_order(), all_batches.views(), strict=True):
         assert len(views) == 13
         assert equal(plain, views[0])
         assert len({view.pixels.sum().item() for view in views}) == 13

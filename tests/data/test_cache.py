@@ -14,7 +14,7 @@ ARRAY = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
 
 
 class Counted:
-    """Makes the array, and counts how often."""
+    """Returns the array and counts the calls."""
 
     def __init__(self, array=ARRAY):
         self.array, self.calls = array, 0
@@ -24,18 +24,18 @@ class Counted:
         return self.array
 
 
-def kept(path, compute, *, key="a key", shape=ARRAY.shape):
+def read_cached(path, compute, *, key="a key", shape=ARRAY.shape):
     return cached(path, key=key, shape=shape, compute=compute)
 
 
 def test_an_array_is_computed_once_and_then_read(tmp_path):
     compute = Counted()
-    first, again = (kept(tmp_path / "kept", compute) for _ in range(2))
+    first, again = (read_cached(tmp_path / "cached", compute) for _ in range(2))
     assert compute.calls == 1
     assert (first == ARRAY).all()
     assert (again == ARRAY).all()
     assert again.flags.writeable
-    assert os.listdir(tmp_path) == ["kept"]
+    assert os.listdir(tmp_path) == ["cached"]
 
 
 def truncated(content):
@@ -50,7 +50,7 @@ def flipped_in_the_array(content):
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
-def flipped_in_the_title(content):
+def flipped_in_the_header(content):
     return bytes([content[0] ^ 1]) + content[1:]
 
 
@@ -58,31 +58,31 @@ def empty(content):
     return b""
 
 
-def without_a_line(content):
+def without_a_newline(content):
     return content.replace(b"\n", b" ")
 
 
 @pytest.mark.parametrize(
-    "damage", [truncated, longer, flipped_in_the_array, flipped_in_the_title, empty, without_a_line]
+    "damage", [truncated, longer, flipped_in_the_array, flipped_in_the_header, empty, without_a_newline]
 )
 def test_a_damaged_file_is_replaced(tmp_path, damage):
-    path = tmp_path / "kept"
-    kept(path, Counted())
+    path = tmp_path / "cached"
+    read_cached(path, Counted())
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     compute = Counted()
-    assert (kept(path, compute) == ARRAY).all()
+    assert (read_cached(path, compute) == ARRAY).all()
     assert compute.calls == 1
     assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("changes", [{"key": "another key"}, {"shape": (4, 3, 5)}, {"shape": (3, 4, 4)}])
 def test_a_file_with_another_key_or_shape_is_not_used(tmp_path, changes):
-    path = tmp_path / "kept"
-    kept(path, Counted())
+    path = tmp_path / "cached"
+    read_cached(path, Counted())
     other = np.zeros(changes.get("shape", ARRAY.shape), np.uint8)
     compute = Counted(other)
-    assert (kept(path, compute, **changes) == other).all()
+    assert (read_cached(path, compute, **changes) == other).all()
     assert compute.calls == 1
 
 
@@ -93,7 +93,7 @@ def test_an_array_is_computed_every_time_if_the_file_cannot_be_written(tmp_path,
     monkeypatch.setattr(cache, "write_atomic", refuse)
     compute = Counted()
     for _ in range(2):
-        assert (kept(tmp_path / "kept", compute) == ARRAY).all()
+        assert (read_cached(tmp_path / "cached", compute) == ARRAY).all()
     assert compute.calls == 2
     assert os.listdir(tmp_path) == []
 
@@ -103,7 +103,7 @@ def test_an_error_in_the_computation_is_raised(tmp_path):
         raise OSError("the source cannot be read")
 
     with pytest.raises(OSError, match="the source cannot be read"):
-        kept(tmp_path / "kept", broken)
+        read_cached(tmp_path / "cached", broken)
 
 
 def test_concurrent_processes_leave_one_complete_file(tmp_path):
@@ -121,14 +121,14 @@ def test_concurrent_processes_leave_one_complete_file(tmp_path):
         print(cached(Path(sys.argv[1]), key="key", shape=(50, 100, 100), compute=compute).sum())
         """
     )
-    path = tmp_path / "kept"
+    path = tmp_path / "cached"
     started = [
         subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE) for _ in range(4)
     ]
     assert [process.communicate()[0].strip() for process in started] == [b"3500000"] * 4
-    assert os.listdir(tmp_path) == ["kept"]
+    assert os.listdir(tmp_path) == ["cached"]
     compute = Counted()
-    assert (kept(path, compute, key="key", shape=(50, 100, 100)) == 7).all()
+    assert (read_cached(path, compute, key="key", shape=(50, 100, 100)) == 7).all()
     assert compute.calls == 0
 
 

@@ -45,25 +45,25 @@ def tarred(members):
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     packed = buffer.getvalue()
-    holds = tuple(StoredFile(name, f"sha256:{sha256(content)}") for name, content in members.items())
-    return RemoteFile("set.tar.gz", URL + ".tar.gz", sha256(packed), holds), packed
+    contents = tuple(StoredFile(name, f"sha256:{sha256(content)}") for name, content in members.items())
+    return RemoteFile("set.tar.gz", URL + ".tar.gz", sha256(packed), contents), packed
 
 
 def serve(monkeypatch, answers):
-    """Answer each address with the given bytes, as urllib would."""
-    asked = []
+    """Serve the given bytes for each address, as urllib would; return the list of requested addresses."""
+    requested = []
 
     def open_url(url):
-        asked.append(url)
+        requested.append(url)
         answer = io.BytesIO(answers[url])
         answer.headers = {"Content-Length": str(len(answers[url]))}
         return answer
 
     monkeypatch.setattr(download, "open_url", open_url)
-    return asked
+    return requested
 
 
-def ignore(what, done, total):
+def ignore(activity, done, total):
     pass
 
 
@@ -77,18 +77,18 @@ def names(root):
 
 def test_a_file_is_downloaded_and_verified(tmp_path, monkeypatch):
     serve(monkeypatch, {URL: CONTENT})
-    seen = []
-    get(tmp_path, plain(), progress=lambda *call: seen.append(call))
+    calls = []
+    get(tmp_path, plain(), progress=lambda *call: calls.append(call))
     assert (tmp_path / "set/data.bin").read_bytes() == CONTENT
     assert names(tmp_path) == [".capsexp.lock", "set/data.bin"]
-    assert seen[-1] == ("downloading set/data.bin", len(CONTENT), len(CONTENT))
+    assert calls[-1] == ("downloading set/data.bin", len(CONTENT), len(CONTENT))
 
 
 def test_a_file_is_not_downloaded_twice(tmp_path, monkeypatch):
-    asked = serve(monkeypatch, {URL: CONTENT})
+    requested = serve(monkeypatch, {URL: CONTENT})
     get(tmp_path, plain())
     get(tmp_path, plain())
-    assert asked == [URL]
+    assert requested == [URL]
 
 
 def test_a_gz_is_unpacked(tmp_path, monkeypatch):
@@ -110,13 +110,13 @@ def test_a_tar_is_unpacked_and_old_temporary_folders_are_removed(tmp_path, monke
 
 
 def test_an_archive_on_disk_is_unpacked_without_a_download(tmp_path, monkeypatch):
-    asked = serve(monkeypatch, {})
+    requested = serve(monkeypatch, {})
     remote, packed = zipped()
     (tmp_path / "set").mkdir()
     (tmp_path / "set/data.bin.gz").write_bytes(packed)
     get(tmp_path, remote, online=False)
     assert (tmp_path / "set/data.bin").read_bytes() == CONTENT
-    assert asked == []
+    assert requested == []
 
 
 def test_a_damaged_archive_on_disk_is_reported(tmp_path):
@@ -226,12 +226,14 @@ def test_redirects_are_followed_only_to_https():
 
 
 def test_open_url_uses_the_handler_for_redirects(monkeypatch):
-    built = []
+    openers = []
     real = urllib.request.build_opener
-    monkeypatch.setattr(urllib.request.OpenerDirector, "open", lambda opener, *_, **__: built.append(opener))
+    monkeypatch.setattr(
+        urllib.request.OpenerDirector, "open", lambda opener, *_, **__: openers.append(opener)
+    )
     monkeypatch.setattr(urllib.request, "build_opener", real)
     download.open_url(URL)
-    redirectors = [h for h in built[0].handlers if isinstance(h, urllib.request.HTTPRedirectHandler)]
+    redirectors = [h for h in openers[0].handlers if isinstance(h, urllib.request.HTTPRedirectHandler)]
     assert [type(handler) for handler in redirectors] == [download._HttpsOnly]
 
 
@@ -250,8 +252,8 @@ def test_verify_accepts_the_right_file_and_reports_a_flipped_bit(tmp_path, algor
     flipped = bytearray(CONTENT)
     flipped[1234] ^= 1
     path.write_bytes(flipped)
-    found = hashlib.new(algorithm, flipped).hexdigest()
-    message = f"data.bin is damaged or incomplete: expected {algorithm} {right}, found {found}"
+    actual = hashlib.new(algorithm, flipped).hexdigest()
+    message = f"data.bin is damaged or incomplete: expected {algorithm} {right}, found {actual}"
     with pytest.raises(DataError, match=message):
         verify(path, f"{algorithm}:{right}")
 

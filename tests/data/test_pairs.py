@@ -10,7 +10,7 @@ from capsexp.errors import UserError
 
 
 def canvases(count, *, side=5, pad=4, classes=3):
-    """Random images in the middle of their canvas; the first class is twice as large as the others."""
+    """Random images in the center of their canvas; the first class is twice as large as the others."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 1, side, side), dtype=torch.uint8, generator=generator)
     labels = (torch.arange(count) % (classes + 1)).clamp_max(classes) % classes
@@ -37,23 +37,23 @@ def joined(batches):
     return [torch.cat(fields) for fields in zip(*batches, strict=True)]
 
 
-def same(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def shift_of(source, original, reach):
-    """The one move of the original that gives the source, by trying all; zeros come in from outside."""
+    """Return the only shift of the original that gives the source, after trying all; fill with zeros."""
     height, width = original.shape[1:]
-    found = []
+    matches = []
     for down, right in itertools.product(range(-reach, reach + 1), repeat=2):
         moved = torch.zeros_like(original)
         rows = slice(max(0, down), height + min(0, down)), slice(max(0, -down), height - max(0, down))
         columns = slice(max(0, right), width + min(0, right)), slice(max(0, -right), width - max(0, right))
         moved[:, rows[0], columns[0]] = original[:, rows[1], columns[1]]
         if torch.equal(moved, source):
-            found.append((down, right))
-    (one,) = found
-    return one
+            matches.append((down, right))
+    (match,) = matches
+    return match
 
 
 def test_an_epoch_overlays_every_image_once_with_one_of_another_class():
@@ -81,11 +81,11 @@ def test_a_source_is_its_image_shifted_within_the_canvas():
     moves = []
     for batch in (*pairs(split).training(0), *pairs(split).in_order()):
         sources = (batch.pixels * 255).round().to(torch.uint8)
-        for place, index in itertools.product(range(len(batch.labels)), range(2)):
-            original = split.images[batch.indices[place, index]]
-            moves.append(shift_of(sources[place, index], original, 4))
+        for number, index in itertools.product(range(len(batch.labels)), range(2)):
+            original = split.images[batch.indices[number, index]]
+            moves.append(shift_of(sources[number, index], original, 4))
     assert {*moves[::2]} != {*moves[1::2]}
-    assert {one for move in moves for one in move} == set(range(-4, 5))
+    assert {amount for move in moves for amount in move} == set(range(-4, 5))
 
 
 def test_shifts_and_partners_are_uniform():
@@ -127,16 +127,16 @@ def test_fixed_pairs_depend_only_on_their_own_seed():
     assert same(fixed, joined(pairs(split, partners=3, seed=5, batch_size=7).in_order()))
     assert same(fixed, joined(views[0] for views in pairs(split, partners=3).views()))
     assert not same(fixed, joined(pairs(split, partners=3, pair_seed=1).in_order()))
-    # More partners add pairs behind those that are there.
+    # More partners add pairs after the first ones.
     assert same([field[:50] for field in fixed], joined(pairs(split).in_order()))
     assert torch.equal(fixed[3][:, 0], torch.arange(50).repeat(3))
 
 
 def test_a_subset_of_pairs_equals_those_of_the_whole_split():
-    split, places = canvases(50), torch.arange(1, 40, 2)
-    fixed, few = joined(pairs(split).in_order()), pairs(split).subset(places)
+    split, positions = canvases(50), torch.arange(1, 40, 2)
+    fixed, few = joined(pairs(split).in_order()), pairs(split).subset(positions)
     assert (few.count, few.visited, len(few)) == (20, 20, 2)
-    assert same([field[places] for field in fixed], joined(few.in_order()))
+    assert same([field[positions] for field in fixed], joined(few.in_order()))
     assert pairs(split, limit=2).visited == 32
 
 
@@ -146,11 +146,11 @@ def test_a_shift_beyond_the_margin_cuts_the_image_off():
     )
     sources = torch.cat([batch.pixels for batch in pairs(split, shift=3, margin=1).training(0)])
     lit = (sources > 0).sum((2, 3, 4))
-    assert (lit.max(), lit.min()) == (25, 9)  # 2 rows and 2 columns are gone
+    assert (lit.max(), lit.min()) == (25, 9)  # 2 rows and 2 columns are cut off
 
 
 def test_overlap_is_shared_area_over_box_area():
-    """Of frames as the analytic mean, of ink where it is a known part of the frame."""
+    """Frames overlap by the analytic mean; the ink is a square of known size within the frame."""
     images = torch.zeros(3000, 1, 36, 36, dtype=torch.uint8)
     images[:, :, 8:28, 8:28] = 1
     overlap = pairs(Split(images, torch.arange(3000) % 10), batch_size=500).overlap()

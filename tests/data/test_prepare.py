@@ -44,14 +44,14 @@ def toy(root):
 
 @pytest.fixture
 def packed(tmp_path):
-    """The archives are there, nothing is unpacked."""
+    """A data root with the archives, not unpacked."""
     (tmp_path / "toy").mkdir()
     for name, content in CONTENTS.items():
         (tmp_path / f"toy/{name}.gz").write_bytes(gzip.compress(content, mtime=0))
     return tmp_path
 
 
-def silent(what, done, total):
+def silent(activity, done, total):
     pass
 
 

@@ -28,7 +28,7 @@ def generator(seed=0):
 
 
 def shifted(image, down, right):
-    """One image moved pixel by pixel; what comes in from outside is 0."""
+    """Shift an image pixel by pixel and fill with 0."""
     _, height, width = image.shape
     result = torch.zeros_like(image)
     for y in range(height):
@@ -124,7 +124,7 @@ def test_standardised_images_have_mean_0_and_deviation_1_and_constant_ones_stay_
 
 
 def test_standardisation_comes_after_brightness_and_contrast():
-    # Of a grey image it takes away again whatever the two did, so only the geometry is left to see.
+    # For one channel it undoes brightness and contrast, so only the geometry remains.
     preprocess = Preprocess.identity(brightness=63, contrast=[0.2, 1.8], standardise="last")
     result = preprocess.train(random_images(channels=1), generator())
     again = Preprocess.identity(standardise="last").test(random_images(channels=1))

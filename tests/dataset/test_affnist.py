@@ -18,13 +18,13 @@ ORIGINALS, TRANSFORMS = 359, 2
 
 
 def make(name, root, *overrides):
-    words = [f"dataset={name}", f"data_root={root}", *overrides]
-    return build(to_plain(compose("train", words, config_dir=None))["dataset"], at="dataset")
+    overrides = [f"dataset={name}", f"data_root={root}", *overrides]
+    return build(to_plain(compose("train", overrides, config_dir=None))["dataset"], at="dataset")
 
 
 @pytest.fixture(scope="module")
 def apply_affine(tmp_path_factory):
-    """Affine transforms of the embedded digits: what the file of a small world holds."""
+    """Affine transforms of the embedded digits, for a small file."""
     return make(
         "mnist_affine",
         tmp_path_factory.mktemp("none"),
@@ -36,19 +36,19 @@ def apply_affine(tmp_path_factory):
 
 @pytest.fixture
 def world(tmp_path, monkeypatch, apply_affine):
-    """`world(FIELD=VALUE, …)`: affNIST of the embedded digits, whose file has some fields otherwise."""
+    """`world(FIELD=VALUE, …)`: affNIST of the embedded digits; some fields of its file may be replaced."""
     monkeypatch.setattr(AffNIST, "originals", ORIGINALS)
     monkeypatch.setattr(AffNIST, "transforms", TRANSFORMS)
 
     def publish(*overrides, without=(), **fields):
         labels = apply_affine.labels.numpy().astype(np.uint8)
-        right = {
+        original = {
             "affine_transforms": np.zeros((6, len(labels))),
             "image": apply_affine.images.reshape(-1, 144).numpy().T,
             "label_int": labels[None],
             "label_one_of_n": (np.arange(10)[:, None] == labels).astype(np.uint8),
         }
-        content = {key: value for key, value in (right | fields).items() if key not in without}
+        content = {key: value for key, value in (original | fields).items() if key not in without}
         path = tmp_path / FILE
         path.parent.mkdir()
         savemat(path, {"affNISTdata": content})
@@ -72,17 +72,11 @@ def test_images_in_column_order_are_transposed(world, apply_affine):
     assert torch.equal(world(image=columns).read("test").images, apply_affine.images)
 
 
-def changed(array, place, value):
-    array = array.copy()
-    array[place] = value
-    return array
-
-
 COUNT = ORIGINALS * TRANSFORMS
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"without": ("image",)}, "must be a struct with image, label_int, label_one_of_n, got a struct of"),
         ({"without": ("label_int",)}, "must be a struct with image, label_int, label_one_of_n, got"),
@@ -100,13 +94,13 @@ COUNT = ORIGINALS * TRANSFORMS
         ),
     ],
 )
-def test_a_file_with_another_structure_is_refused_in_one_line(world, fields, told):
+def test_a_file_with_another_structure_is_refused_in_one_line(world, fields, message):
     dataset = world(**fields)
-    with pytest.raises(DataError, match=re.escape(told)) as refused:
+    with pytest.raises(DataError, match=re.escape(message)) as refused:
         dataset.read("test")
     assert str(refused.value).startswith(str(dataset.path))
     assert "\n" not in str(refused.value)
-    assert [line for line in dataset.problems() if told in line]
+    assert [line for line in dataset.problems() if message in line]
 
 
 @pytest.mark.parametrize(
@@ -137,10 +131,10 @@ def test_the_official_count_is_320000():
 def test_without_the_file_the_error_names_address_and_folder(tmp_path):
     dataset = make("affnist", tmp_path, *DIGITS)
     assert dataset.missing_files() == [FILE]
-    told = rf"test\.mat is missing: download {re.escape(URL)} by hand and unpack it into"
-    for ask in (dataset.require_files, lambda: dataset.prepare(print), lambda: dataset.read("test")):
-        with pytest.raises(DataError, match=told):
-            ask()
+    message = rf"test\.mat is missing: download {re.escape(URL)} by hand and unpack it into"
+    for attempt in (dataset.require_files, lambda: dataset.prepare(print), lambda: dataset.read("test")):
+        with pytest.raises(DataError, match=message):
+            attempt()
     lines = []
     assert prepare(dataset, print_line=lines.append, progress=print) == 1
     assert lines[0] == f"affnist: getting {FILE} in {tmp_path / 'affNIST'}"
@@ -170,11 +164,11 @@ def test_a_complete_file_is_never_reported_as_verified(world):
 
 
 def test_a_source_with_other_channels_is_refused(tmp_path):
-    words = ("dataset@dataset.source=cifar10", "dataset.canvas=44")
+    overrides = ("dataset@dataset.source=cifar10", "dataset.canvas=44")
     with pytest.raises(
         UserError, match="source must have grayscale images in 10 classes, got 3 channels and 10"
     ):
-        make("affnist", tmp_path, *words)
+        make("affnist", tmp_path, *overrides)
 
 
 @pytest.fixture
@@ -191,8 +185,8 @@ def test_transposed_images_are_detected_by_the_means_of_their_classes(real_root)
     assert torch.equal(make_upright(test.images, test.labels, originals), test.images)
     assert torch.equal(make_upright(test.images.mT, test.labels, originals), test.images)
     means, expected = class_means(test), class_means(originals)
-    along, down = ((means * one).sum().item() for one in (expected, expected.mT))
-    assert along > 1.1 * down
+    upright, transposed = ((means * reference).sum().item() for reference in (expected, expected.mT))
+    assert upright > 1.1 * transposed
 
 
 def test_the_official_file_holds_32_transforms_of_each_mnist_test_image(real_root):

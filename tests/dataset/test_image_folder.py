@@ -11,7 +11,7 @@ from capsexp.errors import DataError
 
 
 def write_image(path, *, mode="RGB", size=(6, 8), value=None):
-    """A image of height and width `size`, random or of one value."""
+    """Write an image of height and width `size`, random or of one value."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(len(str(path.name))).integers(0, 256, (*size, 3), dtype=np.uint8)
     if value is not None:

@@ -25,7 +25,7 @@ def real():
 
 @pytest.fixture
 def copy(real, tmp_path):
-    """A data root of our own, to damage."""
+    """A data root with links to the files, to damage."""
     (tmp_path / FOLDER).mkdir(parents=True)
     for path in (real / FOLDER).glob("*-ubyte"):
         (tmp_path / FOLDER / path.name).symlink_to(path)

@@ -27,8 +27,8 @@ SMALL = ("dataset=multimnist", "dataset@dataset.source=digits", "dataset.shift=2
 
 
 def of_digits(*overrides):
-    words = [*SMALL, *overrides]
-    return build(to_plain(compose("train", words, config_dir=None))["dataset"], at="dataset")
+    overrides = [*SMALL, *overrides]
+    return build(to_plain(compose("train", overrides, config_dir=None))["dataset"], at="dataset")
 
 
 def joined(batches):
@@ -65,12 +65,12 @@ def test_images_and_splits_are_the_sources():
 def test_the_sources_augmentation_changes_nothing(tiny_parts):
     other = "dataset.source.preprocess"
     split = of_digits().read("test")
-    plainly, augmented = (
-        tiny_parts(*SMALL, *words).batches(split, limit=2)
-        for words in ((), (f"{other}.shift=3", f"{other}.flip=true", f"{other}.standardise=last"))
+    plain, augmented = (
+        tiny_parts(*SMALL, *overrides).batches(split, limit=2)
+        for overrides in ((), (f"{other}.shift=3", f"{other}.flip=true", f"{other}.standardise=last"))
     )
-    for one, two in zip(plainly.training(0), augmented.training(0), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    for first, second in zip(plain.training(0), augmented.training(0), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_training_has_one_pair_per_image_and_evaluation_has_test_partners(tiny_parts):
@@ -79,8 +79,8 @@ def test_training_has_one_pair_per_image_and_evaluation_has_test_partners(tiny_p
     assert components.batches(training, limit=None, training=True).count == training.size
     assert components.batches(validation, limit=None).count == 3 * validation.size
     assert isinstance(components.batches(validation, limit=None), OverlaidPairs)
-    (remark,) = components.dataset.caveats()
-    assert remark == "multimnist of digits, pairs per test image: 3; in the paper: 1,000"
+    (caveat,) = components.dataset.caveats()
+    assert caveat == "multimnist of digits, pairs per test image: 3; in the paper: 1,000"
     assert of_digits("dataset.test_partners=1000").caveats() == []
 
 
@@ -127,10 +127,10 @@ def test_the_test_split_is_the_same_in_every_run(run, tiny_parts):
 )
 def test_invalid_settings_are_one_line(overrides, message, tiny_config):
     key = overrides[0].partition("=")[0]
-    words = [word for word in SMALL if not word.startswith(f"{key}=")]
-    with pytest.raises(UserError) as told:
-        build_components(tiny_config(*words, *overrides), plugins=[])
-    assert told.value.problems == (message,)
+    small = [override for override in SMALL if not override.startswith(f"{key}=")]
+    with pytest.raises(UserError) as caught:
+        build_components(tiny_config(*small, *overrides), plugins=[])
+    assert caught.value.problems == (message,)
 
 
 def test_a_run_trains_and_is_evaluated(tmp_path, train_tiny, tiny_parts, capsys):
@@ -141,7 +141,7 @@ def test_a_run_trains_and_is_evaluated(tmp_path, train_tiny, tiny_parts, capsys)
     for name in ("accuracy", "digit_accuracy", "margin", "reconstruction"):
         assert values[name] == results[f"test/{name}"]
     with Image.open(tmp_path / "figures" / "reconstruction.png") as shown:
-        # 16 images: what was seen, its two sources, and what was made of it, twice.
+        # 16 images, each with its two sources and their two reconstructions.
         assert shown.size == (16 * 13 + 1, 5 * 13 + 1)
 
 
@@ -149,18 +149,18 @@ def test_predict_lists_and_decodes_the_likeliest_classes(tmp_path, train_tiny, t
     train_tiny(tmp_path, *SMALL, "trainer.max_steps=2", "trainer.test=none")
     components = tiny_parts(*SMALL)
     overlay = next(components.batches(components.dataset.read("test"), limit=1).in_order()).images[0, 0]
-    Image.fromarray((overlay * 255).byte().numpy()).save(tmp_path / "seen.png")
-    told = {"run": str(tmp_path), "weights": "last", "top": 2, "reconstructions": True}
-    predict(components, told, [str(tmp_path / "seen.png")])
+    Image.fromarray((overlay * 255).byte().numpy()).save(tmp_path / "input.png")
+    settings = {"run": str(tmp_path), "weights": "last", "top": 2, "reconstructions": True}
+    predict(components, settings, [str(tmp_path / "input.png")])
     model, _ = load_model(components, tmp_path, weights="last")
     best = model(overlay[None, None]).scores.topk(2)
     listed = capsys.readouterr().out
     for label, score in zip(best.indices[0].tolist(), best.values[0].tolist(), strict=True):
         assert f"{label} {score:.3f}" in listed
-    with Image.open(tmp_path / "seen.reconstruction.png") as written:
-        made = torch.from_numpy(np.array(written.convert("L"))).float() / 255
+    with Image.open(tmp_path / "input.reconstruction.png") as written:
+        actual = torch.from_numpy(np.array(written.convert("L"))).float() / 255
     decoded = model(overlay[None, None], best.indices).reconstruction[0, :, 0]
-    torch.testing.assert_close(made, torch.cat([overlay, *decoded], dim=1), atol=0.51 / 255, rtol=0)
+    torch.testing.assert_close(actual, torch.cat([overlay, *decoded], dim=1), atol=0.51 / 255, rtol=0)
 
 
 def test_both_images_of_a_non_finite_pair_are_named(tmp_path):
@@ -206,23 +206,23 @@ def test_benchmark_batches_are_random_pairs(tiny_parts):
     ],
 )
 def test_other_networks_train_on_pairs(model, em_config):
-    name, *words = model.split()
+    name, *overrides = model.split()
     shallow = ["model.conv_types=[4]", "model.conv_kernels=[2]", "model.conv_strides=[1]", "loss=margin"]
-    words = words or [*shallow, "model.primary_types=2"]
-    components = build_components(em_config(f"model={name}", *SMALL, *words), plugins=[])
+    overrides = overrides or [*shallow, "model.primary_types=2"]
+    components = build_components(em_config(f"model={name}", *SMALL, *overrides), plugins=[])
     batch = next(components.batches(components.dataset.read("test"), limit=1, training=True).training(0))
-    told = gradients(components.new_model(), components.loss, batch, Step(0, 1), components.trainer)
-    assert 0 <= told["accuracy"] <= told["digit_accuracy"] <= 1
+    metrics = gradients(components.new_model(), components.loss, batch, Step(0, 1), components.trainer)
+    assert 0 <= metrics["accuracy"] <= metrics["digit_accuracy"] <= 1
 
 
 def test_overfitting_uses_the_first_pairs(tmp_path, train_tiny, metrics_of):
-    words = [
+    overrides = [
         "trainer.overfit=true",
         "trainer.batch_size=20",
         "trainer.max_steps=2",
         "dataset.test_partners=1",
     ]
-    train_tiny(tmp_path, *SMALL, *words)
+    train_tiny(tmp_path, *SMALL, *overrides)
     assert "validation/digit_accuracy" in metrics_of(tmp_path)[-2] | metrics_of(tmp_path)[-1]
 
 
@@ -233,8 +233,8 @@ def test_accuracy_counts_pairs_and_digit_accuracy_counts_digits(tiny_parts):
     both = each = 0
     for batch in batches.in_order():
         best = model(batch.images).scores.topk(2).indices.tolist()
-        found = [len({*a} & {*b}) for a, b in zip(best, batch.labels.tolist(), strict=True)]
-        both, each = both + found.count(2), each + sum(found)
+        matches = [len({*a} & {*b}) for a, b in zip(best, batch.labels.tolist(), strict=True)]
+        both, each = both + matches.count(2), each + sum(matches)
     values = evaluate(model, batches, components.loss, Step(0, 1))
     assert values["accuracy"] == pytest.approx(both / 359)
     assert values["digit_accuracy"] == pytest.approx(each / 718)

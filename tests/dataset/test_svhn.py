@@ -18,7 +18,7 @@ def svhn(root):
 
 @pytest.fixture
 def invented(tmp_path, monkeypatch):
-    """A small file in the published format, with the checksums that belong to it."""
+    """A small file in the published format, with its own checksums."""
     path = tmp_path / FOLDER / "test_32x32.mat"
     path.parent.mkdir()
     pixels = np.arange(32 * 32 * 3 * 4, dtype=np.uint32).astype(np.uint8).reshape(32, 32, 3, 4)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from typing import TypedDict
 
 import torch
 from jaxtyping import Int64
@@ -11,6 +12,16 @@ from capsexp.capsules import Batch
 from capsexp.data.preprocess import Preprocess, Preprocessed
 from capsexp.data.seeds import derive_seed, epoch_order
 from capsexp.data.split import Split
+
+
+class BatchOptions(TypedDict):
+    """The keyword arguments of `Batches` that do not depend on the dataset."""
+
+    batch_size: int
+    seed: int
+    device: torch.device | str
+    memory_format: torch.memory_format
+    limit: int | None
 
 
 class Batches:

@@ -6,10 +6,9 @@ functions of (seed, epoch, batch), so training can start at any batch and there 
 
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Unpack
 
-import torch
-
-from capsexp.data.batches import Batches
+from capsexp.data.batches import Batches, BatchOptions
 from capsexp.data.download import Progress
 from capsexp.data.preprocess import Preprocess, Shape
 from capsexp.data.split import Split, SplitName, split_validation
@@ -76,26 +75,9 @@ class Dataset(ABC):
         """
         return None
 
-    def batches(
-        self,
-        split: Split,
-        *,
-        batch_size: int,
-        seed: int,
-        device: torch.device | str,
-        memory_format: torch.memory_format,
-        limit: int | None,
-    ) -> Batches:
+    def batches(self, split: Split, **options: Unpack[BatchOptions]) -> Batches:
         """Return a split of this dataset in batches; see `Batches`."""
-        return Batches(
-            split,
-            self.preprocess,
-            batch_size=batch_size,
-            seed=seed,
-            device=device,
-            memory_format=memory_format,
-            limit=limit,
-        )
+        return Batches(split, self.preprocess, **options)
 
     def missing_files(self) -> list[str]:
         """Return the names of the missing files; empty for a dataset without files."""

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from jaxtyping import Float, Int, Int16, Int64, UInt8
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from capsexp.capsules import Batch
-from capsexp.data.batches import Batches
+from capsexp.data.batches import Batches, BatchOptions
 from capsexp.data.image_ops import crop_at
 from capsexp.data.preprocess import Preprocess
 from capsexp.data.seeds import derive_seed, epoch_order
@@ -60,7 +60,7 @@ class OverlaidPairs(Batches):
         margin: int,
         partners: int,
         pair_seed: int,
-        **options: Any,
+        **options: Unpack[BatchOptions],
     ) -> None:
         super().__init__(split, preprocess, **options)
         self.shift, self.margin, self.pair_seed = shift, margin, pair_seed

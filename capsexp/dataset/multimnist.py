@@ -1,10 +1,10 @@
 """MultiMNIST: two overlaid digits in one image, or two images of any other dataset with one channel."""
 
-from typing import Any
+from typing import Unpack
 
 from torch.nn import functional as F
 
-from capsexp.data.batches import Batches
+from capsexp.data.batches import Batches, BatchOptions
 from capsexp.data.dataset import Dataset
 from capsexp.data.derived import DerivedDataset
 from capsexp.data.pairs import OverlaidPairs
@@ -76,7 +76,7 @@ class MultiMNIST(DerivedDataset):
         split = self.source.familiar()
         return None if split is None else self._on_canvas(split)
 
-    def batches(self, split: Split, **options: Any) -> Batches:
+    def batches(self, split: Split, **options: Unpack[BatchOptions]) -> Batches:
         """Return pairs of a split's images; see `OverlaidPairs`."""
         return OverlaidPairs(
             split,

@@ -54,7 +54,7 @@ def _predict_batch(
 ) -> tuple[Tensor, Output]:
     """Return labels, and an output with their reconstructions."""
     prepared = components.dataset.preprocess.test(images.to(components.device.torch_device))
-    count = components.dataset.targets
+    count = components.dataset.labels_per_image
     with inference(model):
         output = model(prepared.images)
         if count == 1:

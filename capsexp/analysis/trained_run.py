@@ -182,7 +182,7 @@ class TrainedRun:
         if images.size == 0:
             raise UserError(f"split={split}: this run has no {split} images")
         batches = self.components.batches(images, limit=self.components.trainer.limit_eval_batches)
-        return batches if limit is None else batches.only(_sample(batches.count, limit))
+        return batches if limit is None else batches.subset(_sample(batches.count, limit))
 
     def evaluate_batches(self, batches: Batches) -> dict[str, float]:
         """Return the metrics of the network over some batches."""
@@ -212,7 +212,7 @@ class TrainedRun:
     def in_batches(self, split: Split) -> Batches:
         """Return a split, or the sample of it that the limit allows, on the run's device."""
         batches = self.components.batches(split, limit=None)
-        return batches if self.limit is None else batches.only(self.sampled(batches.count))
+        return batches if self.limit is None else batches.subset(self.sampled(batches.count))
 
     def sampled(self, size: int) -> Int64[Tensor, " N"]:
         """Return the places of the images that the limit allows, of a split of this size.
@@ -236,10 +236,10 @@ class TrainedRun:
         Raises:
             UserError: the images have several labels.
         """
-        if self.dataset.targets > 1:
+        if self.dataset.labels_per_image > 1:
             raise UserError(
                 f"this study needs images of one class each; those of {self.dataset.name} have "
-                f"{self.dataset.targets}"
+                f"{self.dataset.labels_per_image}"
             )
 
     def decoder(self) -> Callable[[Float[Tensor, "B J D"], Tensor], Float[Tensor, "B *T C H W"]]:

@@ -134,7 +134,7 @@ def data(arguments: Sequence[str]) -> int:
         return 0
     if action == "prepare" and not names:
         raise UserError(f"capsexp data prepare needs names: {', '.join(datasets)}")
-    return prepare.work_through(action, datasets)
+    return prepare.run_action(action, datasets)
 
 
 def doctor(arguments: Sequence[str]) -> int:

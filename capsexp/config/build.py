@@ -176,7 +176,7 @@ def _label_problems(built: dict[str, Any]) -> Iterator[str]:
     if "dataset" not in built or "loss" not in built:
         return
     dataset, loss = built["dataset"], built["loss"]
-    targets = getattr(dataset, "targets", 1)
+    targets = getattr(dataset, "labels_per_image", 1)
     if targets > 1 and not getattr(loss, "multi_label", False):
         name = getattr(loss, "__name__", type(loss).__name__)
         yield (

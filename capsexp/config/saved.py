@@ -24,10 +24,17 @@ RENAMED_TARGETS = {
 }
 RENAMED_KEYS: dict[str, str] = {
     "loss.average": "loss.mean_over_classes",
+    "dataset.preprocess.light": "dataset.preprocess.contrast_mean",
+    "dataset.source.preprocess.light": "dataset.source.preprocess.contrast_mean",
     "model.identity": "model.init_identity",
     "model.mask": "model.decode",
     "model.noise": "model.init_noise",
 }
+RENAMED_VALUES = {
+    ("dataset.preprocess.contrast_mean", "picture"): "image",
+    ("dataset.source.preprocess.contrast_mean", "picture"): "image",
+}
+"""By key of today and value of earlier versions."""
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -77,7 +84,10 @@ def _renamed_items(
 ) -> Iterator[tuple[str, Any]]:
     for key, child in node.items():
         old = f"{prefix}{key}"
-        yield renamed.get(old, old).removeprefix(prefix), _with_renamed_keys(child, f"{old}.")
+        new = renamed.get(old, old)
+        if isinstance(child, str):
+            child = RENAMED_VALUES.get((new, child), child)
+        yield new.removeprefix(prefix), _with_renamed_keys(child, f"{old}.")
 
 
 def register_saved_config(

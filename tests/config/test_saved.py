@@ -237,3 +237,9 @@ def test_what_could_start_code_is_left_out_of_a_saved_config(config):
     assert root.hydra.callbacks == {}
     assert "defaults" not in root.model
     assert ConfigStore.instance().load("model/stored.yaml").node.get("defaults") is None
+
+
+def test_a_renamed_value_is_read_under_its_new_name():
+    text = b"dataset: {_target_: capsexp.a.B, preprocess: {_target_: capsexp.preprocess.Preprocess, light: picture}}\n"
+    preprocess = parse_saved(text)["dataset"]["preprocess"]
+    assert preprocess == {"_target_": "capsexp.data.preprocess.Preprocess", "contrast_mean": "image"}

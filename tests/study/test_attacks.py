@@ -189,7 +189,7 @@ def test_a_source_that_takes_other_images_is_refused(trained_run, tmp_path, trai
 
 def test_images_of_several_classes_are_refused(trained_run):
     run = trained_run(*SHORT, limit=5)
-    run.components.dataset.targets = 2
+    run.components.dataset.labels_per_image = 2
     with pytest.raises(
         UserError, match=r"^this study needs images of one class each; those of digits have 2$"
     ):

@@ -24,8 +24,6 @@ class Turntable(SmallNORB):
     """Every view of one toy of each class; the three pixels of an image are label, elevation and azimuth."""
 
     def __init__(self, viewpoint):
-        neutral = {"resize": None, "shift": 0, "crop": None, "flip": False, "brightness": 0}
-        neutral |= {"contrast": None, "light": "window", "standardise": None, "test_crops": 1}
         super().__init__(
             root="unused",
             download=False,
@@ -33,7 +31,7 @@ class Turntable(SmallNORB):
             validation_instance=None,
             viewpoint=viewpoint,
             test_views="all" if viewpoint is None else "novel",
-            preprocess=Preprocess(**neutral),
+            preprocess=Preprocess.identity(),
         )
 
     def read(self, part):

@@ -10,17 +10,7 @@ from capsexp.errors import UserError
 
 
 def digits(standardise, crop=None):
-    preprocess = Preprocess(
-        resize=None,
-        shift=0,
-        crop=crop,
-        flip=False,
-        brightness=0,
-        contrast=None,
-        light="window",
-        standardise=standardise,
-        test_crops=1,
-    )
+    preprocess = Preprocess.identity(crop=crop, standardise=standardise)
     stored = Digits(preprocess=preprocess, validation=0, split_seed=0).read("test").images
     images, pixels = preprocess.test(stored)
     labels = torch.zeros(len(images), dtype=torch.long)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
@@ -57,6 +58,14 @@ def no_stored_options():
     yield
     for group in GROUPS:
         ConfigStore.instance().repo.get(group, {}).pop("stored.yaml", None)
+
+
+@pytest.fixture
+def no_type_checks():
+    """Call annotated functions as users do: without jaxtyping's checks of the arguments."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
-"""`capsexp analyze`: a study of a trained run, and where its figures and numbers go.
+"""`capsexp analyze`: run a study of a trained network and write its results into the run directory.
 
-figures/NAME.png      each figure, which `capsexp report` shows
-studies/STUDY.json    the numbers, with the settings that they were made under
-tb/                   both, at the step of the weights
+figures/NAME.png      each figure; `capsexp report` shows them
+studies/STUDY.json    the numbers, with the study's settings
+tb/                   figures and numbers, at the step of the weights
 """
 
 import functools
@@ -16,7 +16,7 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from capsexp.analysis.findings import Findings
-from capsexp.analysis.trained_run import TrainedRun, load_model
+from capsexp.analysis.trained_run import TrainedRun
 from capsexp.config.components import Components
 from capsexp.files import make_folder, write_atomic
 from capsexp.training.run_dir import RunDir
@@ -30,7 +30,7 @@ def analyze(
     *,
     plugins: Sequence[str] = (),
 ) -> Findings:
-    """Make a study of a run and write down what it comes to.
+    """Run a study and write its results.
 
     Args:
         study: the study.
@@ -39,28 +39,44 @@ def analyze(
         settings: the plain config: `run`, `weights`, `limit`, `study`.
         plugins: see `capsexp.config.build.build_components`.
     """
-    run, limit = RunDir(Path(settings["run"])), settings["limit"]
-    model, step = load_model(components, run.path, weights=str(settings["weights"]))
-    findings = study(TrainedRun(model, components, path=run.path, step=step, limit=limit, plugins=plugins))
-    make_folder(run.figures)
-    for title, figure in findings.figures.items():
-        file = run.figures / f"{title}.png"
-        write_atomic(file, functools.partial(figure.savefig, format="png", dpi=130))
-        print(file)
-    make_folder(run.path / "studies")
-    remarks = components.dataset.caveats()
-    told = {"study": settings["study"], "step": step.number, "limit": limit, "remarks": remarks}
-    told |= findings.numbers
-    file = run.path / "studies" / f"{name}.json"
-    write_atomic(file, lambda opened: opened.write(json.dumps(told, indent=1).encode()))
-    _to_tensorboard(run.path / "tb", name, findings, step.number)
-    for remark in remarks:
-        print(remark)
+    components.device.prepare()
+    directory, limit = RunDir(Path(settings["run"])), settings["limit"]
+    run = TrainedRun.restore(
+        components,
+        directory.path,
+        weights=settings["weights"],
+        config=dict(settings),
+        limit=limit,
+        plugins=plugins,
+    )
+    findings = study(run)
+    _save_figures(directory.figures, findings)
+    caveats = components.dataset.caveats()
+    header = {"study": settings["study"], "step": run.step.number, "limit": limit, "remarks": caveats}
+    file = _save_numbers(run.path / "studies", name, {**header, **findings.numbers})
+    _to_tensorboard(run.path / "tb", name, findings, run.step.number)
+    for caveat in caveats:
+        print(caveat)
     if findings.table is not None:
         Console().print(findings.table)
     scalars = _scalars(findings.numbers).items()
     print("  ".join([str(file), *(f"{key} {value:.4g}" for key, value in scalars)]))
     return findings
+
+
+def _save_figures(folder: Path, findings: Findings) -> None:
+    make_folder(folder)
+    for title, figure in findings.figures.items():
+        file = folder / f"{title}.png"
+        write_atomic(file, functools.partial(figure.savefig, format="png", dpi=130))
+        print(file)
+
+
+def _save_numbers(folder: Path, name: str, numbers: Mapping[str, Any]) -> Path:
+    make_folder(folder)
+    file = folder / f"{name}.json"
+    write_atomic(file, lambda opened: opened.write(json.dumps(numbers, indent=1).encode()))
+    return file
 
 
 def _scalars(numbers: Mapping[str, Any]) -> dict[str, int | float]:
@@ -72,7 +88,7 @@ def _scalars(numbers: Mapping[str, Any]) -> dict[str, int | float]:
 
 
 def _to_tensorboard(folder: Path, name: str, findings: Findings, step: int) -> None:
-    # A file of its own: the run's are closed. Its name sorts behind them.
+    # A new file, because those of the training are closed. Its name sorts after theirs.
     writer = SummaryWriter(str(folder), filename_suffix=f".{name}")
     for key, value in _scalars(findings.numbers).items():
         writer.add_scalar(f"{name}/{key}", value, step)

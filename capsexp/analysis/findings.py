@@ -9,17 +9,20 @@ from torch import Tensor
 
 
 class Findings(NamedTuple):
-    """What a study comes to."""
+    """The result of a study."""
 
     numbers: dict[str, Any]
-    """Plain values; those that are numbers also become scalars."""
+    """Plain values by name. Those that are numbers are also written as TensorBoard scalars."""
     figures: dict[str, Any]
-    """Figures of matplotlib by name."""
+    """Matplotlib figures by name."""
     table: Table | None = None
-    """To be printed."""
+    """Printed after the study."""
 
 
-def visible(picture: Float[Tensor, "C H W"]) -> Any:
-    """A picture as matplotlib takes it; of other channel counts than 1 and 3, such as stereo, the first."""
-    shown = picture.detach().cpu().clamp(0, 1)
-    return torch.movedim(shown, 0, 2).numpy() if len(shown) == 3 else shown[0].numpy()
+def displayable(image: Float[Tensor, "C H W"]) -> Any:
+    """Return an image as matplotlib takes it.
+
+    Of an image that has neither 1 nor 3 channels, such as a stereo pair, it is the first channel.
+    """
+    pixels = image.detach().cpu().clamp(0, 1)
+    return torch.movedim(pixels, 0, 2).numpy() if len(pixels) == 3 else pixels[0].numpy()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from capsexp.errors import Notes, UserError
-from capsexp.files import require_picture_file
+from capsexp.files import require_figure_file
 
 WORDS = """\
 DIRS     directories of runs, or folders with runs below them; without one, $CAPSEXP_OUTPUTS or outputs
@@ -118,7 +118,7 @@ def _runs(options: argparse.Namespace, notes: Notes) -> None:
 
 def _compare(options: argparse.Namespace, notes: Notes) -> None:
     if options.plot:
-        require_picture_file(options.plot, option="--plot")
+        require_figure_file(options.plot, option="--plot")
     from capsexp.compare import tables
 
     comparison = _comparison(options, notes, group_by=options.group_by)

@@ -177,7 +177,7 @@ def _label_problems(built: dict[str, Any]) -> Iterator[str]:
         return
     dataset, loss = built["dataset"], built["loss"]
     targets = getattr(dataset, "targets", 1)
-    if targets > 1 and not getattr(loss, "takes_several", False):
+    if targets > 1 and not getattr(loss, "multi_label", False):
         name = getattr(loss, "__name__", type(loss).__name__)
         yield (
             f"loss: {name} takes one label per image, and {dataset.name} has {targets}: "

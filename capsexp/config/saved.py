@@ -22,7 +22,12 @@ RENAMED_TARGETS = {
     "capsexp.preprocess.": "capsexp.data.preprocess.",
     "capsexp.trainer.": "capsexp.training.trainer.",
 }
-RENAMED_KEYS: dict[str, str] = {}
+RENAMED_KEYS = {
+    "model.mask": "model.decode",
+    "model.identity": "model.init_identity",
+    "model.noise": "model.init_noise",
+    "loss.average": "loss.mean_over_classes",
+}
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]

@@ -4,7 +4,6 @@ A file comes over https only, to `NAME.part`, is checked against its sha256 and 
 with its final name is whole. An exclusive lock in the data root keeps two processes from doing it twice.
 """
 
-import fcntl
 import gzip
 import hashlib
 import os
@@ -13,19 +12,19 @@ import tarfile
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from capsexp.errors import DataError
-from capsexp.files import replace_durably
+from capsexp.files import locked, replace_durably
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, bytes done, bytes in all; 0 if unknown)."""
 
+LOCK = ".capsexp.lock"
 BLOCK = 1 << 20
 TIMEOUT = 60.0
 """Seconds without an answer after which a download is given up."""
@@ -104,7 +103,8 @@ def download_all(
     if not online:
         _require_local(root, files, dataset)
     try:
-        with _lock(root):
+        root.mkdir(parents=True, exist_ok=True)
+        with locked(root / LOCK, wait=True):
             _discard_leftovers(root)
             # Looked at again: another process may have done it while this one waited.
             for remote in files:
@@ -221,15 +221,6 @@ def _open(url: str) -> Any:
 def _require_https(url: str) -> None:
     if urlsplit(url).scheme != "https":
         raise DataError(f"refusing to download over anything but https, got {url}")
-
-
-@contextmanager
-def _lock(root: Path) -> Iterator[None]:
-    """Alone in this data root. The kernel releases the lock when the process dies."""
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".capsexp.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _discard_leftovers(root: Path) -> None:

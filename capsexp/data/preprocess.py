@@ -5,10 +5,11 @@ Geometry first (shift, crop, flip), on bytes; then brightness, contrast and stan
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,6 +24,9 @@ FARTHEST = 3
 
 LARGEST_BRIGHTNESS = 10
 """In standard deviations: 63, meant for 0 … 255, is refused with `standardise: first`."""
+
+EXACT_FLOATS = (torch.float16, torch.float32, torch.float64)
+"""Float dtypes that tell all bytes divided by 255 apart; bfloat16 does not."""
 
 Choice = TypeVar("Choice")
 
@@ -216,7 +220,59 @@ def _standardised(
 
 
 def _to_unit(images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    if images.dtype != torch.uint8:
+        raise ValueError(
+            f"images must be uint8, got {_dtype_name(images)}; convert floats in [0, 1] with as_uint8_images"
+        )
     return images.to(torch.float32).div_(255)
+
+
+def as_uint8_images(images: Tensor | NDArray[Any], shape: Shape) -> UInt8[Tensor, "N C H W"]:
+    """Convert a user's images to what `Preprocess.test` takes.
+
+    Bytes stay as they are. Floats are scaled by 255 and rounded, so bytes divided by 255 come back exactly.
+
+    Args:
+        images: uint8, or float in [0, 1]; [N, C, H, W], or [C, H, W] for one image. The channel axis may be
+            left out where `shape` has one channel.
+        shape: `Dataset.raw_shape`.
+
+    Returns:
+        The images on their device.
+
+    Raises:
+        ValueError: another shape or dtype, no image, or a float outside [0, 1].
+    """
+    images = torch.as_tensor(images)
+    if images.dtype not in (torch.uint8, *EXACT_FLOATS):
+        raise ValueError(f"images must be uint8 or float in [0, 1], got {_dtype_name(images)}")
+    batch = _as_batch(images, shape)
+    if batch.dtype == torch.uint8:
+        return batch
+    lowest, highest = batch.min().item(), batch.max().item()
+    if not 0 <= lowest <= highest <= 1:
+        raise ValueError(
+            f"float images must be in [0, 1], got {lowest:g} … {highest:g}; pass 0 … 255 as uint8"
+        )
+    return batch.float().mul(255).round_().to(torch.uint8)
+
+
+def _as_batch(images: Tensor, shape: Shape) -> Tensor:
+    """Add the batch axis, and the channel axis of grayscale images, where they are missing."""
+    batch = images
+    if shape[0] == 1 and batch.ndim in (2, 3):
+        batch = batch.reshape(-1, 1, *batch.shape[-2:])
+    elif batch.ndim == 3:
+        batch = batch[None]
+    if tuple(batch.shape[1:]) != shape or len(batch) == 0:
+        raise ValueError(
+            f"images must have shape [N, {', '.join(map(str, shape))}], got {list(images.shape)}"
+        )
+    return batch
+
+
+def _dtype_name(images: Tensor) -> str:
+    return str(images.dtype).removeprefix("torch.")
 
 
 def resized(images: UInt8[Tensor, "N C H W"], size: tuple[int, int]) -> UInt8[Tensor, "N C h w"]:

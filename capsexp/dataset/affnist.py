@@ -15,7 +15,7 @@ from capsexp.data.download import Progress, digest
 from capsexp.data.placed import PlacedDataset
 from capsexp.data.preprocess import Preprocess
 from capsexp.data.split import Split
-from capsexp.errors import DataError
+from capsexp.errors import DataError, first_line
 
 URL = "https://www.cs.toronto.edu/~tijmen/affNIST/32x/apply_affine/test.mat.zip"
 FILE = "affNIST/test.mat"
@@ -175,8 +175,7 @@ def _fields(path: Path) -> dict[str, Any]:
     try:
         found = loadmat(path, variable_names=[STRUCT])
     except Exception as error:  # scipy raises many kinds for a file that it cannot read
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{path} cannot be read as a MATLAB 5 file: {reason}") from error
+        raise DataError(f"{path} cannot be read as a MATLAB 5 file: {first_line(error)}") from error
     struct = found.get(STRUCT)
     names = getattr(getattr(struct, "dtype", None), "names", None) or ()
     if struct is None or struct.shape != (1, 1) or not set(FIELDS) <= set(names):

@@ -1,4 +1,4 @@
-"""One loss per file: loss(output, batch, step) -> {term: scalar}; the terms add up to the loss."""
+"""One loss per file: a function of plain tensors, and the class that a config builds."""
 
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from capsexp.schedule import Step
 class Loss(Protocol):
     """What the training loop asks of a loss.
 
-    A loss that accepts several classes per image also sets `takes_several = True`.
+    `multi_label = True` says that an image may show several classes. Without it, an image shows one class.
     """
 
     def __call__(self, output: Output, batch: Batch, step: Step) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
-"""Checkpoints that are there whole or not at all, and are believed only after their checksum.
+"""Atomic checkpoints, verified by checksum before loading.
 
 checkpoints/step-00000400.pt     torch.save of plain dicts, tensors and numbers
-checkpoints/step-00000400.json   sha256, size, step: written last, it makes the checkpoint count
-checkpoints/last.pt, best.pt     links to two of them; without validation pictures the last is the best
+checkpoints/step-00000400.json   sha256, size, step; written last: a checkpoint without it does not count
+checkpoints/last.pt, best.pt     links to two of them; without validation images the last is the best
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import torch
 
-from capsexp.errors import UserError
+from capsexp.errors import UserError, first_line
 from capsexp.files import write_atomic
 
 SCHEMA = 1
@@ -27,14 +27,14 @@ class CheckpointError(UserError):
 
 
 def save(folder: Path, state: dict[str, Any], *, step: int) -> Path:
-    """Write the checkpoint of a step and let `last.pt` point to it.
+    """Write the checkpoint of a step and link `last.pt` to it.
 
-    A kill at any moment leaves the earlier checkpoints as they were.
+    A kill at any moment leaves the earlier checkpoints unchanged.
 
     Args:
         folder: the run's `checkpoints` folder.
-        state: dicts, lists, numbers, strings and tensors only: what `weights_only` loading accepts.
-        step: optimiser steps done.
+        state: only dicts, lists, numbers, strings and tensors, which `weights_only` loading accepts.
+        step: optimizer steps done.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name_of(step)
@@ -42,8 +42,8 @@ def save(folder: Path, state: dict[str, Any], *, step: int) -> Path:
     def write(file: IO[bytes]) -> None:
         torch.save({"schema": SCHEMA, **state}, file)
         file.flush()
-        # The JSON of an earlier file of that name would vouch for a file that it does not describe. It
-        # goes only when the new file is complete: if that fails, the earlier checkpoint stays good.
+        # The JSON of an earlier file of this name would describe the wrong file. It is deleted only now that
+        # the new file is complete: if writing fails, the earlier checkpoint stays valid.
         path.with_suffix(".json").unlink(missing_ok=True)
 
     write_atomic(path, write)
@@ -54,43 +54,41 @@ def save(folder: Path, state: dict[str, Any], *, step: int) -> Path:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint, on the CPU.
+    """Load the state in a checkpoint to the CPU.
 
     Raises:
         CheckpointError: the file or its checksum is missing, damaged, of another schema, or holds
-            anything but tensors and plain values.
+            anything other than tensors and plain values.
     """
     path = path.resolve()
     _check_manifest(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling can fail in any way: each is a refusal of this file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: refused, it cannot be read safely: {reason}") from None
+    except Exception as error:  # unpickling can raise anything
+        raise CheckpointError(f"{path}: refused, it cannot be read safely: {first_line(error)}") from None
     schema = state.get("schema") if isinstance(state, dict) else None
     if schema != SCHEMA:
         raise CheckpointError(f"{path}: refused, its schema is {schema!r}, this version reads {SCHEMA}")
     return state
 
 
-def newest(folder: Path, *, tell: Callable[[str], None]) -> dict[str, Any] | None:
-    """The state of the newest checkpoint that can be used; None if there has never been one.
+def load_newest(folder: Path, *, report: Callable[[str], None]) -> dict[str, Any] | None:
+    """Load the newest usable checkpoint; return None if the run has never saved one.
 
     Args:
         folder: the run's `checkpoints` folder.
-        tell: gets one line for every checkpoint that was refused.
+        report: called with one line for each refused checkpoint.
 
     Raises:
-        CheckpointError: there are checkpoints and none can be used. A run is never begun anew over them.
+        CheckpointError: there are checkpoints but none is usable. A new run must not overwrite them.
     """
-    paths = sorted(saved(folder), reverse=True)
     refusals = []
-    for path in paths:
+    for path in reversed(list_saved(folder)):
         try:
             return load(path)
         except CheckpointError as error:
             refusals.append(str(error))
-            tell(f"{error}; trying the one before")
+            report(f"{error}; trying the previous one")
     if refusals:
         raise CheckpointError(
             *refusals, f"no usable checkpoint is left in {folder}; start in another directory"
@@ -98,11 +96,11 @@ def newest(folder: Path, *, tell: Callable[[str], None]) -> dict[str, Any] | Non
     return None
 
 
-def saved(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first.
+def list_saved(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, oldest first.
 
-    A file without its JSON counts, to be refused by name, unless it is the newest: that is what a kill
-    between the two leaves behind.
+    The newest file does not count if its JSON is missing: a kill between the two leaves that behind. An older
+    one without JSON counts, so that loading it is an error.
     """
     paths = sorted(path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name))
     if paths and not paths[-1].with_suffix(".json").exists():
@@ -111,20 +109,24 @@ def saved(folder: Path) -> list[Path]:
 
 
 def name_of(step: int) -> str:
-    """The file name of a step's checkpoint."""
+    """Return the file name of a step's checkpoint."""
     return f"step-{step:08d}.pt"
 
 
 def step_of(path: Path) -> int:
-    """The step that a checkpoint's file name tells."""
+    """Return the step in the file name of a checkpoint, or of a link to one.
+
+    Raises:
+        CheckpointError: it is not the name of a checkpoint.
+    """
     match = _NAME.fullmatch(path.resolve().name)
     if match is None:
-        raise CheckpointError(f"{path}: no checkpoint is named like that")
+        raise CheckpointError(f"{path}: not the name of a checkpoint")
     return int(match[1])
 
 
 def link(folder: Path, name: str, step: int) -> None:
-    """Let `NAME.pt` be the checkpoint of a step."""
+    """Link `NAME.pt` to the checkpoint of a step."""
     link, new = folder / f"{name}.pt", folder / f".{name}.{os.getpid()}.tmp"
     new.unlink(missing_ok=True)
     new.symlink_to(name_of(step))
@@ -132,10 +134,17 @@ def link(folder: Path, name: str, step: int) -> None:
 
 
 def prune(folder: Path, *, keep_last: int, keep_steps: Collection[int], keep_every: int | None) -> None:
-    """Delete what nobody needs: leftovers of killed saves, and old checkpoints but those to keep."""
+    """Delete the leftovers of killed saves, and old checkpoints.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        keep_last: keep so many of the newest checkpoints.
+        keep_steps: keep the checkpoints of these steps.
+        keep_every: keep the checkpoints of every so many steps; None for no more.
+    """
     for leftover in folder.glob(".*.tmp"):
         leftover.unlink(missing_ok=True)
-    for path in saved(folder)[:-keep_last]:
+    for path in list_saved(folder)[:-keep_last]:
         step = step_of(path)
         if step not in keep_steps and not (keep_every and step % keep_every == 0):
             path.with_suffix(".json").unlink(missing_ok=True)
@@ -145,7 +154,7 @@ def prune(folder: Path, *, keep_last: int, keep_steps: Collection[int], keep_eve
 def _check_manifest(path: Path) -> None:
     manifest_path = path.with_suffix(".json")
     if not path.exists():
-        raise CheckpointError(f"{path}: refused, there is no such file")
+        raise CheckpointError(_describe_missing(path))
     try:
         manifest = json.loads(manifest_path.read_text())
         size, sha256 = manifest["size"], manifest["sha256"]
@@ -159,6 +168,13 @@ def _check_manifest(path: Path) -> None:
         raise CheckpointError(
             f"{path}: refused, its contents do not match the sha256 in {manifest_path.name}"
         )
+
+
+def _describe_missing(path: Path) -> str:
+    match = _NAME.fullmatch(path.name)
+    name = f"at step {int(match[1])}" if match else f"{path.name} in {path.parent}"
+    steps = [str(step_of(saved)) for saved in list_saved(path.parent)]
+    return f"no checkpoint {name}; there are {', '.join(steps) or 'none'}"
 
 
 def _sha256(path: Path) -> str:

@@ -13,18 +13,18 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 class Device:
-    """Where a run computes.
+    """The device of a run.
 
     Args:
         name: `auto` is CUDA, then MPS, then the CPU.
         threads: CPU threads; None leaves PyTorch's choice.
-        memory_format: layout of pictures and convolution weights.
-        allocator: `tuned` keeps large buffers instead of handing them back to the system after every
+        memory_format: layout of images and convolution weights.
+        allocator: `tuned` keeps large buffers instead of returning them to the system after every
             operation (see `tune_allocator`).
-        deterministic: refuse operations whose result may differ between two runs.
+        deterministic: raise an error for operations whose result may differ between two runs.
 
     Raises:
-        ValueError: the device is not there, or threads < 1.
+        ValueError: the device is not available, or threads < 1.
     """
 
     def __init__(
@@ -39,15 +39,20 @@ class Device:
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be >= 1, got {threads}")
         if name != "auto" and not available()[name]:
-            there = ", ".join(one for one, found in available().items() if found)
-            raise ValueError(f"no {name} device here; there is {there}")
+            names = ", ".join(device for device, is_available in available().items() if is_available)
+            raise ValueError(f"no {name} device here; there is {names}")
         self.torch_device = torch.device(best() if name == "auto" else name)
         self.threads, self.allocator, self.deterministic = threads, allocator, deterministic
         channels_last = memory_format == "channels_last"
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def prepare(self) -> None:
-        """Set this process up for the device: allocator, threads, determinism."""
+        """Change global settings of this process for the device.
+
+        On the CPU with `allocator="tuned"` this tunes the C allocator, for good. It sets the number of CPU
+        threads of torch if `threads` is not None, switches torch's deterministic algorithms on or off, and
+        with `deterministic` disables the benchmark mode of cuDNN. Commands call it; loading a run does not.
+        """
         if self.allocator == "tuned" and self.torch_device.type == "cpu":
             tune_allocator()
         if self.threads is not None:
@@ -67,30 +72,30 @@ class Device:
 
 
 def available() -> dict[str, bool]:
-    """Which of the devices that a config can name are there."""
+    """Return, for each device that a config can name, whether it is available."""
     return {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
 
 
 def best() -> str:
-    """The fastest device that is there."""
-    return next(name for name, found in available().items() if found)
+    """Return the name of the fastest available device."""
+    return next(name for name, is_available in available().items() if is_available)
 
 
 def has_tunable_allocator() -> bool:
-    """Whether this process uses glibc's malloc, the one that `tune_allocator` knows."""
+    """Whether this process uses glibc's malloc, which `tune_allocator` needs."""
     return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 
 
 def tune_allocator() -> bool:
-    """Make glibc keep the memory that it got; return whether that was possible.
+    """Make glibc keep freed memory; return whether that succeeded.
 
-    By default glibc maps every large buffer anew and unmaps it after use, so each operation of a CPU
-    step pays for page faults on all of its output. Best called before the first large tensor is made.
-    The price is memory that stays with the process.
+    By default glibc maps every large buffer and unmaps it after use, so each operation on the CPU causes page
+    faults on all of its output. Call this before the first large tensor is created. The price is that the
+    process does not return memory to the system.
     """
     if not has_tunable_allocator():
         return False
     mallopt = ctypes.CDLL(None).mallopt
     settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 256 * 2**20}
-    # Every one is tried, also after one that failed.
+    # Set all of them, even if one fails.
     return sum(mallopt(parameter, value) for parameter, value in settings.items()) == len(settings)

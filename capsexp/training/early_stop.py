@@ -1,4 +1,4 @@
-"""Training that ends at an accuracy on familiar test pictures, as the papers match networks."""
+"""Training that ends at an accuracy, as the papers do to match networks with each other."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,34 +10,33 @@ from capsexp.training.trainer import Trainer
 
 
 def familiar_batches(components: Components) -> Batches | None:
-    """The familiar test pictures, if they decide when training ends.
+    """Return the familiar test images if the accuracy on them ends the training.
 
     Raises:
-        UserError: the data set has none.
+        UserError: the dataset has none.
     """
     settings, dataset = components.trainer, components.dataset
     if settings.stop_accuracy is None or settings.stop_on != "familiar":
         return None
     split = dataset.familiar()
     if split is None:
-        raise UserError(f"trainer.stop_on: {dataset.name} has no familiar test pictures beside its test part")
-    batches: Batches = components.batches(split, limit=settings.limit_eval_batches)
-    return batches
+        raise UserError(f"trainer.stop_on: {dataset.name} has no familiar test images beside its test split")
+    return components.batches(split, limit=settings.limit_eval_batches)
 
 
-def remarks_on(familiar: Batches | None) -> list[str]:
-    """The line that must stand beside figures of a run that looked at test pictures."""
+def caveats(familiar: Batches | None) -> list[str]:
+    """Return what a user must know about the metrics of a run that test images ended."""
     if familiar is None:
         return []
     return [
-        "familiar TEST pictures decide when training ends (trainer.stop_on): the figure on them is no test "
-        "any more, only that on the other test pictures is"
+        "familiar TEST images decide when training ends (trainer.stop_on): the accuracy on them is no longer "
+        "a test result; only the accuracy on the other test images is"
     ]
 
 
-def ending(settings: Trainer, stopped: Mapping[str, Any] | None, total: int) -> str:
-    """How a training that was to stop at an accuracy came to its end."""
+def describe_end(settings: Trainer, stopped: Mapping[str, Any] | None, total: int) -> str:
+    """Describe how a training with `trainer.stop_accuracy` ended."""
     if stopped is None:
-        return f"an accuracy of {settings.stop_accuracy} on {settings.stop_on} pictures was not reached"
+        return f"an accuracy of {settings.stop_accuracy} on {settings.stop_on} images was not reached"
     at = f"stopped at step {stopped['step']} of {total}"
-    return f"{at}: accuracy {stopped['accuracy']:.4f} on {stopped['on']} pictures"
+    return f"{at}: accuracy {stopped['accuracy']:.4f} on {stopped['on']} images"

@@ -10,13 +10,13 @@ from torch import nn
 from capsexp.capsules import Batch
 from capsexp.data.batches import Batches
 from capsexp.schedule import Step
-from capsexp.training.metrics import Loss, _accuracies, autocast, figures, pooled
+from capsexp.training.metrics import Loss, accuracies, autocast, batch_metrics, pool_crops
 from capsexp.training.parallel import SINGLE, ProcessGroup
 
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode and without gradients, and afterwards as it was before."""
+    """Put the network into evaluation mode, without gradients, and restore its mode afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -36,19 +36,20 @@ def evaluate(
     at_batch: Callable[[], None] = lambda: None,
     processes: ProcessGroup = SINGLE,
 ) -> dict[str, float]:
-    """Means over all pictures of a split, and over the crops of each where the data set has several.
+    """Average the metrics over all images of a split, and over the crops of each if there are several.
 
     Args:
         model: the network.
-        batches: the split; taken in order, with the preprocessing of test time.
-        loss: gives the terms to average.
-        step: where the training stands, for the loss's schedules.
+        batches: the split; read in order, with the preprocessing of test time.
+        loss: returns the terms to average.
+        step: of the training, for the loss's schedules.
         precision: of autocast; float32 for none.
-        at_batch: called before each batch; may raise to break off.
-        processes: share the pictures of each batch.
+        at_batch: called before each batch; may raise to stop the evaluation.
+        processes: share the images of each batch.
 
     Returns:
-        What `figures` tells. With several crops a picture's classes are those that they agree on best.
+        The metrics of `batch_metrics`. With several crops the predicted classes of an image are those of all
+        its crops together.
     """
     sums: dict[str, float] = defaultdict(float)
     count = 0
@@ -56,27 +57,29 @@ def evaluate(
         for views in batches.views():
             at_batch()
             size = len(views[0].labels)
-            slices, (share, *_) = zip(*map(processes.slice_of, views), strict=True)
-            for name, value in _figures_over(slices, model, loss, step, precision).items():
+            slices = [processes.slice_of(view) for view in views]
+            _, share = slices[0]
+            metrics = _view_metrics([view for view, _ in slices], model, loss, step, precision)
+            for name, value in metrics.items():
                 sums[name] += value * (share * size)
             count += size
     return {name: total / count for name, total in processes.sum(sums).items()}
 
 
-def _figures_over(
+def _view_metrics(
     views: Sequence[Batch], model: nn.Module, loss: Loss, step: Step, precision: torch.dtype
 ) -> dict[str, float]:
-    """What is told about one batch, as the mean over its crops; the classes are what the crops agree on."""
-    told: dict[str, float] = defaultdict(float)
+    """Return the metrics of one batch: means over its crops, and the accuracy of all crops together."""
+    metrics: dict[str, float] = defaultdict(float)
     probabilities = []
-    for batch in views:
-        with autocast(batch.images.device, precision):
-            output = model(batch.images, batch.labels)
-            terms = loss(output, batch, step)
+    for view in views:
+        with autocast(view.images.device, precision):
+            output = model(view.images, view.labels)
+            terms = loss(output, view, step)
         probabilities.append(output.probabilities.float())
-        for name, value in figures(output, batch, terms).items():
-            told[name] += value / len(views)
+        for name, value in batch_metrics(output, view, terms).items():
+            metrics[name] += value / len(views)
     if len(views) > 1:
-        accuracies = _accuracies(pooled(probabilities), views[0].labels)
-        told.update({name: value.item() for name, value in accuracies.items()})
-    return told
+        pooled = accuracies(pool_crops(probabilities), views[0].labels)
+        metrics.update({name: value.item() for name, value in pooled.items()})
+    return metrics

@@ -1,4 +1,4 @@
-"""The gradient of a batch, in as many parts and processes as there are."""
+"""The gradient of a batch, over microbatches and processes."""
 
 import math
 from collections.abc import Iterator
@@ -8,12 +8,12 @@ from torch import nn
 
 from capsexp.capsules import Batch
 from capsexp.schedule import Step
-from capsexp.training.metrics import Loss, autocast, figures
+from capsexp.training.metrics import Loss, autocast, batch_metrics
 from capsexp.training.parallel import SINGLE, ProcessGroup
 from capsexp.training.trainer import Trainer
 
 
-def gradients(
+def accumulate_gradients(
     model: nn.Module,
     loss: Loss,
     batch: Batch,
@@ -23,26 +23,29 @@ def gradients(
     layers: bool = True,
     processes: ProcessGroup = SINGLE,
 ) -> dict[str, float]:
-    """Leave the gradient of the batch's mean loss in the parameters; return the batch's `figures`.
+    """Set the gradients of the parameters to those of the batch's mean loss.
 
-    With several processes each does its slice, and all end up with the gradient of the whole batch.
+    With several processes each computes its slice, and all get the gradient of the whole batch.
+
+    Returns:
+        The metrics of `batch_metrics`, over the whole batch.
     """
     model.zero_grad(set_to_none=True)
-    told: dict[str, float] = {}
-    mine, whole = processes.slice_of(batch)
-    for part in _parts_of(mine, settings.accumulate):
-        share = whole * len(part.labels) / len(mine.labels)
-        with autocast(part.images.device, settings.precision):
-            output = model(part.images, part.labels)
-            terms = loss(output, part, step)
+    metrics: dict[str, float] = {}
+    own, own_share = processes.slice_of(batch)
+    for microbatch in _microbatches(own, settings.accumulate):
+        share = own_share * len(microbatch.labels) / len(own.labels)
+        with autocast(microbatch.images.device, settings.precision):
+            output = model(microbatch.images, microbatch.labels)
+            terms = loss(output, microbatch, step)
         total = torch.stack(list(terms.values())).sum()
         (total * share if share < 1 else total).backward()
-        for name, value in figures(output, part, terms, layers=layers).items():
-            told[name] = told.get(name, 0.0) + share * value
-    return processes.all_reduce_gradients(model, told)
+        for name, value in batch_metrics(output, microbatch, terms, layers=layers).items():
+            metrics[name] = metrics.get(name, 0.0) + share * value
+    return processes.all_reduce_gradients(model, metrics)
 
 
-def _parts_of(batch: Batch, count: int) -> Iterator[Batch]:
+def _microbatches(batch: Batch, count: int) -> Iterator[Batch]:
     if count == 1:
         yield batch
     else:
@@ -51,7 +54,7 @@ def _parts_of(batch: Batch, count: int) -> Iterator[Batch]:
 
 
 def gradient_norm(model: nn.Module, largest: float | None) -> float:
-    """Norm of the whole gradient, before it is cut to `largest`."""
+    """Return the norm of the whole gradient, then clip the gradient to the norm `largest`."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if largest is not None:

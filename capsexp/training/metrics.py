@@ -9,49 +9,60 @@ from torch.nn import functional as F
 
 from capsexp.capsules import Batch, Output, Routed
 from capsexp.ops.entropy import coupling_entropy
+from capsexp.ops.labels import all_correct, fraction_correct, predicted_labels
 from capsexp.schedule import Step
-from capsexp.targets import exactly, predicted, share_found
 
 Loss = Callable[[Output, Batch, Step], dict[str, Tensor]]
 
 
-def pooled(probabilities: Sequence[Float[Tensor, "B J"]]) -> Float[Tensor, "B J"]:
-    """Scores of each picture by all its crops: each crop's probabilities count scaled to a sum of 1."""
-    return torch.stack([F.normalize(one, p=1, dim=1) for one in probabilities]).sum(0)
+def pool_crops(probabilities: Sequence[Float[Tensor, "B J"]]) -> Float[Tensor, "B J"]:
+    """Return scores of each image: the sum over its crops of their probabilities, scaled to sum to 1."""
+    return torch.stack([F.normalize(crop, p=1, dim=1) for crop in probabilities]).sum(0)
 
 
-def _accuracies(scores: Float[Tensor, "B J"], labels: Int[Tensor, " B *T"]) -> dict[str, Float[Tensor, ""]]:
-    """Share of pictures of which all classes are right; of several in each, also the share of classes."""
-    predictions = predicted(scores, labels)
-    told = {"accuracy": exactly(predictions, labels).float().mean()}
-    return told if labels.dim() == 1 else told | {"digit_accuracy": share_found(predictions, labels).mean()}
+def accuracies(scores: Float[Tensor, "B J"], labels: Int[Tensor, " B *T"]) -> dict[str, Float[Tensor, ""]]:
+    """Return the fraction of images whose classes are all right.
+
+    With several labels per image, also return `digit_accuracy`, the fraction of labels that are found.
+    """
+    predictions = predicted_labels(scores, labels)
+    metrics = {"accuracy": all_correct(predictions, labels).float().mean()}
+    if labels.dim() > 1:
+        metrics["digit_accuracy"] = fraction_correct(predictions, labels).mean()
+    return metrics
 
 
-def figures(
+def batch_metrics(
     output: Output, batch: Batch, terms: dict[str, Tensor], *, layers: bool = True
 ) -> dict[str, float]:
-    """What is told about one batch.
+    """Return the metrics of one batch.
+
+    Args:
+        output: of the network.
+        batch: its input.
+        terms: of the loss.
+        layers: whether to include the metrics of layers, which read all couplings.
 
     Returns:
-        `accuracy` in [0, 1], `loss` and its terms. Of several classes in each picture all must be right for
-        `accuracy`; `digit_accuracy` is then the share of classes that are. With `layers`, which read all
-        couplings: for each layer of capsules `activation/LAYER`, their mean, and `active/LAYER`, the share
-        above 1/2; for each routed one `coupling_entropy/LAYER`.
+        `accuracy` in [0, 1]; `loss` and its terms. With several labels per image `accuracy` is the fraction
+        of images whose classes are all right, and `digit_accuracy` the fraction of labels that are found.
+        With `layers`, for each layer of capsules: `activation/LAYER`, the mean activation; `active/LAYER`,
+        the fraction of activations above 1/2; for each routed one `coupling_entropy/LAYER`.
     """
-    values = _accuracies(output.scores, batch.labels)
-    values |= {"loss": torch.stack(list(terms.values())).sum(), **terms}
+    metrics = accuracies(output.scores, batch.labels)
+    metrics |= {"loss": torch.stack(list(terms.values())).sum(), **terms}
     with torch.no_grad():
         for name, capsules in output.layers.items() if layers else ():
-            values[f"activation/{name}"] = capsules.activations.mean()
-            values[f"active/{name}"] = (capsules.activations > 0.5).float().mean()
+            metrics[f"activation/{name}"] = capsules.activations.mean()
+            metrics[f"active/{name}"] = (capsules.activations > 0.5).float().mean()
             if isinstance(capsules, Routed):
-                values[f"coupling_entropy/{name}"] = coupling_entropy(capsules.coupling, capsules.fields)
-    # One transfer: on an accelerator each would wait for all the work that was queued.
-    told = torch.stack([value.float() for value in values.values()]).tolist()
-    return dict(zip(values, told, strict=True))
+                metrics[f"coupling_entropy/{name}"] = coupling_entropy(capsules.coupling, capsules.fields)
+    # One transfer for all: on an accelerator each transfer waits for the work in the queue.
+    numbers = torch.stack([value.float() for value in metrics.values()]).tolist()
+    return dict(zip(metrics, numbers, strict=True))
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """Mixed precision for a device; float32 switches it off."""
+    """Return a context of mixed precision on a device; float32 disables it."""
     enabled = precision is not torch.float32
     return torch.autocast(device.type, dtype=precision if enabled else torch.bfloat16, enabled=enabled)

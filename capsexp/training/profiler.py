@@ -8,9 +8,9 @@ import torch
 
 
 @contextlib.contextmanager
-def profiler(path: Path, wanted: bool) -> Iterator[torch.profiler.profile | None]:
-    """A profile of steps 3 to 7: a table in profile.txt, a trace for a browser in trace.json."""
-    if not wanted:
+def profiler(path: Path, *, enabled: bool) -> Iterator[torch.profiler.profile | None]:
+    """Profile steps 3 to 7 if enabled: a table in profile.txt, a trace for a browser in trace.json."""
+    if not enabled:
         yield None
         return
 
@@ -20,7 +20,7 @@ def profiler(path: Path, wanted: bool) -> Iterator[torch.profiler.profile | None
         profile.export_chrome_trace(str(path / "trace.json"))
 
     schedule = torch.profiler.schedule(wait=1, warmup=1, active=5, repeat=1)
-    # acc_events: without it torch 2.11 warns of events lost between cycles; there is only one.
+    # Without acc_events torch 2.11 warns about events lost between cycles; here is only one cycle.
     with torch.profiler.profile(
         schedule=schedule, on_trace_ready=write, profile_memory=True, acc_events=True
     ) as profile:

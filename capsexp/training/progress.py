@@ -1,4 +1,4 @@
-"""How a run speaks to its user: a progress bar on a terminal, plain lines every few seconds when piped."""
+"""Progress of a run: a bar on a terminal, otherwise a plain line every few seconds."""
 
 import logging
 import time
@@ -12,19 +12,19 @@ EVERY_SECONDS = 5.0
 
 
 class Reporter:
-    """The terminal's side of a run; every line that it says also goes to the log.
+    """Prints the progress of a run; printed lines also go to the log.
 
     Args:
-        total: optimiser steps of the whole run.
-        done: steps done before this process began.
-        console: where to print; a terminal gets a bar.
+        total: optimizer steps of the whole run.
+        done: steps done before this process started.
+        console: where to print; a bar is shown only on a terminal.
     """
 
     def __init__(self, *, total: int, done: int, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._bar = _bar(self._console) if self._console.is_terminal else None
         self._total = total
-        self._task = self._bar.add_task("", total=total, completed=done, figures="") if self._bar else None
+        self._task = self._bar.add_task("", total=total, completed=done, metrics="") if self._bar else None
         self._last_line = 0.0
         self._speed = Speedometer()
 
@@ -37,65 +37,63 @@ class Reporter:
         if self._bar:
             self._bar.stop()
 
-    def say(self, text: str) -> None:
-        """One line that stays."""
+    def print(self, text: str) -> None:
+        """Print a line above the bar, and log it."""
         log.info(text)
         console = self._bar.console if self._bar else self._console
         console.print(text, markup=False)
 
-    def step(
-        self, step: int, *, epoch: int, epochs: int, figures: Mapping[str, float], pictures: int
-    ) -> None:
-        """Show where the training stands.
+    def step(self, step: int, *, epoch: int, epochs: int, metrics: Mapping[str, float], images: int) -> None:
+        """Show the progress of the training.
 
         Args:
-            step: optimiser steps done.
-            epoch: the epoch that is running, counted from 1.
+            step: optimizer steps done.
+            epoch: the current epoch, counted from 1.
             epochs: epochs of the whole run.
-            figures: loss terms and accuracy of this step.
-            pictures: pictures that this step trained on.
+            metrics: loss terms and accuracy of this step.
+            images: images that this step trained on.
         """
-        self._speed.add(pictures)
-        text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        self._speed.add(images)
+        text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         text += f"  {self._speed.rate:.0f} images/s"
         if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=step, description=f"epoch {epoch}/{epochs}", figures=text)
+            self._bar.update(self._task, completed=step, description=f"epoch {epoch}/{epochs}", metrics=text)
         elif time.monotonic() - self._last_line >= EVERY_SECONDS or step == self._total:
             self._last_line = time.monotonic()
             left = self._speed.seconds_per_step * (self._total - step)
-            self.say(f"epoch {epoch}/{epochs}  step {step}/{self._total}  {text}  {clock(left)} left")
+            self.print(f"epoch {epoch}/{epochs}  step {step}/{self._total}  {text}  {clock(left)} left")
 
     def pause(self) -> None:
-        """Leave the time until the next step out of the speed: something else is done in it."""
+        """Exclude the time until the next step from the speed."""
         self._speed.pause()
 
     @property
     def images_per_second(self) -> float:
-        """Training speed of late, without validation and checkpoints."""
+        """Recent training speed, without the time of validation and checkpoints."""
         return self._speed.rate
 
 
 class Speedometer:
-    """Pictures per second over the last steps, as a moving average."""
+    """Measures images per second, as a moving average over the last steps."""
 
     def __init__(self) -> None:
         self._last: float | None = time.monotonic()
         self.seconds_per_step = 0.0
         self.rate = 0.0
 
-    def add(self, pictures: int) -> None:
-        """A step with so many pictures has just ended."""
+    def add(self, images: int) -> None:
+        """Count a step with so many images, which has just ended."""
         now = time.monotonic()
         if self._last is not None:
             seconds = max(now - self._last, 1e-9)
-            # A first step pays for warming up: it counts, but is soon forgotten.
+            # The first step includes the warm-up: it counts, but its weight decays fast.
             keep = 0.8 if self.seconds_per_step else 0.0
             self.seconds_per_step = keep * self.seconds_per_step + (1 - keep) * seconds
-            self.rate = keep * self.rate + (1 - keep) * pictures / seconds
+            self.rate = keep * self.rate + (1 - keep) * images / seconds
         self._last = now
 
     def pause(self) -> None:
-        """Do not count the time until the end of the next step."""
+        """Exclude the time until the end of the next step."""
         self._last = None
 
 
@@ -104,14 +102,14 @@ def _bar(console: Console) -> Progress:
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[metrics]}"),
         TimeRemainingColumn(),
         console=console,
     )
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, and hours if there are any."""
+    """Format a duration as M:SS, or H:MM:SS from an hour on."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

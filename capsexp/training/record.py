@@ -1,9 +1,10 @@
-"""What a run leaves behind while it trains: metrics.jsonl in full precision, and TensorBoard."""
+"""The metrics of a run: metrics.jsonl in full precision, and TensorBoard."""
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 
 from capsexp.config.settings import comparable, fingerprint, flat, without
-from capsexp.errors import UserError
+from capsexp.errors import UserError, is_interruption
 from capsexp.files import write_atomic
 
 _BEGIN, _END = "events.out.tfevents.0000000000.begin", ".end"
@@ -26,15 +27,15 @@ STATUS = {"completed": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE}
 
 
 class Record:
-    """Writer of a run's numbers and pictures.
+    """Writes a run's metrics and images.
 
-    metrics.jsonl holds only what a resumed run repeats bit for bit, so no times; those go to TensorBoard.
+    metrics.jsonl has only values that a resumed run repeats bit for bit. Timings go to TensorBoard.
 
     Args:
         path: the run directory.
-        start_step: the step that this process begins at; TensorBoard drops what stands at it and after it.
-        length: bytes of metrics.jsonl that belong to the checkpoint begun from; the rest is cut off.
-        settings: the config, for TensorBoard's HParams table, where the run shows from now on.
+        start_step: the step at which this process starts; TensorBoard drops earlier records from it on.
+        length: bytes of metrics.jsonl at the checkpoint that the run resumes from; the rest is cut off.
+        settings: the config, for TensorBoard's HParams table.
 
     Raises:
         UserError: metrics.jsonl is shorter than `length`.
@@ -48,48 +49,48 @@ class Record:
         self._metrics.seek(self._metrics.truncate(length))
         self._folder = path / "tb"
         begin_session(path, settings)
-        # purge_step=0 on the first start too: the loader in Python judges by the first writer alone.
+        # purge_step=0 on the first start too: the loader in Python looks only at the first writer.
         self._writer = SummaryWriter(str(self._folder), purge_step=start_step, flush_secs=10)
         self._figures = path / "figures"
-        self._repeat(metrics, start_step)
+        self._repeat_step(metrics, start_step)
         self._writer.flush()
 
-    def _repeat(self, metrics: Path, start_step: int) -> None:
-        """Give TensorBoard again what it dropped and the checkpoint has: the figures of its step."""
+    def _repeat_step(self, metrics: Path, start_step: int) -> None:
+        """Write the metrics of the checkpoint's own step to TensorBoard again, which dropped them."""
         for line in metrics.read_text().splitlines() if start_step else ():
             values = json.loads(line)
             if values.pop("step") == start_step:
                 self.log_timing(start_step, {tag: value for tag, value in values.items() if tag != "epoch"})
 
     def log_metrics(self, step: int, values: Mapping[str, float], **position: int) -> None:
-        """Numbers that are the same in every repetition of the run: to both places."""
+        """Write reproducible metrics to metrics.jsonl and TensorBoard."""
         line = json.dumps({"step": step, **position, **values})
         self._metrics.write(line.encode() + b"\n")
         self._metrics.flush()
         self.log_timing(step, values)
 
     def log_timing(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers that depend on the machine's mood: to TensorBoard alone."""
+        """Write timing metrics, which are not reproducible, to TensorBoard only."""
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
 
     def log_images(self, step: int, tag: str, rows: list[Float[Tensor, "N C H W"]]) -> None:
-        """Rows of pictures in [0, 1], one above the other; the newest also as figures/TAG.png."""
+        """Write a grid of image rows in [0, 1] to TensorBoard, and to figures/TAG.png, which it replaces."""
         columns = rows[0].shape[0]
-        pictures = cat([row.detach().float().cpu().clamp(0, 1) for row in rows])
-        grid = make_grid(_visible(pictures), nrow=columns, padding=1, pad_value=0.5)
+        images = cat([row.detach().float().cpu().clamp(0, 1) for row in rows])
+        grid = make_grid(displayable(images), nrow=columns, padding=1, pad_value=0.5)
         self._writer.add_image(tag, grid, step)
         self._figures.mkdir(exist_ok=True)
         write_atomic(self._figures / f"{tag}.png", lambda file: save_image(grid, file, format="png"))
 
     def flushed_bytes(self) -> int:
-        """Bytes of metrics.jsonl so far, safely on disk: part of a checkpoint's state."""
+        """Flush metrics.jsonl to disk and return its length in bytes, which checkpoints store."""
         os.fsync(self._metrics.fileno())
         self._writer.flush()
         return self._metrics.tell()
 
     def close(self, status: str) -> None:
-        """End the record; `status` is what TensorBoard's HParams table shows (unknown if interrupted)."""
+        """Close the files; TensorBoard's HParams table shows `status` (unknown if interrupted)."""
         self._writer.close()
         self._metrics.close()
         if status in STATUS:
@@ -97,62 +98,74 @@ class Record:
 
 
 class NoRecord:
-    """In the place of a `Record` where another process of the run keeps it."""
+    """Takes the place of a `Record` in processes other than rank 0."""
 
     def log_metrics(self, step: int, values: Mapping[str, float], **position: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def log_timing(self, step: int, values: Mapping[str, float]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def log_images(self, step: int, tag: str, rows: list[Float[Tensor, "N C H W"]]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def flushed_bytes(self) -> int:
-        """Of nothing: 0."""
+        """Return 0."""
         return 0
 
     def close(self, status: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
-def _visible(pictures: Float[Tensor, "N C H W"]) -> Float[Tensor, "N D H W"]:
-    """Grey or colour as it is; of other channel counts, such as stereo pairs, the first channel."""
-    return pictures if pictures.shape[1] in (1, 3) else pictures[:, :1]
+@contextlib.contextmanager
+def closing(record: Record | NoRecord) -> Iterator[None]:
+    """Close the record with the status of the run's end, which TensorBoard shows."""
+    try:
+        yield
+    except BaseException as error:
+        record.close("interrupted" if is_interruption(error) else "failed")
+        raise
+    record.close("completed")
 
 
-def _typed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with the types that the HParams table knows; unset values are left out."""
+def displayable(images: Float[Tensor, "*N C H W"]) -> Float[Tensor, "*N D H W"]:
+    """Return gray or color images unchanged; with other channel counts, as of stereo, the first channel."""
+    return images if images.shape[-3] in (1, 3) else images[..., :1, :, :]
+
+
+def _hparams(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings in types that the HParams table accepts, without those that are null."""
     return {
         key: value if isinstance(value, bool | int | float | str) else str(value)
         for key, value in settings.items()
-        if value is not None and _is_telling(key)
+        if value is not None and _is_shown(key)
     }
 
 
-def _is_telling(key: str) -> bool:
-    """Return whether a setting is for the table: not the class of a component inside another."""
+def _is_shown(key: str) -> bool:
+    """Return whether the table shows a setting: not the class name of a component inside another."""
     _, _, rest = key.partition(".")
     return not key.endswith("_partial_") and not rest.endswith("._target_")
 
 
 def begin_session(path: Path, settings: Mapping[str, Any]) -> None:
-    """Let TensorBoard's HParams table show the run in this directory, as one that has not ended.
+    """Add the run in this directory to TensorBoard's HParams table, as one that has not ended.
 
-    TensorBoard believes the first word on a run's settings and on its end. So each has a file of its own,
-    which the next start replaces. The seeds of one setting are one trial, of which the table shows means.
+    TensorBoard keeps the first record it reads of a run's settings, and of its end. So each of the two has a
+    file of its own, which the next start replaces. Runs that differ only in the seed are one trial, of which
+    the table shows means.
     """
     for old in (path / "tb").glob(f"*{_END}"):
         old.unlink()
     trial = fingerprint(without(comparable(settings), "seed"))
-    # Read before all others: a name that sorts first. TensorBoard does not go back to an earlier file.
-    _write_event(path / "tb" / _BEGIN, hparams_summary.hparams_pb(_typed(flat(settings)), trial_id=trial))
+    # The name sorts first: TensorBoard never returns to an earlier file.
+    _write_event(path / "tb" / _BEGIN, hparams_summary.hparams_pb(_hparams(flat(settings)), trial_id=trial))
 
 
 def end_session(path: Path, status: str) -> None:
-    """Tell TensorBoard's HParams table how the run in this directory ended: completed or failed."""
+    """Record in TensorBoard's HParams table how the run in this directory ended: completed or failed."""
     now = time.time()
-    # torch's own add_hparams writes a second run, knows no failure and nothing of crashed runs.
+    # torch's own add_hparams writes a second run, and has no status for failed or crashed runs.
     end = plugin_data_pb2.SessionEndInfo(status=STATUS[status], end_time_secs=now)
     content = plugin_data_pb2.HParamsPluginData(session_end_info=end, version=metadata.PLUGIN_DATA_VERSION)
     plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=content.SerializeToString())
@@ -161,7 +174,7 @@ def end_session(path: Path, status: str) -> None:
         metadata=SummaryMetadata(plugin_data=plugin),
         tensor=metadata.NULL_TENSOR,
     )
-    # Read after all others: what a writer of this second wrote is named after its host.
+    # The name sorts last, also after files of the same second, whose names continue with the host.
     _write_event(path / "tb" / f"events.out.tfevents.{int(now):010d}.~{_END}", Summary(value=[value]))
 
 

@@ -1,19 +1,18 @@
-"""A run's directory: who owns it, what was run in it, and how it stands.
+"""A run's directory: its lock, its config and its status.
 
-.hydra/config.yaml  overrides.yaml   the config as composed, and what was typed
-resolved_config.yaml                 the same with every value filled in
+.hydra/config.yaml  overrides.yaml   the config as composed, and the overrides as typed
+resolved_config.yaml                 the same config with every interpolation resolved
 command.txt   env.json  dirty.patch  the command; versions, commit, machine; uncommitted changes
 status.json                          running | completed | failed | interrupted, step, total, heartbeat, best,
                                      steps_per_epoch, seconds of work, results or error,
                                      choices (option of each config group),
-                                     stopped (at which accuracy, on which pictures, if one ended the training)
-metrics.jsonl   train.log   tb/      numbers in full precision; the log; TensorBoard
-figures/                             pictures: NAME.png
+                                     stopped (if an accuracy ended the training: which one, on which images)
+metrics.jsonl   train.log   tb/      metrics in full precision; the log; TensorBoard
+figures/                             plots and image grids: NAME.png
 checkpoints/                         see capsexp.training.checkpoint
 """
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -22,9 +21,9 @@ import shlex
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 from yaml import YAMLError  # type: ignore[import-untyped]
@@ -32,18 +31,13 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from capsexp.config.saved import parse_saved
 from capsexp.config.settings import comparable, differences
 from capsexp.errors import UserError, exit_code, is_interruption
-from capsexp.files import make_folder, write_atomic
+from capsexp.files import is_locked, locked, write_atomic
 
 LOCK = "run.lock"
-KEPT = (
-    "started",
-    "resumes",
-    "step",
-    "total",
-    "steps_per_epoch",
-    "best",
-)  # of status.json, when another attempt begins
+CARRIED_OVER = ("started", "resumes", "step", "total", "steps_per_epoch", "best")
+"""Fields of status.json that a resumed run starts with."""
 PACKAGES = ("capsexp", "torch", "torchvision", "hydra-core", "omegaconf", "tensorboard", "numpy")
+HEARTBEAT_SECONDS = 5
 
 
 class RunDir:
@@ -51,7 +45,7 @@ class RunDir:
 
     Args:
         path: the directory.
-        writes: False in a process that trains beside the one that holds the directory: it leaves no trace.
+        writes: False in the other processes of a distributed run, which write nothing.
     """
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
@@ -68,43 +62,40 @@ class RunDir:
 
     @property
     def figures(self) -> Path:
-        """Folder of the pictures that were made of this run."""
+        """Folder of the figures of this run."""
         return self.path / "figures"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other process out. The system lets go of the lock when this process dies.
+        """Keep every other process out of this directory.
 
         Raises:
             UserError: another process is training in this directory.
         """
-        with hold(
-            self.path / LOCK, lambda owner: f"{self.path} is in use by {owner}: choose another run=DIR"
-        ):
+
+        def refusal(owner: str) -> str:
+            return f"{self.path} is in use by {owner}: choose another run=DIR"
+
+        with locked(self.path / LOCK, refusal=refusal):
             yield
 
     def is_locked(self) -> bool:
-        """Whether a process is at work here, as far as this machine can see."""
-        try:
-            with open(self.path / LOCK) as lock:
-                return not _locked(lock, fcntl.LOCK_SH)
-        except OSError:
-            return False
+        """Whether a process is training in this directory, as far as this machine can see."""
+        return is_locked(self.path / LOCK)
 
     def is_finished(self, config: Mapping[str, Any]) -> bool:
-        """Whether this run, under this very config, was completed."""
+        """Whether this run was completed with this config."""
         if self.status().get("status") != "completed":
             return False
         try:
-            return comparable(parse_saved((self.path / "resolved_config.yaml").read_bytes())) == comparable(
-                config
-            )
+            saved = parse_saved((self.path / "resolved_config.yaml").read_bytes())
         except OSError:
             return False
+        return comparable(saved) == comparable(config)
 
     @contextlib.contextmanager
     def track_status(self, choices: Mapping[str, str]) -> Iterator[None]:
-        """One process's work on the run: if it fails, status.json says how.
+        """Record in status.json that a process works on this run, and how it fails if it does.
 
         Args:
             choices: option of each config group, such as model: em_routing.
@@ -113,7 +104,7 @@ class RunDir:
         self._resumes = bool(before)
         self._began = time.time() - before.get("seconds", 0)
         self._status = {"started": time.time(), "resumes": []}
-        self._status |= {key: before[key] for key in KEPT if key in before}
+        self._status |= {key: before[key] for key in CARRIED_OVER if key in before}
         owner = {"pid": os.getpid(), "host": socket.gethostname()}
         self.update_status("running", **owner, choices=dict(choices))
         try:
@@ -125,12 +116,12 @@ class RunDir:
             raise
 
     def check_config(self, config: dict[str, Any], *, resume: str, command: Sequence[str]) -> None:
-        """Write down what is run, or check that it is what was run here before.
+        """Write the config of a new run, or check that a resumed run has the same config as before.
 
         Args:
             config: the plain config.
             resume: `auto` refuses a config that differs from the earlier one; `force` replaces it.
-            command: the words that were typed.
+            command: the arguments as typed.
 
         Raises:
             UserError: the config differs; one line for each key.
@@ -148,16 +139,16 @@ class RunDir:
             write_atomic(self.path / "command.txt", lambda file: file.write(line.encode()))
 
     def write_composed(self, **contents: Any) -> None:
-        """Write .hydra/NAME.yaml, interpolations as they are: what `capsexp eval run=DIR` goes by.
+        """Write .hydra/NAME.yaml with unresolved interpolations, for `capsexp eval run=DIR` to read.
 
-        Not left to Hydra, which would write before anybody has asked whose directory this is.
+        Hydra does not write these files: it would do so before the directory is locked and checked.
         """
         (self.path / ".hydra").mkdir(exist_ok=True)
         for name, content in contents.items():
             self._write_yaml(f".hydra/{name}.yaml", content)
 
     def write_environment(self, device: str) -> None:
-        """Write env.json, and dirty.patch when the code is a checkout with uncommitted changes."""
+        """Write env.json, and dirty.patch if the code is a checkout with uncommitted changes."""
         if not self._writes:
             return
         commit, patch = _git_state(Path(__file__).resolve().parents[2])
@@ -173,51 +164,51 @@ class RunDir:
         )
         if patch:
             write_atomic(self.path / "dirty.patch", lambda file: file.write(patch.encode()))
-        else:  # of an earlier start
+        else:  # an earlier start may have left one
             (self.path / "dirty.patch").unlink(missing_ok=True)
 
     def status(self) -> dict[str, Any]:
-        """What status.json says; empty when there is none."""
+        """Return the contents of status.json; an empty dict if there is no readable one."""
         try:
-            found = json.loads((self.path / "status.json").read_text())
+            status = json.loads((self.path / "status.json").read_text())
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return status if isinstance(status, dict) else {}
 
     def mark_dead(self, status: str, error: str, *, exit_code: int) -> None:
-        """Say how the run ended, in the place of a process that died without a word."""
+        """Record the end of a run whose process was killed."""
         ending = {"status": status, "error": error, "exit_code": exit_code}
         self._write_json("status.json", {**self.status(), **ending})
 
     def best_accuracy(self) -> float | None:
-        """The best validation accuracy so far; None without one. What a search goes by."""
+        """Return the best validation accuracy so far, which a search maximizes; None if there is none."""
         return (self.status().get("best") or {}).get("accuracy")
 
     def overrides(self) -> list[str]:
-        """The overrides that the run was started with, but for its place; empty if they are not known."""
+        """Return the overrides that the run was started with, without `run=`; empty if unknown."""
         try:
-            texts = OmegaConf.to_container(OmegaConf.load(self.path / ".hydra" / "overrides.yaml"))
+            stored = OmegaConf.to_container(OmegaConf.load(self.path / ".hydra" / "overrides.yaml"))
         except (OSError, ValueError, YAMLError):
             return []
-        words = [str(text) for text in texts] if isinstance(texts, list) else []
-        return [text for text in words if not text.startswith("run=")]
+        overrides = [str(override) for override in stored] if isinstance(stored, list) else []
+        return [override for override in overrides if not override.startswith("run=")]
 
     def log_resume(
         self, *, step: int, total: int, steps_per_epoch: int, best: Mapping[str, Any] | None
     ) -> None:
-        """Say from which step on this attempt works, and keep the list of resumes."""
+        """Record the step at which this process starts, and extend the list of resumes."""
         if self._resumes:
             self._status["resumes"] = [*self._status["resumes"], {"step": step, "time": time.time()}]
         self.update_status("running", step=step, total=total, steps_per_epoch=steps_per_epoch, best=best)
 
     def heartbeat(self, step: int) -> None:
-        """Say that the run is alive and where it stands; written at most once in five seconds."""
+        """Record that the run is alive at this step; write the file at most every five seconds."""
         self._status["step"] = step
-        if time.time() - self._written > 5:
+        if time.time() - self._written > HEARTBEAT_SECONDS:
             self.update_status("running", step=step)
 
     def update_status(self, status: str, **more: Any) -> None:
-        """Write status.json: a status, and whatever belongs to it (step, error, exit_code, results)."""
+        """Write status.json: the status, and more fields such as step, error, exit_code or results."""
         now = time.time()
         self._status |= {"status": status, "heartbeat": now, "seconds": now - self._began, **more}
         self._write_json("status.json", self._status)
@@ -236,41 +227,8 @@ class RunDir:
             write_atomic(self.path / name, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
-@contextlib.contextmanager
-def hold(path: Path, refusal: Callable[[str], str]) -> Iterator[None]:
-    """Hold a lock file, in a folder that is made if need be. The system lets go of it when this process dies.
-
-    Args:
-        path: the file.
-        refusal: what to say when another process holds it; gets that process's name.
-
-    Raises:
-        UserError: another process holds it, or the folder cannot be made.
-    """
-    make_folder(path.parent)
-    with open(path, "a+") as lock:
-        if not _locked(lock, fcntl.LOCK_EX):
-            lock.seek(0)
-            raise UserError(refusal(lock.read() or "another process"))
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-        yield
-
-
-def _locked(file: IO[str], kind: int) -> bool:
-    """Take the lock of an open file. Who only looks holds it for a moment, so one refusal is not enough."""
-    for _ in range(5):
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            time.sleep(0.02)
-    return False
-
-
 def _git_state(folder: Path) -> tuple[str | None, str]:
-    """Commit and uncommitted changes of the code, or (None, "") where it is no checkout."""
+    """Return commit and uncommitted changes of the code; (None, "") if it is no git checkout."""
     if not (folder / ".git").exists():
         return None, ""
     try:

@@ -1,36 +1,32 @@
 """The training loop."""
 
-import contextlib
 import functools
-import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from capsexp.capsules import Batch
 from capsexp.config.components import Components
 from capsexp.data.batches import Batches
-from capsexp.data.seeds import derive_seed
-from capsexp.data.split import Split
-from capsexp.errors import RunStopped, UserError, is_interruption
-from capsexp.schedule import Step
-from capsexp.targets import predicted
+from capsexp.routing import advance
 from capsexp.training import checkpoint
-from capsexp.training.early_stop import ending, familiar_batches, remarks_on
-from capsexp.training.evaluate import evaluate, inference
-from capsexp.training.gradients import gradient_norm, gradients
+from capsexp.training.early_stop import caveats, describe_end
+from capsexp.training.evaluate import evaluate
+from capsexp.training.gradients import accumulate_gradients, gradient_norm
+from capsexp.training.non_finite import refuse_non_finite
 from capsexp.training.parallel import SINGLE, ProcessGroup
 from capsexp.training.profiler import profiler
 from capsexp.training.progress import Reporter
-from capsexp.training.record import NoRecord, Record
+from capsexp.training.reconstructions import log_reconstructions
+from capsexp.training.record import NoRecord, Record, closing
 from capsexp.training.run_dir import RunDir
-from capsexp.training.state import State, processes_of, random_state
+from capsexp.training.splits import Splits, read_splits
+from capsexp.training.start import resume_state, start_state
+from capsexp.training.state import State, process_count, random_state
 from capsexp.training.stop_signal import StopSignal
-
-SHOWN = 16  # pictures whose reconstruction goes to TensorBoard
 
 
 def train(
@@ -40,271 +36,253 @@ def train(
 
     Args:
         components: what `capsexp.config.build.build_components` returned.
-        run: the directory, owned by this process or by the lead, which alone writes there.
+        run: the directory, locked by rank 0, the only process that writes there.
         config: the plain config, for TensorBoard's table.
-        processes: those that train together; each calls this function and shares every batch.
+        processes: those that train together; each calls this function and takes a slice of every batch.
 
     Returns:
-        The test figures, such as `test/accuracy`, or the last validation's with `trainer.test=none`.
+        The test metrics, such as `test/accuracy`; with `trainer.test=none` the best validation accuracy.
 
     Raises:
         RunStopped: a signal, or a loss or gradient that is not finite.
         UserError: no usable checkpoint; missing data.
     """
-    settings, device = components.trainer, components.device
-    device.prepare()
+    components.device.prepare()
     torch.manual_seed(components.seed)
+    splits = read_splits(components)
+    saved = processes.broadcast(
+        lambda: checkpoint.load_newest(run.checkpoints, report=functools.partial(print, flush=True))
+    )
+    state = start_state(components, splits.training, processes, calibrate=saved is None)
+    resume_state(state, saved, components, processes)
 
-    # Data
-    training, validation = _read_splits(components)
-    familiar = familiar_batches(components)
-    looked_at = {"validation": validation, "familiar": familiar}
-    if settings.stop_accuracy is not None and looked_at[settings.stop_on] is None:
-        raise UserError("trainer.stop_accuracy: this run has no validation pictures to reach it on")
-    total = settings.total_steps(len(training))
+    run.log_resume(step=state.step, total=state.total, steps_per_epoch=len(splits.training), best=state.best)
+    run.write_environment(f"{components.device}{processes}")
+    record = (
+        Record(run.path, start_step=state.step, length=state.recorded, settings=config)
+        if processes.is_main
+        else NoRecord()
+    )
+    reporter = Reporter(total=state.total, done=state.step)
+    stop, profiled = StopSignal(), components.trainer.profile and processes.is_main
+    with closing(record), stop, reporter, profiler(run.path, enabled=profiled) as profile:
+        training = Training(components, splits, state, run, processes, record, reporter, stop, profile)
+        training.introduce(saved)
+        training.fit()
+        return training.test()
 
-    # Network, optimiser
-    model = device.place(components.new_model())
-    optimizer = components.new_optimizer(model.parameters(), lr=components.learning_rate(Step(0, total)))
-    tell = functools.partial(print, flush=True)
-    saved = processes.broadcast(lambda: checkpoint.newest(run.checkpoints, tell=tell))
-    if saved is None:
-        _calibrate(model, training)
-    processes.broadcast_parameters(model)
-    average = _moving_average(model, settings.ema_decay)
-    state = State(model, optimizer, average)
-    forward: nn.Module = torch.compile(model) if settings.compile else model  # type: ignore[assignment]
 
-    # Resume
-    if processes.rank > 0:  # dropout: other pictures, other masks
-        torch.manual_seed(
-            derive_seed(components.seed, saved["step"] if saved else 0, processes.rank, "process")
+@dataclass
+class Training:
+    """The loop of one process, with everything that it uses."""
+
+    components: Components
+    splits: Splits
+    state: State
+    run: RunDir
+    processes: ProcessGroup
+    record: Record | NoRecord
+    reporter: Reporter
+    stop: StopSignal
+    profile: torch.profiler.profile | None
+    testing: bool = False
+    """Whether training is over. The weights may then be the best ones, so no checkpoint is saved."""
+
+    def __post_init__(self) -> None:
+        self.settings = self.components.trainer
+        self.forward: nn.Module = self.state.model
+        if self.settings.compile:
+            self.forward = torch.compile(self.state.model)  # type: ignore[assignment]
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The network to evaluate: the moving average of the weights where there is one."""
+        return self.forward if self.state.average is None else self.state.average.module
+
+    def introduce(self, saved: dict[str, Any] | None) -> None:
+        """Print the run, its network, its data and the step at which it starts."""
+        report, size = self.reporter.print, self.processes.size
+        report(f"{self.run.path} on {self.components.device}{self.processes}")
+        if saved is not None and process_count(saved) != size:
+            change = f"was {process_count(saved)}, is {size}"
+            report(f"number of processes: {change}; the run resumes, but not bit for bit")
+        report(_introduction(self.state, self.splits))
+        for line in [*self.components.dataset.caveats(), *caveats(self.splits.familiar)]:
+            report(line)
+
+    def fit(self) -> None:
+        """Train up to the last step, or until an accuracy ends the training."""
+        state = self.state
+        self._log_reconstructions()
+        while state.stopped is None and (state.step < state.total or state.batch > 0):
+            self._train_epoch()
+            ended, last = state.epoch + 1, state.step >= state.total
+            if self.splits.has_validation and (ended % self.settings.validate_every == 0 or last):
+                self._validate(epoch=ended, last=last)
+            state.epoch, state.batch = ended, 0
+            self._save()
+
+    def _train_epoch(self) -> None:
+        """Train on the rest of an epoch."""
+        state = self.state
+        batches = _training_batches(self.splits.training, state.epoch, state.batch, self.settings.overfit)
+        for batch in batches:
+            if state.step >= state.total:
+                break
+            self._train_step(batch)
+            if self.profile is not None:
+                self.profile.step()
+            if state.step % self.settings.save_every == 0:
+                self._save()
+            self._stop_if_asked()
+
+    def _train_step(self, batch: Batch) -> None:
+        state, settings, loss, step = self.state, self.settings, self.components.loss, self.state.position
+        scheduled = advance(state.model, step)
+        learning_rate = self.components.learning_rate(step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate
+        logged = (step.number + 1) % settings.log_every == 0 or step.number + 1 == step.total
+        metrics = accumulate_gradients(
+            self.forward, loss, batch, step, settings, layers=logged, processes=self.processes
         )
-    if saved is not None:
-        state.restore(saved, rank=processes.rank)
-    if state.stopped is not None and not settings.ends_at(state.stopped):  # resume=force, with other settings
-        state.stopped = None
-    run.log_resume(step=state.step, total=total, steps_per_epoch=len(training), best=state.best)
-    run.write_environment(f"{device}{processes}")
-    beginning: dict[str, Any] = {"start_step": state.step, "length": state.recorded, "settings": config}
-    record = Record(run.path, **beginning) if processes.is_main else NoRecord()
-    reporter = Reporter(total=total, done=state.step)
-    stop, testing = StopSignal(), False
+        shown = {name: value for name, value in metrics.items() if "/" not in name}
+        metrics["gradient_norm"] = gradient_norm(state.model, settings.grad_clip)
+        refuse_non_finite(metrics, batch, step.number, self.run)
+        state.optimizer.step()
+        if state.average is not None:
+            state.average.update_parameters(state.model)
+        state.step, state.batch = state.step + 1, state.batch + 1
 
-    def save() -> None:
-        reporter.pause()
-        state.recorded = record.flushed_bytes()
-        rng_states = processes.gather(random_state())
-        if not processes.is_main:
-            return
-        checkpoint.save(run.checkpoints, state.state_dict(rng_states), step=state.step)
-        best = state.step if validation is None and state.stopped is None else state.chosen_step
-        if best is not None:
-            checkpoint.link(run.checkpoints, "best", best)
-        keep = [] if best is None else [best]
-        checkpoint.prune(run.checkpoints, keep_last=2, keep_steps=keep, keep_every=settings.keep_every)
-
-    def stop_if_asked() -> None:
-        run.heartbeat(state.step)
-        if stop.asked(processes):
-            if not testing:  # for the test the weights may have gone back to the best
-                save()
-            stop.end(state.step, run.path)
-
-    def mean_figures(batches: Batches, part: str) -> dict[str, float]:
-        subject = forward if average is None else average.module
-        advance(subject, Step(state.step, total))
-        options: dict[str, Any] = {"precision": settings.precision, "processes": processes}
-        options["at_batch"] = stop_if_asked
-        return _prefixed(
-            part, evaluate(subject, batches, components.loss, Step(state.step, total), **options)
+        epoch = state.epoch + 1
+        self.reporter.step(
+            state.step, epoch=epoch, epochs=settings.max_epochs, metrics=shown, images=len(batch.labels)
         )
+        if logged:
+            schedule = {"learning_rate": learning_rate, **loss.scheduled(step), **scheduled}
+            values = {**_prefixed("train", metrics), **_prefixed("schedule", schedule)}
+            self.record.log_metrics(state.step, values, epoch=epoch)
+            self.record.log_timing(state.step, {"images_per_second": self.reporter.images_per_second})
 
-    profiled = settings.profile and processes.is_main
-    with _closing(record), stop, reporter, profiler(run.path, profiled) as profile:
-        reporter.say(f"{run.path} on {device}{processes}")
-        if saved is not None and processes_of(saved) != processes.size:
-            change = f"was {processes_of(saved)}, is {processes.size}"
-            reporter.say(f"number of processes: {change}; the run goes on, but not bit for bit")
-        reporter.say(_introduction(model, training, validation, Step(state.step, total)))
-        for remark in [*components.dataset.caveats(), *remarks_on(familiar)]:
-            reporter.say(remark)
-        if validation is not None:
-            _show_reconstructions(record, model, validation, state.step)
-        while state.stopped is None and (state.step < total or state.batch > 0):
-            for batch in _training_batches(training, state.epoch, state.batch, settings.overfit):
-                if state.step >= total:
-                    break
-                step = Step(state.step, total)
-                moved = advance(model, step)
-                learning_rate = components.learning_rate(step)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate
-                logged = (state.step + 1) % settings.log_every == 0 or state.step + 1 == total
-                told = gradients(
-                    forward, components.loss, batch, step, settings, layers=logged, processes=processes
-                )
-                told["gradient_norm"] = gradient_norm(model, settings.grad_clip)
-                _refuse_non_finite(told, batch, state.step, run)
-                optimizer.step()
-                if average is not None:
-                    average.update_parameters(model)
-                state.step, state.batch = state.step + 1, state.batch + 1
+    def _validate(self, *, epoch: int, last: bool) -> None:
+        """Evaluate at the end of an epoch, and decide whether an accuracy ends the training."""
+        state, settings, splits = self.state, self.settings, self.splits
+        metrics: dict[str, float] = {}
+        if splits.validation is not None:
+            metrics |= self._evaluate(splits.validation, "validation")
+        if splits.familiar is not None:
+            metrics["familiar/accuracy"] = self._evaluate(splits.familiar, "familiar")["familiar/accuracy"]
+        self.record.log_metrics(state.step, metrics, epoch=epoch)
+        if splits.validation is not None:
+            state.note_validation(metrics["validation/accuracy"])
+        # Rank 0 decides for all: if only some processes stopped, the others would wait for them forever.
+        stopped = self.processes.broadcast(lambda: settings.check_stop(metrics, state.step))
+        if stopped is not None:
+            state.note_stop(stopped, metrics)
+        self.run.update_status("running", step=state.step, best=state.best)
+        self.reporter.print(f"epoch {epoch}: {_sentence(metrics)}")
+        if epoch % settings.images_every == 0 or last or stopped is not None:
+            self._log_reconstructions()
 
-                shown = {name: told[name] for name in told if "/" not in name and name != "gradient_norm"}
-                place = {"epoch": state.epoch + 1, "epochs": settings.max_epochs}
-                reporter.step(state.step, **place, figures=shown, pictures=len(batch.labels))
-                if logged:
-                    scheduled = {"learning_rate": learning_rate, **components.loss.scheduled(step), **moved}
-                    values = {**_prefixed("train", told), **_prefixed("schedule", scheduled)}
-                    record.log_metrics(state.step, values, epoch=state.epoch + 1)
-                    record.log_timing(state.step, {"images_per_second": reporter.images_per_second})
-                if profile is not None:
-                    profile.step()
-                if state.step % settings.save_every == 0:
-                    save()
-                stop_if_asked()
+    def test(self) -> dict[str, float]:
+        """Test the network and complete the run. Only here is the test split read, and it selects nothing.
 
-            # End of an epoch
-            ended = state.epoch + 1
-            last = state.step >= total
-            if any(looked_at.values()) and (ended % settings.validate_every == 0 or last):
-                values = {} if validation is None else mean_figures(validation, "validation")
-                if familiar is not None:
-                    values["familiar/accuracy"] = mean_figures(familiar, "familiar")["familiar/accuracy"]
-                record.log_metrics(state.step, values, epoch=ended)
-                if validation is not None:
-                    state.note_validation(values["validation/accuracy"])
-                # One process decides: if only some of them stopped, the others would wait for ever.
-                stopped = processes.broadcast(functools.partial(settings.stop, values, state.step))
-                if stopped is not None:
-                    state.note_stop(stopped, values)
-                run.update_status("running", step=state.step, best=state.best)
-                reporter.say(f"epoch {ended}: {_sentence(values)}")
-                if validation is not None and (ended % settings.images_every == 0 or last or stopped):
-                    _show_reconstructions(record, model, validation, state.step)
-            state.epoch, state.batch = state.epoch + 1, 0
-            save()
-
-        # The test set is read here, once, and chooses nothing.
-        testing = True
-        results = {"validation/best_accuracy": state.best_accuracy} if state.best_step is not None else {}
+        Returns:
+            What `train` returns.
+        """
+        state, settings = self.state, self.settings
+        self.testing = True
+        results = {} if state.best_step is None else {"validation/best_accuracy": state.best_accuracy}
         if settings.stop_accuracy is not None:
-            reporter.say(ending(settings, state.stopped, total))
+            self.reporter.print(describe_end(settings, state.stopped, state.total))
         if settings.test != "none":
-            if settings.test == "best" and state.chosen_step is not None:
-                state.restore_weights(
-                    processes.broadcast(lambda: checkpoint.load(run.checkpoints / "best.pt"))
-                )
-            if familiar is not None and state.stopped is not None:  # it was told of these very weights
-                results["familiar/accuracy"] = state.stopped["accuracy"]
-            elif familiar is not None:
-                results["familiar/accuracy"] = mean_figures(familiar, "familiar")["familiar/accuracy"]
-            test = components.batches(components.dataset.read("test"), limit=settings.limit_eval_batches)
-            results |= mean_figures(test, "test")
-            reporter.say(f"test set, {test.visited} pictures: {_sentence(results)}")
-        record.log_metrics(state.step, results, epoch=state.epoch)
-        run.update_status("completed", step=state.step, results=results, stopped=state.stopped, exit_code=0)
-    return results
+            self._restore_tested_weights()
+            results |= self._familiar_accuracy()
+            split = self.components.dataset.read("test")
+            batches = self.components.batches(split, limit=settings.limit_eval_batches)
+            results |= self._evaluate(batches, "test")
+            self.reporter.print(f"test split, {batches.visited} images: {_sentence(results)}")
+        self.record.log_metrics(state.step, results, epoch=state.epoch)
+        self.run.update_status(
+            "completed", step=state.step, results=results, stopped=state.stopped, exit_code=0
+        )
+        return results
+
+    def _restore_tested_weights(self) -> None:
+        if self.settings.test == "best" and self.state.chosen_step is not None:
+            path = self.run.checkpoints / "best.pt"
+            self.state.restore_weights(self.processes.broadcast(lambda: checkpoint.load(path)))
+
+    def _familiar_accuracy(self) -> dict[str, float]:
+        if self.splits.familiar is None:
+            return {}
+        if self.state.stopped is not None:  # measured with these weights
+            return {"familiar/accuracy": self.state.stopped["accuracy"]}
+        metrics = self._evaluate(self.splits.familiar, "familiar")
+        return {"familiar/accuracy": metrics["familiar/accuracy"]}
+
+    def _evaluate(self, batches: Batches, split: str) -> dict[str, float]:
+        """Return the metrics of a split, with its name as a prefix."""
+        step = self.state.position
+        advance(self.evaluated_model, step)
+        metrics = evaluate(
+            self.evaluated_model,
+            batches,
+            self.components.loss,
+            step,
+            precision=self.settings.precision,
+            processes=self.processes,
+            at_batch=self._stop_if_asked,
+        )
+        return _prefixed(split, metrics)
+
+    def _log_reconstructions(self) -> None:
+        # Not the compiled network: another batch size would compile it once more.
+        model = self.state.model if self.state.average is None else self.state.average.module
+        if self.splits.validation is not None:
+            log_reconstructions(self.record, model, self.splits.validation, self.state.step)
+
+    def _save(self) -> None:
+        """Save a checkpoint, link the best one and delete old ones."""
+        state, folder = self.state, self.run.checkpoints
+        self.reporter.pause()
+        state.recorded = self.record.flushed_bytes()
+        rng_states = self.processes.gather(random_state())
+        if not self.processes.is_main:
+            return
+        checkpoint.save(folder, state.state_dict(rng_states), step=state.step)
+        last_is_best = self.splits.validation is None and state.stopped is None
+        best = state.step if last_is_best else state.chosen_step
+        if best is not None:
+            checkpoint.link(folder, "best", best)
+        keep = [] if best is None else [best]
+        checkpoint.prune(folder, keep_last=2, keep_steps=keep, keep_every=self.settings.keep_every)
+
+    def _stop_if_asked(self) -> None:
+        self.run.heartbeat(self.state.step)
+        if self.stop.asked(self.processes):
+            if not self.testing:
+                self._save()
+            self.stop.end(self.state.step, self.run.path)
 
 
 def _training_batches(batches: Batches, epoch: int, start: int, overfit: bool) -> Iterator[Batch]:
-    """The batches of an epoch from number `start` on; for overfitting, unshuffled and unaugmented."""
+    """Iterate over an epoch from batch `start` on; for overfitting, in order and without augmentation."""
     if not overfit:
         return batches.training(epoch, start=start)
     return (batch for number, batch in enumerate(batches.in_order()) if number >= start)
 
 
-def _read_splits(components: Components) -> tuple[Batches, Batches | None]:
-    """Training and validation pictures on the device; None for no validation."""
-    settings = components.trainer
-    training, validation = components.dataset.read_training()
-    if settings.overfit:
-        training = validation = Split(
-            training.images[: settings.batch_size], training.labels[: settings.batch_size]
-        )
-    batches = components.batches(training, limit=settings.limit_train_batches, training=True)
-    if validation.size == 0:
-        return batches, None
-    return batches, components.batches(validation, limit=settings.limit_eval_batches)
+def _introduction(state: State, splits: Splits) -> str:
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    validation = 0 if splits.validation is None else splits.validation.count
+    images = f"{splits.training.count} training and {validation} validation images"
+    start = f"resuming at step {state.step} of {state.total}" if state.step else f"{state.total} steps"
+    return f"{type(state.model).__name__} with {parameters:,} parameters; {images}; {start}"
 
 
-def advance(model: nn.Module, step: Step) -> dict[str, float]:
-    """Bring whatever follows a schedule inside the network to this step; returns the values, by layer."""
-    values: dict[str, float] = {}
-    for name, module in model.named_modules():
-        if (follow := getattr(module, "advance", None)) is not None:
-            layer = name.removesuffix(".routing")
-            values |= {f"{key}/{layer}": value for key, value in follow(step).items()}
-    return values
-
-
-def _calibrate(model: nn.Module, batches: Batches) -> None:
-    """Let a network that can, start from its first batch of training pictures."""
-    if (calibrate := getattr(model, "calibrate", None)) is not None:
-        calibrate(next(batches.training(0)).images)
-
-
-def _moving_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
-    if decay is None:
-        return None
-    # Buffers are copied: the average of indices, as a layer of windows has them, would be other indices.
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
-
-
-def _refuse_non_finite(told: dict[str, float], batch: Batch, step: int, run: RunDir) -> None:
-    """End the run before a loss or gradient that is no number reaches the weights."""
-    wrong = {name: str(value) for name, value in told.items() if not math.isfinite(value)}
-    if not wrong:
-        return
-    report = {"step": step, "values": wrong, "indices": batch.indices.tolist()}
-    run.report("non_finite", report)
-    good = checkpoint.saved(run.checkpoints)
-    kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
-    names = ", ".join(f"{name} is {value}" for name, value in wrong.items())
-    first = ", ".join(str(index).replace(", ", " + ").strip("[]") for index in batch.indices[:8].tolist())
-    where = f"training pictures {first}, … (all in non_finite.json)"
-    raise RunStopped(f"step {step}: {names}, with {where}; {kept}", exit_code=1)
-
-
-def _show_reconstructions(record: Record | NoRecord, model: nn.Module, batches: Batches, step: int) -> None:
-    """Pictures above what the network makes of them, by the class that it takes them for.
-
-    Of several classes in each: the picture, what it was made of, and what the network makes of it by the
-    classes that it takes it for, each right one at its own place.
-    """
-    images, labels, pixels, _ = (field[:SHOWN] for field in next(batches.in_order()))
-    several = labels.dim() > 1
-    with inference(model):
-        output = model(images)
-        if several:
-            output = model(images, predicted(output.scores, labels))
-    if output.reconstruction is not None:
-        decoded = output.reconstruction
-        rows = [images, *pixels.unbind(1), *decoded.unbind(1)] if several else [pixels, decoded]
-        record.log_images(step, "reconstruction", rows)
-
-
-@contextlib.contextmanager
-def _closing(record: Record | NoRecord) -> Iterator[None]:
-    """However the run ends: say so in TensorBoard."""
-    try:
-        yield
-    except BaseException as error:
-        record.close("interrupted" if is_interruption(error) else "failed")
-        raise
-    record.close("completed")
-
-
-def _introduction(model: nn.Module, training: Batches, validation: Batches | None, step: Step) -> str:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    pictures = f"{training.count} training and {validation.count if validation else 0} validation pictures"
-    begin = f"going on at step {step.number} of {step.total}" if step.number else f"{step.total} steps"
-    return f"{type(model).__name__} with {parameters:,} parameters; {pictures}; {begin}"
-
-
-def _prefixed(part: str, values: Mapping[str, float]) -> dict[str, float]:
-    return {f"{part}/{name}": value for name, value in values.items()}
+def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
 def _sentence(values: Mapping[str, float]) -> str:

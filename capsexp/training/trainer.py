@@ -8,11 +8,11 @@ import torch
 from capsexp.errors import require_at_least_1
 
 ROUNDING = 1e-6
-"""How far the mean of float32 accuracies may be from a share of whole pictures."""
+"""Largest rounding error of a mean of float32 accuracies."""
 
 
 class Trainer:
-    """How long and how carefully to train; conf/trainer/default.yaml says what each setting means.
+    """Settings of the training loop; conf/trainer/default.yaml explains each of them.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -73,19 +73,19 @@ class Trainer:
         self.stop_accuracy, self.stop_on = stop_accuracy, stop_on
 
     def total_steps(self, batches_per_epoch: int) -> int:
-        """Optimiser steps of the whole run."""
+        """Return the optimizer steps of the whole run."""
         steps = self.max_epochs * batches_per_epoch
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
-    def stop(self, figures: Mapping[str, float], step: int) -> dict[str, Any] | None:
-        """Where training ends if these figures of a validation round end it; otherwise None."""
+    def check_stop(self, metrics: Mapping[str, float], step: int) -> dict[str, Any] | None:
+        """Return accuracy, images and step of the stop if these validation metrics end the training."""
         if self.stop_accuracy is None:
             return None
-        found = {"on": self.stop_on, "accuracy": figures[f"{self.stop_on}/accuracy"], "step": step}
-        return found if self.ends_at(found) else None
+        stop = {"on": self.stop_on, "accuracy": metrics[f"{self.stop_on}/accuracy"], "step": step}
+        return stop if self.ends_at(stop) else None
 
-    def ends_at(self, found: Mapping[str, Any]) -> bool:
-        """Whether training ends at what `stop` told, maybe under other settings."""
-        if self.stop_accuracy is None or found["on"] != self.stop_on:
+    def ends_at(self, stop: Mapping[str, Any]) -> bool:
+        """Whether a stop that `check_stop` returned, maybe with other settings, ends the training."""
+        if self.stop_accuracy is None or stop["on"] != self.stop_on:
             return False
-        return bool(found["accuracy"] >= self.stop_accuracy - ROUNDING)
+        return bool(stop["accuracy"] >= self.stop_accuracy - ROUNDING)

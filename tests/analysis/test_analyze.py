@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from capsexp.analysis.trained_run import TrainedRun, load_model
+from capsexp.analysis.trained_run import TrainedRun
 from capsexp.cli import main as cli
 from capsexp.errors import UserError
 
@@ -107,8 +107,8 @@ def test_another_run_comes_with_its_own_network_and_the_same_limit(tmp_path, tra
     (tmp_path / "b" / ".hydra").mkdir()
     shutil.copy(tmp_path / "b" / "resolved_config.yaml", tmp_path / "b" / ".hydra" / "config.yaml")
     parts = tiny_parts(*words)
-    model, step = load_model(parts, tmp_path / "a", weights="best")
-    other = TrainedRun(model, parts, path=tmp_path / "a", step=step, limit=7).other_run(str(tmp_path / "b"))
+    run = TrainedRun.restore(parts, tmp_path / "a", weights="best", limit=7)
+    other = run.other_run(str(tmp_path / "b"))
     assert other.model.conv.out_channels == 4
     assert other.limit == 7
     assert sum(len(batch.labels) for batch, _ in other.outputs()) == 7

@@ -319,8 +319,9 @@ def test_the_lock_is_waited_for(tmp_path, monkeypatch):
     code = """
         import sys, time
         from pathlib import Path
-        from capsexp.data.download import _lock
-        with _lock(Path(sys.argv[1])):
+        from capsexp.data.download import LOCK
+        from capsexp.files import locked
+        with locked(Path(sys.argv[1], LOCK), wait=True):
             print("locked", flush=True)
             time.sleep(0.5)
     """

@@ -18,10 +18,10 @@ from capsexp.dataset.digits import Digits
 from capsexp.errors import RunStopped, UserError
 from capsexp.schedule import Step
 from capsexp.training.evaluate import evaluate
-from capsexp.training.gradients import gradients
+from capsexp.training.gradients import accumulate_gradients
+from capsexp.training.non_finite import refuse_non_finite
 from capsexp.training.parallel import ProcessGroup
 from capsexp.training.run_dir import RunDir
-from capsexp.training.train import _refuse_non_finite
 
 SMALL = ("dataset=multimnist", "dataset@dataset.source=digits", "dataset.shift=2", "dataset.pad=2")
 
@@ -170,8 +170,8 @@ def test_both_pictures_of_a_bad_pair_are_named(tmp_path):
     indices = torch.tensor([[1, 2], [3, 40]])
     pixels = torch.zeros(2, 2, 1, 4, 4)
     batch = Batch(pixels[:, 0], torch.tensor([[0, 1], [2, 3]]), pixels, indices)
-    with pytest.raises(RunStopped, match=r"loss is nan, with training pictures 1 \+ 2, 3 \+ 40, … "):
-        _refuse_non_finite({"loss": float("nan")}, batch, 7, RunDir(tmp_path))
+    with pytest.raises(RunStopped, match=r"loss is nan, with training images 1 \+ 2, 3 \+ 40, … "):
+        refuse_non_finite({"loss": float("nan")}, batch, 7, RunDir(tmp_path))
     assert json.loads((tmp_path / "non_finite.json").read_text())["indices"] == [[1, 2], [3, 40]]
 
 
@@ -182,7 +182,9 @@ def test_the_parts_of_an_accumulated_batch_add_up(tiny_parts):
         components = tiny_parts(*SMALL, f"trainer.accumulate={accumulate}")
         batch = next(components.batches(components.dataset.read("train"), limit=1, training=True).training(0))
         values.append(
-            gradients(components.new_model(), components.loss, batch, Step(0, 1), components.trainer)
+            accumulate_gradients(
+                components.new_model(), components.loss, batch, Step(0, 1), components.trainer
+            )
         )
     assert values[1] == pytest.approx(values[0], rel=1e-4)
 
@@ -214,8 +216,10 @@ def test_every_kind_of_network_learns_from_pairs(model, em_config):
     words = words or [*shallow, "model.primary_types=2"]
     components = build_components(em_config(f"model={name}", *SMALL, *words), plugins=[])
     batch = next(components.batches(components.dataset.read("test"), limit=1, training=True).training(0))
-    told = gradients(components.new_model(), components.loss, batch, Step(0, 1), components.trainer)
-    assert 0 <= told["accuracy"] <= told["digit_accuracy"] <= 1
+    metrics = accumulate_gradients(
+        components.new_model(), components.loss, batch, Step(0, 1), components.trainer
+    )
+    assert 0 <= metrics["accuracy"] <= metrics["digit_accuracy"] <= 1
 
 
 def test_overfitting_takes_the_first_pairs(tmp_path, train_tiny, metrics_of):

@@ -11,7 +11,7 @@ from torch.distributions import Normal
 
 from capsexp.config.build import build
 from capsexp.config.compose import compose, to_plain
-from capsexp.ops.receptive_fields import Grid, of_children, receptive_fields
+from capsexp.ops.receptive_fields import Grid, receptive_fields, scatter_sum
 from capsexp.routing import em
 from capsexp.routing.em import EMRouting, em_routing
 from capsexp.schedule import Linear, Saturating, Step
@@ -254,7 +254,7 @@ def test_coupling_of_a_child_sums_to_one_over_all_its_parents(
     votes, *others = example(layer)
     coupling = route(layer, scale * votes, *others, temperatures=STRONG[:iterations])[2]
     fields = fields_of(layer)
-    total = of_children(coupling.sum(3), fields)
+    total = scatter_sum(coupling.sum(3), fields)
     connected = torch.tensor([any(i in window for window in seen_by(layer)) for i in range(fields.in_caps)])
     torch.testing.assert_close(total, connected.to(total).expand_as(total))
 
@@ -268,7 +268,7 @@ def test_types_that_compete_at_each_position_apart_give_a_child_one_for_each_pos
 @EVERY_WINDOW
 def test_positions_that_compete_for_each_type_apart_give_a_child_one_for_each_type(layer):
     coupling = route(layer, *example(layer), normalisation="official_v1")[2]
-    total = of_children(coupling, fields_of(layer))
+    total = scatter_sum(coupling, fields_of(layer))
     torch.testing.assert_close(total[total > 0], torch.ones_like(total[total > 0]))
 
 

@@ -13,11 +13,11 @@ from capsexp.training import checkpoint
 from capsexp.training.checkpoint import (
     CheckpointError,
     link,
+    list_saved,
     load,
-    newest,
+    load_newest,
     prune,
     save,
-    saved,
     step_of,
 )
 
@@ -35,7 +35,8 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def told():
+def lines():
+    """The lines that `load_newest` reports."""
     return []
 
 
@@ -44,34 +45,34 @@ def pt(folder, step):
 
 
 def manifest(path):
-    """Vouch for a file, as `save` does for its own."""
+    """Write the JSON for a file, as `save` does."""
     content = path.read_bytes()
     text = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "step": 20, "schema": 1}
     path.with_suffix(".json").write_text(json.dumps(text))
 
 
-def same(one, other):
-    assert one.keys() == other.keys()
-    assert torch.equal(one["model"].pop("w"), other["model"].pop("w"))
-    assert one == other
+def assert_same(loaded, expected):
+    assert loaded.keys() == expected.keys()
+    assert torch.equal(loaded["model"].pop("w"), expected["model"].pop("w"))
+    assert loaded == expected
 
 
-def test_what_was_saved_is_loaded(folder):
-    same(load(pt(folder, 20)), {"schema": 1, **state(20)})
+def test_a_saved_state_is_loaded(folder):
+    assert_same(load(pt(folder, 20)), {"schema": 1, **state(20)})
 
 
-def test_the_newest_is_the_highest_step(folder, told):
-    assert newest(folder, tell=told.append)["step"] == 20
-    assert told == []
+def test_the_newest_is_the_highest_step(folder, lines):
+    assert load_newest(folder, report=lines.append)["step"] == 20
+    assert lines == []
 
 
-def test_a_folder_that_never_had_one_has_none(tmp_path, told):
-    assert newest(tmp_path, tell=told.append) is None
-    assert newest(tmp_path / "missing", tell=told.append) is None
-    assert told == []
+def test_an_empty_or_missing_folder_has_no_newest(tmp_path, lines):
+    assert load_newest(tmp_path, report=lines.append) is None
+    assert load_newest(tmp_path / "missing", report=lines.append) is None
+    assert lines == []
 
 
-# Damage: each spoils the checkpoint of step 20 in its own way, and names the reason it is refused for.
+# Damage: each function damages a checkpoint; DAMAGE has the reason for which it is then refused.
 
 
 def truncated(path):
@@ -111,12 +112,12 @@ def json_of_another_file(path):
     path.with_suffix(".json").write_bytes(other.with_suffix(".json").read_bytes())
 
 
-def sealed_but_empty(path):
+def empty_with_json(path):
     empty(path)
     manifest(path)
 
 
-def sealed_but_truncated(path):
+def truncated_with_json(path):
     truncated(path)
     manifest(path)
 
@@ -145,45 +146,45 @@ DAMAGE = {
     json_that_is_garbage: "its checksum step-00000020.json is missing or unreadable",
     json_of_a_list: "its checksum step-00000020.json is missing or unreadable",
     json_of_another_file: "its contents do not match the sha256 in step-00000020.json",
-    sealed_but_empty: r"it cannot be read safely: \w",
-    sealed_but_truncated: r"it cannot be read safely: .",
+    empty_with_json: r"it cannot be read safely: \w",
+    truncated_with_json: r"it cannot be read safely: .",
     another_schema: "its schema is 2, this version reads 1",
     no_schema: "its schema is None, this version reads 1",
     no_dict: "its schema is None, this version reads 1",
 }
 damaged = pytest.mark.parametrize(
-    ("spoil", "reason"), DAMAGE.items(), ids=lambda one: getattr(one, "__name__", "")
+    ("damage", "reason"), DAMAGE.items(), ids=lambda value: getattr(value, "__name__", "")
 )
 
 
 @damaged
-def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(spoil, reason, folder, told):
-    spoil(pt(folder, 20))
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_previous_one_is_used(damage, reason, folder, lines):
+    damage(pt(folder, 20))
     refusal = f"^{re.escape(str(pt(folder, 20)))}: refused, {reason}"
     with pytest.raises(CheckpointError, match=refusal):
         load(pt(folder, 20))
-    assert newest(folder, tell=told.append)["step"] == 10
-    assert len(told) == 1
-    assert re.match(refusal, told[0])
-    assert told[0].endswith("; trying the one before")
+    assert load_newest(folder, report=lines.append)["step"] == 10
+    assert len(lines) == 1
+    assert re.match(refusal, lines[0])
+    assert lines[0].endswith("; trying the previous one")
 
 
 @damaged
-def test_when_all_are_refused_nothing_is_begun_anew(spoil, reason, folder, told):
-    if spoil is json_of_another_file:
+def test_if_all_are_refused_no_new_run_starts(damage, reason, folder, lines):
+    if damage is json_of_another_file:
         pt(folder, 10).write_bytes(b"")
     else:
-        spoil(pt(folder, 10))
-    spoil(pt(folder, 20))
+        damage(pt(folder, 10))
+    damage(pt(folder, 20))
     with pytest.raises(
         CheckpointError, match=r"no usable checkpoint is left in .*; start in another directory"
     ):
-        newest(folder, tell=told.append)
-    assert len(told) == 2
+        load_newest(folder, report=lines.append)
+    assert len(lines) == 2
 
 
 @pytest.mark.parametrize("silent", [one_flipped_bit, a_zeroed_block])
-def test_torch_alone_would_not_have_noticed(silent, folder):
+def test_torch_loads_the_damaged_file_without_an_error(silent, folder):
     silent(pt(folder, 20))
     loaded = torch.load(pt(folder, 20), weights_only=True)
     assert not torch.equal(loaded["model"]["w"], state(20)["model"]["w"])
@@ -199,45 +200,57 @@ class Payload:
         return os.mkdir, (str(self.marker),)
 
 
-def test_a_hostile_pickle_with_a_valid_seal_is_refused_and_does_not_run(folder, told, tmp_path):
+def test_a_hostile_pickle_with_a_valid_checksum_is_refused_and_does_not_run(folder, lines, tmp_path):
     marker, path = tmp_path / "it_ran", pt(folder, 20)
     torch.save({"schema": 1, **state(20), "extra": Payload(marker)}, path)
     manifest(path)
     with pytest.raises(CheckpointError, match=f"{path}: refused, it cannot be read safely: "):
         load(path)
-    assert newest(folder, tell=told.append)["step"] == 10
+    assert load_newest(folder, report=lines.append)["step"] == 10
     assert not marker.exists()
     torch.load(path, weights_only=False)
-    assert marker.exists()  # the payload was a live one
+    assert marker.exists()  # the payload works
 
 
-def test_a_missing_seal_of_an_older_checkpoint_is_told(folder, told):
+def test_a_missing_json_of_an_older_checkpoint_is_reported(folder, lines):
     save(folder, state(30), step=30)
     pt(folder, 20).with_suffix(".json").unlink()
     pt(folder, 30).write_bytes(b"")
-    assert newest(folder, tell=told.append)["step"] == 10
-    assert len(told) == 2
-    assert "step-00000020.pt: refused, its checksum step-00000020.json is missing" in told[1]
+    assert load_newest(folder, report=lines.append)["step"] == 10
+    assert len(lines) == 2
+    assert "step-00000020.pt: refused, its checksum step-00000020.json is missing" in lines[1]
 
 
-def test_a_missing_seal_is_refused_when_asked_for_by_name(folder):
+def test_a_checkpoint_without_json_is_refused_by_name(folder):
     pt(folder, 20).with_suffix(".json").unlink()
     with pytest.raises(CheckpointError, match=r"its checksum step-00000020\.json is missing or unreadable"):
         load(folder / "last.pt")
 
 
-@pytest.mark.parametrize("name", ["best.pt", "step-00000030.pt"])
-def test_a_checkpoint_that_is_not_there_is_refused(name, folder):
-    with pytest.raises(CheckpointError, match=f"{name}: refused, there is no such file"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("best.pt", r"no checkpoint best\.pt in .*; there are 10, 20"),
+        ("step-00000030.pt", "no checkpoint at step 30; there are 10, 20"),
+    ],
+)
+def test_a_missing_checkpoint_is_an_error_with_those_that_exist(name, message, folder):
+    with pytest.raises(CheckpointError, match=f"^{message}$"):
         load(folder / name)
 
 
-# Being whole or not at all
+def test_a_missing_checkpoint_of_an_empty_folder_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match=r"^no checkpoint at step 30; there are none$"):
+        load(pt(tmp_path, 30))
+
+
+# Atomic writes
 
 SAVING = """
 import itertools, sys, torch
 from pathlib import Path
-from capsexp import checkpoint, files
+from capsexp import files
+from capsexp.training import checkpoint
 real = files.write_atomic
 def stuck(path, write):
     if path.name == sys.argv[2]:
@@ -249,27 +262,27 @@ checkpoint.save(Path(sys.argv[1]), {"step": 30}, step=30)
 """
 
 
-def test_a_kill_between_the_file_and_its_seal_leaves_the_one_before(folder, told):
+def test_a_kill_between_the_file_and_its_json_leaves_the_previous_one(folder, lines):
     command = [sys.executable, "-c", SAVING, str(folder), "step-00000030.json"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"here\n"
         process.kill()
     assert pt(folder, 30).exists()
-    assert newest(folder, tell=told.append)["step"] == 20
+    assert load_newest(folder, report=lines.append)["step"] == 20
     assert load(folder / "last.pt")["step"] == 20
     save(folder, state(30), step=30)
-    assert newest(folder, tell=told.append)["step"] == 30
-    assert told == []
+    assert load_newest(folder, report=lines.append)["step"] == 30
+    assert lines == []
 
 
-def test_an_only_checkpoint_without_its_seal_was_never_finished(tmp_path, told):
+def test_an_only_checkpoint_without_json_counts_as_unfinished(tmp_path, lines):
     save(tmp_path, state(10), step=10)
     pt(tmp_path, 10).with_suffix(".json").unlink()
-    assert newest(tmp_path, tell=told.append) is None
+    assert load_newest(tmp_path, report=lines.append) is None
 
 
 @pytest.mark.parametrize("step", [20, 30])
-def test_a_save_that_fails_midway_changes_nothing_under_the_final_name(step, folder, told, monkeypatch):
+def test_a_failing_save_changes_no_file_with_its_final_name(step, folder, lines, monkeypatch):
     before = pt(folder, 20).read_bytes()
 
     def full(state, file):
@@ -283,10 +296,10 @@ def test_a_save_that_fails_midway_changes_nothing_under_the_final_name(step, fol
     assert pt(folder, 20).read_bytes() == before
     assert not pt(folder, 30).exists()
     assert sorted(path.name for path in folder.glob("*") if path.name.startswith(".")) == []
-    assert newest(folder, tell=told.append)["step"] == 20
+    assert load_newest(folder, report=lines.append)["step"] == 20
 
 
-def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(os, "fsync", lambda number: calls.append("fsync"))
     real = os.replace
@@ -296,10 +309,10 @@ def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert (tmp_path / "a").read_bytes() == b"x"
 
 
-# Links, and what is kept
+# Links and pruning
 
 
-def test_last_and_best_point_to_their_steps(folder):
+def test_last_and_best_link_to_their_steps(folder):
     link(folder, "best", 10)
     assert load(folder / "best.pt")["step"] == 10
     assert load(folder / "last.pt")["step"] == 20
@@ -309,16 +322,16 @@ def test_last_and_best_point_to_their_steps(folder):
     assert step_of(folder / "best.pt") == 20
 
 
-def test_a_name_that_tells_no_step_is_refused(folder):
-    with pytest.raises(CheckpointError, match="no checkpoint is named like that"):
+def test_a_name_without_a_step_is_refused(folder):
+    with pytest.raises(CheckpointError, match="not the name of a checkpoint"):
         step_of(folder / "step-12.pt")
 
 
-def kept(folder):
+def saved_steps(folder):
     assert {path.stem for path in folder.glob("step-*.json")} == {
         path.stem for path in folder.glob("step-*.pt")
     }
-    return [step_of(path) for path in saved(folder)]
+    return [step_of(path) for path in list_saved(folder)]
 
 
 @pytest.mark.parametrize(
@@ -331,15 +344,15 @@ def kept(folder):
         ([10], 20, [10, 20, 40, 60, 70]),
     ],
 )
-def test_the_last_two_the_best_and_every_kth_are_kept(best, every, expected, tmp_path):
+def test_the_last_two_the_best_and_every_kth_stay(best, every, expected, tmp_path):
     for step in range(10, 80, 10):
         save(tmp_path, {"step": step}, step=step)
-        prune(tmp_path, keep_last=2, keep_steps=[one for one in best if one <= step], keep_every=every)
-    assert kept(tmp_path) == expected
+        prune(tmp_path, keep_last=2, keep_steps=[saved for saved in best if saved <= step], keep_every=every)
+    assert saved_steps(tmp_path) == expected
     assert load(tmp_path / "last.pt")["step"] == 70
 
 
-def test_leftovers_of_killed_saves_are_removed_and_nothing_else(folder):
+def test_only_leftovers_of_killed_saves_are_deleted(folder):
     (folder / ".step-00000030.pt.123.tmp").write_bytes(b"half")
     (folder / ".last.123.tmp").symlink_to("step-00000020.pt")
     (folder / "notes.txt").write_text("mine")
@@ -354,8 +367,8 @@ def test_leftovers_of_killed_saves_are_removed_and_nothing_else(folder):
     ]
 
 
-def test_a_file_with_another_name_is_no_checkpoint(folder):
+def test_a_file_with_another_name_is_not_a_checkpoint(folder):
     (folder / "step-20.pt").write_bytes(b"")
     (folder / "step-000000200.pt").write_bytes(b"")
-    assert [path.name for path in saved(folder)] == ["step-00000010.pt", "step-00000020.pt"]
+    assert [path.name for path in list_saved(folder)] == ["step-00000010.pt", "step-00000020.pt"]
     assert checkpoint.SCHEMA == 1

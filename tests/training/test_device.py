@@ -16,14 +16,14 @@ PLAIN = {
 }
 
 
-def test_auto_takes_the_best_that_is_there(monkeypatch):
+def test_auto_is_the_fastest_available_device(monkeypatch):
     monkeypatch.setattr(device, "available", lambda: {"cuda": False, "mps": True, "cpu": True})
     assert Device(**{**PLAIN, "name": "auto"}).torch_device.type == "mps"
     monkeypatch.setattr(device, "available", lambda: {"cuda": False, "mps": False, "cpu": True})
     assert Device(**{**PLAIN, "name": "auto"}).torch_device.type == "cpu"
 
 
-def test_a_device_that_is_not_there_is_refused(monkeypatch):
+def test_an_unavailable_device_is_refused(monkeypatch):
     monkeypatch.setattr(device, "available", lambda: {"cuda": False, "mps": False, "cpu": True})
     with pytest.raises(ValueError, match="no cuda device here; there is cpu"):
         Device(**{**PLAIN, "name": "cuda"})
@@ -52,7 +52,7 @@ def test_preparing_sets_threads_and_determinism():
 
 @pytest.mark.skipif(not device.has_tunable_allocator(), reason="only glibc's malloc can be tuned")
 def test_the_tuned_allocator_keeps_large_buffers():
-    """Allocate and free 64 MiB over and over: page faults show whether the memory was handed back."""
+    """Allocate and free 64 MiB over and over: page faults show whether memory went back to the system."""
     program = """
 import resource, sys
 from capsexp.training.device import tune_allocator

@@ -1,4 +1,4 @@
-"""Training that ends at an accuracy: rounds with scripted accuracies, and real runs that are killed."""
+"""Training that ends at an accuracy: runs with scripted accuracies, and real runs that are killed."""
 
 import json
 import re
@@ -20,7 +20,7 @@ AFFINE = (
     "dataset.transforms=2",
 )
 FAMILIAR = (*AFFINE, "trainer.stop_on=familiar")
-PARTS = {144: "validation", 359: "familiar", 718: "test"}  # by their counts
+SPLITS = {144: "validation", 359: "familiar", 718: "test"}  # by their sizes
 SCRIPT = {
     "validation": {5: 0.9, 10: 0.5, 15: 0.6},
     "familiar": {5: 0.3, 10: 0.8, 15: 0.95},
@@ -29,15 +29,15 @@ SCRIPT = {
 
 @pytest.fixture
 def script(monkeypatch):
-    """Let the accuracies of validation rounds be these, by part and step."""
+    """Replace the accuracies of validation by those of SCRIPT."""
     real = train.evaluate
 
-    def told(model, batches, loss, step, **options):
-        values = real(model, batches, loss, step, **options)
-        scripted = SCRIPT.get(PARTS[batches.count])
-        return values | {"accuracy": scripted[step.number]} if scripted else values
+    def evaluate(model, batches, loss, step, **options):
+        metrics = real(model, batches, loss, step, **options)
+        scripted = SCRIPT.get(SPLITS[batches.count])
+        return metrics | {"accuracy": scripted[step.number]} if scripted else metrics
 
-    monkeypatch.setattr(train, "evaluate", told)
+    monkeypatch.setattr(train, "evaluate", evaluate)
 
 
 def status(path):
@@ -48,25 +48,25 @@ def best_step(path):
     return checkpoint.step_of(path / "checkpoints" / "best.pt")
 
 
-def test_familiar_pictures_end_the_training_and_their_weights_are_the_best(
+def test_familiar_images_end_the_training_and_these_weights_are_the_best(
     tmp_path, script, train_tiny, metrics_of, capsys
 ):
     results = train_tiny(tmp_path, *FAMILIAR, "trainer.stop_accuracy=0.8")
-    told, lines = status(tmp_path), metrics_of(tmp_path)
-    assert told["stopped"] == {"on": "familiar", "accuracy": 0.8, "step": 10}
-    assert (told["status"], told["step"], told["total"]) == ("completed", 10, 15)
-    assert told["best"] == {"accuracy": 0.5, "step": 10}  # although an earlier round was better
+    ended, lines = status(tmp_path), metrics_of(tmp_path)
+    assert ended["stopped"] == {"on": "familiar", "accuracy": 0.8, "step": 10}
+    assert (ended["status"], ended["step"], ended["total"]) == ("completed", 10, 15)
+    assert ended["best"] == {"accuracy": 0.5, "step": 10}  # although an earlier validation was better
     assert best_step(tmp_path) == 10
     assert results["validation/best_accuracy"] == 0.5
-    assert results["familiar/accuracy"] == told["results"]["familiar/accuracy"] == 0.8
-    rounds = [line for line in lines if "validation/loss" in line]
-    assert [(line["step"], line["familiar/accuracy"]) for line in rounds] == [(5, 0.3), (10, 0.8)]
-    said = capsys.readouterr().out
-    assert said.count("familiar TEST pictures decide when training ends") == 1
-    assert "stopped at step 10 of 15: accuracy 0.8000 on familiar pictures" in said
+    assert results["familiar/accuracy"] == ended["results"]["familiar/accuracy"] == 0.8
+    validations = [line for line in lines if "validation/loss" in line]
+    assert [(line["step"], line["familiar/accuracy"]) for line in validations] == [(5, 0.3), (10, 0.8)]
+    output = capsys.readouterr().out
+    assert output.count("familiar TEST images decide when training ends") == 1
+    assert "stopped at step 10 of 15: accuracy 0.8000 on familiar images" in output
 
 
-def test_validation_pictures_end_the_training_without_a_look_at_others(
+def test_validation_images_end_the_training_and_no_familiar_images_are_read(
     tmp_path, script, train_tiny, metrics_of, capsys
 ):
     results = train_tiny(tmp_path, *AFFINE, "trainer.stop_accuracy=0.9")
@@ -77,22 +77,24 @@ def test_validation_pictures_end_the_training_without_a_look_at_others(
     assert "TEST" not in capsys.readouterr().out
 
 
-def test_an_accuracy_that_is_never_reached_is_told_and_the_run_is_whole(tmp_path, script, train_tiny, capsys):
+def test_an_accuracy_that_is_never_reached_is_reported_and_the_run_completes(
+    tmp_path, script, train_tiny, capsys
+):
     results = train_tiny(tmp_path, *FAMILIAR, "trainer.stop_accuracy=0.96")
-    told = status(tmp_path)
-    assert told["stopped"] is None
-    assert (told["status"], told["step"], told["best"]["step"]) == ("completed", 15, 5)
+    ended = status(tmp_path)
+    assert ended["stopped"] is None
+    assert (ended["status"], ended["step"], ended["best"]["step"]) == ("completed", 15, 5)
     assert "test/accuracy" in results
-    assert "an accuracy of 0.96 on familiar pictures was not reached" in capsys.readouterr().out
+    assert "an accuracy of 0.96 on familiar images was not reached" in capsys.readouterr().out
 
 
-def test_without_the_setting_nothing_is_said_of_it(tmp_path, train_tiny, capsys):
+def test_without_the_setting_nothing_is_reported(tmp_path, train_tiny, capsys):
     train_tiny(tmp_path, *AFFINE)
     assert status(tmp_path)["stopped"] is None
     assert "reached" not in capsys.readouterr().out
 
 
-def test_a_run_without_validation_pictures_can_match_familiar_ones(tmp_path, script, train_tiny, metrics_of):
+def test_a_run_without_validation_images_can_stop_on_familiar_ones(tmp_path, script, train_tiny, metrics_of):
     results = train_tiny(tmp_path, *FAMILIAR, "trainer.stop_accuracy=0.8", "dataset.source.validation=0")
     assert best_step(tmp_path) == 10
     assert status(tmp_path)["best"] is None
@@ -100,8 +102,8 @@ def test_a_run_without_validation_pictures_can_match_familiar_ones(tmp_path, scr
     assert "validation/best_accuracy" not in results
 
 
-def test_the_test_and_eval_have_the_weights_that_were_matched(tmp_path, train_tiny, tiny_parts):
-    """No script: the first round of a real run ends it, at whatever accuracy."""
+def test_the_test_and_eval_use_the_weights_of_the_stop(tmp_path, train_tiny, tiny_parts):
+    """Without a script: the first validation of a real run ends it, at any accuracy."""
     overrides = (*FAMILIAR, "trainer.stop_accuracy=0.001", "trainer.limit_eval_batches=null")
     results = train_tiny(tmp_path, *overrides)
     assert status(tmp_path)["stopped"]["step"] == best_step(tmp_path) == 5
@@ -121,12 +123,12 @@ def die(*arguments, **options):
     raise StopAt
 
 
-def dying_at(step, part):
-    """`evaluate` that dies at one step and part."""
+def dying_at(step, split):
+    """Return an `evaluate` that dies at one step and split."""
     real = train.evaluate
 
     def evaluate(model, batches, loss, position, **options):
-        if position.number == step and PARTS[batches.count] == part:
+        if position.number == step and SPLITS[batches.count] == split:
             raise StopAt
         return real(model, batches, loss, position, **options)
 
@@ -134,7 +136,7 @@ def dying_at(step, part):
 
 
 def deaths():
-    """Where a run that is matched at step 10 may die, by name: what to replace, and by what."""
+    """Places where a run that stops at step 10 may die: the name to replace, and its replacement."""
     real_save = checkpoint.save
 
     def save_but_not_10(folder, state, *, step):
@@ -143,32 +145,19 @@ def deaths():
         return real_save(folder, state, step=step)
 
     return {
-        "in an early step": ("gradients", die),
-        "in the first round": ("evaluate", dying_at(5, "familiar")),
-        "in the last round": ("evaluate", dying_at(10, "familiar")),
-        "between the last round and its checkpoint": ("checkpoint.save", save_but_not_10),
-        "after its checkpoint": ("ending", die),
+        "in an early step": ("accumulate_gradients", die),
+        "in the first validation": ("evaluate", dying_at(5, "familiar")),
+        "in the last validation": ("evaluate", dying_at(10, "familiar")),
+        "between the last validation and its checkpoint": ("checkpoint.save", save_but_not_10),
+        "after its checkpoint": ("describe_end", die),
         "in the test": ("evaluate", dying_at(10, "test")),
     }
 
 
-def assert_same(one, other):
-    assert type(one) is type(other)
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_same(one[key], other[key])
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, list):
-        for a, b in zip(one, other, strict=True):
-            assert_same(a, b)
-    else:
-        assert one == other
-
-
 @pytest.mark.parametrize("place", list(deaths()))
-def test_a_run_that_dies_anywhere_stops_where_it_would_have(place, tmp_path, script, monkeypatch, train_tiny):
+def test_a_run_that_dies_anywhere_stops_at_the_same_step(
+    place, tmp_path, script, monkeypatch, train_tiny, assert_same_run
+):
     overrides = (*FAMILIAR, "trainer.stop_accuracy=0.8")
     name, replacement = deaths()[place]
     with monkeypatch.context() as patch:
@@ -178,13 +167,12 @@ def test_a_run_that_dies_anywhere_stops_where_it_would_have(place, tmp_path, scr
     results = train_tiny(tmp_path / "killed", *overrides)
     assert results == train_tiny(tmp_path / "whole", *overrides)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    assert_same(*(checkpoint.load(path / "checkpoints" / "last.pt") for path in (killed, whole)))
+    assert_same_run(killed, whole)
     assert status(killed)["stopped"] == status(whole)["stopped"]
     assert best_step(killed) == best_step(whole) == 10
 
 
-def test_a_stopped_run_goes_on_when_more_is_asked_for_and_not_otherwise(tmp_path, script, train_tiny):
+def test_a_stopped_run_continues_only_if_a_higher_accuracy_is_asked_for(tmp_path, script, train_tiny):
     train_tiny(tmp_path, *FAMILIAR, "trainer.stop_accuracy=0.8")
     train_tiny(tmp_path, *FAMILIAR, "trainer.stop_accuracy=0.75", "resume=force")
     assert status(tmp_path)["stopped"]["step"] == 10
@@ -193,10 +181,10 @@ def test_a_stopped_run_goes_on_when_more_is_asked_for_and_not_otherwise(tmp_path
     assert best_step(tmp_path) == 15
 
 
-def test_a_checkpoint_from_before_this_setting_is_taken(tiny_parts):
-    parts = tiny_parts()
-    model = parts.new_model()
-    state = State(model, parts.new_optimizer(model.parameters(), lr=0.1), None)
+def test_a_checkpoint_from_before_this_setting_is_accepted(tiny_parts):
+    components = tiny_parts()
+    model = components.new_model()
+    state = State(model, components.new_optimizer(model.parameters(), lr=0.1), None, total=9)
     saved = state.state_dict([{"random": torch.get_rng_state(), "random_cuda": []}])
     del saved["stopped"]
     state.stopped = {"on": "validation", "accuracy": 1.0, "step": 3}
@@ -205,32 +193,33 @@ def test_a_checkpoint_from_before_this_setting_is_taken(tiny_parts):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (
             ["trainer.stop_on=familiar"],
-            "trainer.stop_on: digits has no familiar test pictures beside its test",
+            "trainer.stop_on: digits has no familiar test images beside its test",
         ),
         (
             ["dataset.validation=0"],
-            "trainer.stop_accuracy: this run has no validation pictures to reach it on",
+            "trainer.stop_accuracy: this run has no validation images to measure it on",
         ),
     ],
 )
-def test_pictures_that_are_not_there_are_refused_before_training(overrides, told, tmp_path, train_tiny):
-    with pytest.raises(UserError, match=re.escape(told)):
+def test_missing_images_are_an_error_before_training(overrides, message, tmp_path, train_tiny):
+    with pytest.raises(UserError, match=re.escape(message)):
         train_tiny(tmp_path, "trainer.stop_accuracy=0.5", *overrides)
     assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("wrong", [0, -0.1, 1.01, 99])
-def test_an_accuracy_is_a_share(wrong, tiny_parts):
+def test_an_accuracy_is_a_fraction(wrong, tiny_parts):
     with pytest.raises(UserError, match=rf"trainer: stop_accuracy must be in \(0, 1\], got {wrong}"):
         tiny_parts(f"trainer.stop_accuracy={wrong}")
 
 
-def test_an_accuracy_of_whole_pictures_is_reached_in_spite_of_rounding(tiny_parts):
+def test_an_accuracy_is_reached_in_spite_of_rounding(tiny_parts):
     trainer: Trainer = tiny_parts("trainer.stop_accuracy=0.9922").trainer
     for count in (9922, 9921):
-        shares = torch.tensor([count / 10_000]).float().item()
-        assert (trainer.stop({"validation/accuracy": shares - 1e-8}, 1) is not None) is (count == 9922)
+        accuracy = torch.tensor([count / 10_000]).float().item()
+        stop = trainer.check_stop({"validation/accuracy": accuracy - 1e-8}, 1)
+        assert (stop is not None) is (count == 9922)

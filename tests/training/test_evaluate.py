@@ -12,22 +12,22 @@ from capsexp.dataset.digits import Digits
 from capsexp.errors import UserError
 from capsexp.schedule import Step
 from capsexp.training.evaluate import evaluate, inference
-from capsexp.training.metrics import autocast, pooled
+from capsexp.training.metrics import autocast, pool_crops
 
 
-def test_figures_are_means_over_pictures_whatever_the_batches(tiny_parts):
-    parts = tiny_parts("trainer.batch_size=7")
-    model = parts.new_model()
-    images, labels = parts.dataset.read("test")
+def test_metrics_are_means_over_images_for_any_batch_size(tiny_parts):
+    components = tiny_parts("trainer.batch_size=7")
+    model = components.new_model()
+    images, labels = components.dataset.read("test")
     split = Split(images[:17], labels[:17])  # batches of 7, 7 and 3
-    values = evaluate(model, parts.batches(split, limit=None), parts.loss, Step(0, 1))
-    parts.trainer.batch_size = 17
-    at_once = evaluate(model, parts.batches(split, limit=None), parts.loss, Step(0, 1))
-    assert values == pytest.approx(at_once, rel=1e-5)
+    in_three = evaluate(model, components.batches(split, limit=None), components.loss, Step(0, 1))
+    components.trainer.batch_size = 17
+    in_one = evaluate(model, components.batches(split, limit=None), components.loss, Step(0, 1))
+    assert in_three == pytest.approx(in_one, rel=1e-5)
 
 
 class ByBrightness(nn.Module):
-    """Loud for class 0 where a crop of one pixel is bright, quietly for class 1 where it is dark."""
+    """A high probability of class 0 for a bright crop of one pixel, a low one of class 1 for a dark crop."""
 
     def forward(self, images, labels=None):
         bright, dark = torch.tensor([0.9, 0.6]), torch.tensor([0.1, 0.2])
@@ -40,7 +40,7 @@ def brightness(output, batch, step):
 
 
 def crops(count):
-    """Three pictures of which 0, 4 and 13 of the 13 crops, the centre first, are bright."""
+    """Three images of which 0, 4 and 13 of the 13 crops, the center first, are bright."""
     preprocess = Preprocess(
         resize=None,
         shift=0,
@@ -66,23 +66,23 @@ def crops(count):
     )
 
 
-def test_crops_decide_together_each_with_one_vote():
-    # Without the scaling the second picture's four loud crops would outvote its nine quiet ones.
+def test_crops_have_equal_votes():
+    # Without the scaling, the four bright crops of the second image would outvote its nine dark ones.
     together = evaluate(ByBrightness(), crops(13), brightness, Step(0, 1))
     assert together["accuracy"] == pytest.approx(1)
     assert together["brightness"] == together["loss"] == pytest.approx((0 + 4 / 13 + 1) / 3)
-    centre = evaluate(ByBrightness(), crops(1), brightness, Step(0, 1))
-    assert centre["accuracy"] == pytest.approx(2 / 3)
-    assert centre["brightness"] == pytest.approx(2 / 3)
+    center = evaluate(ByBrightness(), crops(1), brightness, Step(0, 1))
+    assert center["accuracy"] == pytest.approx(2 / 3)
+    assert center["brightness"] == pytest.approx(2 / 3)
 
 
-def test_a_crop_that_says_nothing_has_no_vote():
-    silent, certain = torch.zeros(2, 3), torch.tensor([[0.0, 0.0, 1e-4], [0.2, 0.1, 0.0]])
-    assert pooled([silent, certain]).argmax(1).tolist() == [2, 0]
-    assert pooled([silent, silent]).argmax(1).tolist() == [0, 0]
+def test_a_crop_with_zero_probabilities_has_no_vote():
+    zero, certain = torch.zeros(2, 3), torch.tensor([[0.0, 0.0, 1e-4], [0.2, 0.1, 0.0]])
+    assert pool_crops([zero, certain]).argmax(1).tolist() == [2, 0]
+    assert pool_crops([zero, zero]).argmax(1).tolist() == [0, 0]
 
 
-def test_evaluation_leaves_the_mode_as_it_was_and_no_gradients(tiny_parts):
+def test_inference_restores_the_mode_and_disables_gradients(tiny_parts):
     model = tiny_parts().new_model()
     for training in (True, False):
         model.train(training)
@@ -121,8 +121,8 @@ def test_weights_of_another_network_are_refused(tmp_path, train_tiny, tiny_parts
 def test_a_step_can_be_named(tmp_path, train_tiny, tiny_parts):
     train_tiny(tmp_path, "trainer.max_steps=4", "trainer.test=none")
     _, step = load_model(tiny_parts(), tmp_path, weights="4")
-    assert step.number == 4
-    with pytest.raises(UserError, match=r"step-00000003\.pt: refused, there is no such file"):
+    assert step == Step(4, 4)
+    with pytest.raises(UserError, match=r"^no checkpoint at step 3; there are 4$"):
         load_model(tiny_parts(), tmp_path, weights="3")
 
 
@@ -135,7 +135,7 @@ def test_eval_repeats_the_runs_own_test_figures(tmp_path, train_tiny, tiny_parts
 
 
 def test_remarks_stand_above_the_figures(tmp_path, train_tiny, tiny_parts, monkeypatch, capsys):
-    monkeypatch.setattr(Digits, "remarks", lambda self: ["digits: drawn by the testers themselves"])
+    monkeypatch.setattr(Digits, "caveats", lambda self: ["digits: drawn by the testers themselves"])
     train_tiny(tmp_path, "trainer.max_steps=2", "trainer.test=none")
     lines = capsys.readouterr().out.splitlines()
     assert lines.count("digits: drawn by the testers themselves") == 1

@@ -1,6 +1,6 @@
-"""Runs of several processes: as one process in what they compute, what they write and how they end.
+"""Runs of several processes: they compute the same as one process, and write and end like one.
 
-Most tests read what one start of two processes leaves behind; each start takes seconds.
+Most tests read the results of a single start of two processes, because each start takes seconds.
 """
 
 import contextlib
@@ -19,19 +19,18 @@ from torch import nn
 from capsexp.cli import main as cli
 from capsexp.cli import torchrun
 from capsexp.errors import UserError
-from capsexp.training import checkpoint
 from capsexp.training.parallel import SINGLE, ProcessGroup, check
 from capsexp.training.run_dir import RunDir
 
 HERE = Path(__file__).resolve().parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 CAPSEXP = (sys.executable, "-m", "capsexp")
-PATIENCE = 180  # seconds for processes that take ten on a machine of their own
+TIMEOUT = 180  # seconds; the processes take ten on an idle machine
 LAUNCHED = {"RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
 
 
 def script():
-    """The module that the processes run; pytest has not put it where `import` finds it."""
+    """Load the module that the processes run; pytest does not put it where `import` finds it."""
     spec = importlib.util.spec_from_file_location("distributed_worker", HERE / "distributed_worker.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -39,8 +38,8 @@ def script():
 
 
 def environment(**more):
-    """Variables of a process that finds this checkout, its tests, and one thread."""
-    paths = [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
+    """Return the variables of a process with one thread that imports this checkout and these tests."""
+    paths = [str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1",
@@ -51,22 +50,22 @@ def environment(**more):
 
 @contextlib.contextmanager
 def ended(processes):
-    """What processes have printed when they have ended by themselves; none is left behind."""
+    """Wait for processes to end and return their output; leave none behind."""
     try:
-        yield [process.communicate(timeout=PATIENCE) for process in processes]
+        yield [process.communicate(timeout=TIMEOUT) for process in processes]
     finally:
         for stop in (subprocess.Popen.terminate, subprocess.Popen.kill):
             for process in processes:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    stop(process)  # of nothing, if it has ended
+                    stop(process)  # does nothing if it has ended
                     process.wait(timeout=40)
 
 
-def together(*command, cwd, **variables):
-    """Run a command in two processes, as torchrun starts them; returns code, stdout, stderr of each."""
-    # torchrun, too, keeps the store in a process of its own.
+def run_in_two(*command, cwd, **variables):
+    """Run a command in two processes, as torchrun starts them; return code, stdout and stderr of each."""
+    # Like torchrun, keep the store in a process of its own.
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    place = {
+    address = {
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -74,10 +73,10 @@ def together(*command, cwd, **variables):
     options = {"cwd": cwd, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = []
     for rank in ("0", "1"):
-        own = LAUNCHED | place | {"RANK": rank, "LOCAL_RANK": rank}
+        own = LAUNCHED | address | {"RANK": rank, "LOCAL_RANK": rank}
         processes.append(subprocess.Popen([*command], env=environment(**own, **variables), **options))
-    with ended(processes) as told:
-        return [(process.returncode, *text) for process, text in zip(processes, told, strict=True)]
+    with ended(processes) as outputs:
+        return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +86,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reports(folder):
-    """What each process of tests/distributed_worker.py found, by rank."""
-    ends = together(sys.executable, HERE / "distributed_worker.py", folder, cwd=folder)
+    """The report of each process of distributed_worker.py, by rank."""
+    ends = run_in_two(sys.executable, HERE / "distributed_worker.py", folder, cwd=folder)
     assert [code for code, _, _ in ends] == [0, 0], [error for _, _, error in ends]
     assert ends[1][1:] == ("", "")
     (folder / "stdout").write_text(ends[0][1])
@@ -99,54 +98,30 @@ def metrics(path):
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
-def final_state(path):
-    return checkpoint.load(path / "checkpoints" / "last.pt")
-
-
-def assert_same(ours, theirs, at="state"):
-    assert type(ours) is type(theirs), at
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), at
-        for key in ours:
-            assert_same(ours[key], theirs[key], f"{at}.{key}")
-    elif isinstance(ours, list):
-        assert len(ours) == len(theirs), at
-        for place, pair in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(*pair, f"{at}[{place}]")
-    else:
-        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs, at
-
-
-def assert_same_run(path, other):
-    """Weights, optimiser, random states of both processes and metrics.jsonl, bit for bit."""
-    assert (path / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
-    assert_same(final_state(path), final_state(other))
-
-
-# What is computed
+# Gradients, metrics and weights
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("routing", ["dynamic", "em"])
 @pytest.mark.parametrize(("accumulate", "size"), [(1, 33), (3, 33), (1, 2)])
-def test_gradients_and_figures_are_those_of_one_process(routing, accumulate, size, reports):
-    found = [report[f"{routing} {accumulate} {size}"] for report in reports]
-    assert found[0]["torch.float64"]["to one process"] < 1e-10
-    single = found[0]["torch.float32"]
-    assert single["to the truth"] <= 2 * single["of one process to the truth"] + 1e-6
-    for dtype in found[0]:
-        assert found[0][dtype] == found[1][dtype]
-        assert found[0][dtype]["same in all"]
-        for ours, theirs in found[0][dtype]["figures"].values():
+def test_gradients_and_metrics_are_those_of_one_process(routing, accumulate, size, reports):
+    first, second = [report[f"{routing} {accumulate} {size}"] for report in reports]
+    assert first["torch.float64"]["to one process"] < 1e-10
+    single = first["torch.float32"]
+    assert single["to float64"] <= 2 * single["of one process to float64"] + 1e-6
+    for dtype in first:
+        assert first[dtype] == second[dtype]
+        assert first[dtype]["same in all"]
+        for ours, theirs in first[dtype]["metrics"].values():
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.slow
-def test_all_processes_start_with_the_parameters_and_buffers_of_the_lead(reports):
-    aligned = [report["aligned"] for report in reports]
-    assert aligned[0] == aligned[1]
-    assert aligned[0]["windows"] == [0, 1, 2, 3]
-    assert (aligned[0]["seen"], aligned[0]["number"]) == ([True, True], 0.5)
+def test_all_processes_start_with_the_parameters_and_buffers_of_rank_0(reports):
+    first, second = [report["broadcast"] for report in reports]
+    assert first == second
+    assert first["windows"] == [0, 1, 2, 3]
+    assert (first["seen"], first["number"]) == ([True, True], 0.5)
 
 
 @pytest.mark.slow
@@ -161,24 +136,24 @@ def test_slices_cover_a_batch_and_are_never_empty(reports):
 def test_a_parameter_has_a_gradient_if_it_has_one_in_any_process(reports):
     for report in reports:
         assert report["missing"]["gradients"] == [[[1.0, 1.0, 1.0]], [[1.0, 1.0, 1.0]], None]
-        assert report["missing"]["told"] == {"loss": 2.0}
+        assert report["missing"]["metrics"] == {"loss": 2.0}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pictures", ["evaluation", "crops"])
-def test_an_evaluation_is_shared(pictures, reports):
-    ours = reports[0][pictures]["together"]
-    assert ours == pytest.approx(reports[0][pictures]["alone"], rel=1e-6)
-    assert ours == reports[1][pictures]["together"]
+@pytest.mark.parametrize("views", ["evaluation", "crops"])
+def test_an_evaluation_is_that_of_one_process(views, reports):
+    ours = reports[0][views]["group"]
+    assert ours == pytest.approx(reports[0][views]["single"], rel=1e-6)
+    assert ours == reports[1][views]["group"]
 
 
 @pytest.mark.slow
-def test_a_run_is_that_of_one_process(reports, folder):
-    ours, theirs = metrics(folder / "capsnet"), metrics(folder / "capsnet alone")
+def test_a_run_is_that_of_one_process(reports, folder, final_state):
+    ours, theirs = metrics(folder / "capsnet"), metrics(folder / "capsnet single")
     assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
-    ours, theirs = (final_state(folder / name)["model"] for name in ("capsnet", "capsnet alone"))
+    for line, expected in zip(ours, theirs, strict=True):
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    ours, theirs = (final_state(folder / name)["model"] for name in ("capsnet", "capsnet single"))
     for name, weights in ours.items():
         torch.testing.assert_close(weights, theirs[name], rtol=1e-3, atol=1e-5)
 
@@ -190,40 +165,40 @@ def test_all_processes_have_the_same_weights(run, reports):
 
 
 @pytest.mark.slow
-def test_dropout_differs_between_processes(reports, folder):
+def test_dropout_differs_between_processes(reports, folder, final_state):
     saved = final_state(folder / "whole")
     (other,) = saved["random_others"]
     assert not torch.equal(saved["random"], other["random"])
 
 
-# How a run stops and goes on
+# Stopping and resuming
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_the_same_step(reports):
     reasons = [report["stopped"]["reason"] for report in reports]
     assert reasons[0] == reasons[1]
-    assert reasons[0].startswith("SIGTERM: stopped at step 7; the same command with run=")
+    assert reasons[0].startswith("SIGTERM: stopped at step 7; run the same command with run=")
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_the_same_bit_for_bit(reports, folder):
+def test_a_resumed_run_is_the_same_bit_for_bit(reports, folder, assert_same_run):
     assert_same_run(folder / "stopped", folder / "whole")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("run", "before", "after"), [("to one", 2, 1), ("from one", 1, 2)])
-def test_another_number_of_processes_can_go_on(run, before, after, reports, folder):
+def test_another_number_of_processes_can_resume(run, before, after, reports, folder, final_state):
     assert [line["step"] for line in metrics(folder / run)] == [
         line["step"] for line in metrics(folder / "whole")
     ]
     assert len(final_state(folder / run).get("random_others", [])) == after - 1
-    line = f"number of processes: was {before}, is {after}; the run goes on, but not bit for bit\n"
+    line = f"number of processes: was {before}, is {after}; the run resumes, but not bit for bit\n"
     assert (folder / "stdout").read_text().count(line) == 1
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_in_one_process_stops_all(reports, folder):
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(reports, folder):
     reasons = [report["nan"]["reason"] for report in reports]
     assert reasons[0] == reasons[1]
     assert reasons[0].startswith(
@@ -233,7 +208,7 @@ def test_a_loss_that_is_no_number_in_one_process_stops_all(reports, folder):
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_a_run_after_kill_9_and_stops_it(reports, folder):
+def test_torchrun_restarts_a_run_after_kill_9_and_stops_it(reports, folder, assert_same_run):
     run = ("train", "run=killed", *script().BASELINE)
     trouble = "0:1:7:9 1:0:8:stop-torchrun"
     command = [*TORCHRUN, "--max-restarts=1", *CAPSEXP[1:], *run]
@@ -242,12 +217,12 @@ def test_torchrun_restarts_a_run_after_kill_9_and_stops_it(reports, folder):
     with ended(torchruns) as ((out, error),):
         assert torchruns[0].returncode != 0
     assert error.count("capsexp: lost another process of this run") == 1, error
-    assert error.count("capsexp: SIGTERM: stopped at step 9; the same command with run=") == 1, error
+    assert error.count("capsexp: SIGTERM: stopped at step 9; run the same command with run=") == 1, error
     assert out.count("CNN with ") == 2
     status = RunDir(folder / "killed").status()
     assert (status["status"], status["exit_code"]) == ("interrupted", 143)
 
-    (code, out, error), other = together(*CAPSEXP, *run, cwd=folder)
+    (code, out, error), other = run_in_two(*CAPSEXP, *run, cwd=folder)
     assert (code, error, other) == (0, "", (0, "", ""))
     assert out.count("CNN with ") == 1
     assert [resume["step"] for resume in RunDir(folder / "killed").status()["resumes"]] == [6, 9]
@@ -255,18 +230,18 @@ def test_torchrun_restarts_a_run_after_kill_9_and_stops_it(reports, folder):
     assert_same_run(folder / "killed", folder / "whole")
 
 
-# How several processes end
+# Errors
 
 
 @pytest.fixture(scope="module")
 def failed(folder):
     """A run whose second process has a bug."""
-    words = ("train", "run=bug", *script().BASELINE)
-    return together(*CAPSEXP, *words, cwd=folder, TROUBLE="0:1:3:bug")
+    arguments = ("train", "run=bug", *script().BASELINE)
+    return run_in_two(*CAPSEXP, *arguments, cwd=folder, TROUBLE="0:1:3:bug")
 
 
 @pytest.mark.slow
-def test_a_bug_in_one_process_is_told_once_and_ends_all(failed, folder):
+def test_a_bug_in_one_process_is_printed_once_and_ends_all(failed, folder):
     assert [code for code, _, _ in failed] == [1, 1]
     (_, _, silent), (_, _, error) = failed
     assert silent == ""
@@ -277,8 +252,8 @@ def test_a_bug_in_one_process_is_told_once_and_ends_all(failed, folder):
 
 
 @pytest.mark.slow
-def test_what_the_lead_refuses_ends_all(failed, folder):
-    (code, out, error), other = together(
+def test_an_error_of_rank_0_ends_all(failed, folder):
+    (code, out, error), other = run_in_two(
         *CAPSEXP, "train", "run=bug", *script().BASELINE, "seed=4", cwd=folder
     )
     assert (code, out, other) == (2, "", (2, "", ""))
@@ -289,15 +264,15 @@ def test_what_the_lead_refuses_ends_all(failed, folder):
 
 
 @pytest.mark.slow
-def test_a_mistake_is_told_by_one_process(folder):
-    ends = together(*CAPSEXP, "train", "modle=x", cwd=folder)
+def test_a_mistake_is_printed_once(folder):
+    ends = run_in_two(*CAPSEXP, "train", "modle=x", cwd=folder)
     assert [code for code, _, _ in ends] == [2, 2]
     assert "".join(out for _, out, _ in ends) == ""
     errors = "".join(error for _, _, error in ends)
     assert errors == "capsexp: unknown key 'modle': did you mean 'model'?\n"
 
 
-# What is refused
+# Runs that cannot be distributed
 
 
 @pytest.fixture
@@ -309,50 +284,54 @@ def second(monkeypatch):
 
 
 @pytest.mark.parametrize("command", [command for command in cli.COMMANDS if command != "train"])
-def test_other_commands_work_in_one_process(command, second):
+def test_other_commands_refuse_several_processes(command, second):
     with pytest.raises(
         UserError, match=f"^capsexp {command} works in one process: start it without torchrun$"
     ):
         cli.dispatch([command])
 
 
-def test_a_sweep_is_started_without_torchrun(second):
+def test_a_sweep_refuses_torchrun(second):
     with pytest.raises(UserError, match=r"^a sweep starts its runs by itself: start it without torchrun$"):
         cli.dispatch(["train", "-m", "seed=0,1"])
 
 
-def test_a_batch_has_a_picture_for_each_process(second, tiny_parts):
+def test_a_batch_needs_an_image_for_each_process(second, tiny_parts):
     check(tiny_parts("trainer.batch_size=2"), second)
     message = "trainer.batch_size must be >= 2, the number of processes, got 1"
     with pytest.raises(UserError, match=f"^{message}$"):
         check(tiny_parts("trainer.batch_size=1"), second)
 
 
-def test_a_network_that_mixes_pictures_is_refused(second, tiny_parts):
-    parts = tiny_parts()._replace(new_model=lambda: nn.Sequential(nn.BatchNorm1d(3), nn.SyncBatchNorm(3)))
-    with pytest.raises(UserError, match=r"^model: 0 is a BatchNorm1d, which would see a slice of each batch"):
-        check(parts, second)
+def test_a_network_with_batch_statistics_is_refused(second, tiny_parts):
+    components = tiny_parts()._replace(
+        new_model=lambda: nn.Sequential(nn.BatchNorm1d(3), nn.SyncBatchNorm(3))
+    )
+    with pytest.raises(
+        UserError, match=r"^model: 0 is a BatchNorm1d, which would see only a slice of each batch"
+    ):
+        check(components, second)
 
 
 @pytest.mark.parametrize(
     ("device", "message"),
     [
-        ("mps", "device: mps serves one process; device=cpu serves several"),
+        ("mps", "device: mps works with one process; device=cpu works with several"),
         ("cuda", "device: each process of a machine needs a GPU of its own; this one has 1"),
     ],
 )
 def test_a_device_that_cannot_be_shared_is_refused(device, message, second, tiny_parts, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    parts = tiny_parts()
-    parts.device.torch_device = torch.device(device)
+    components = tiny_parts()
+    components.device.torch_device = torch.device(device)
     with pytest.raises(UserError, match=f"^{message}$"):
-        check(parts, second)
+        check(components, second)
 
 
-# What torchrun's environment says
+# The environment that torchrun sets
 
 
-def test_the_environment_tells_rank_and_size(second):
+def test_rank_and_size_come_from_the_environment(second):
     assert torchrun.is_distributed()
     assert (torchrun.processes().rank, torchrun.processes().size, torchrun.processes().is_main) == (
         1,
@@ -363,7 +342,7 @@ def test_the_environment_tells_rank_and_size(second):
 
 
 @pytest.mark.parametrize("changed", [{"WORLD_SIZE": "1"}, {"LOCAL_RANK": None}])
-def test_a_process_alone_is_no_group(changed, second, monkeypatch):
+def test_a_single_process_is_not_distributed(changed, second, monkeypatch):
     for name, value in changed.items():
         monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
     assert not torchrun.is_distributed()

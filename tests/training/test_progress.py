@@ -14,10 +14,10 @@ def reporter_on(text, *, terminal, total=4, done=0):
 
 def take_steps(reporter, count):
     for step in range(1, count + 1):
-        reporter.step(step, epoch=1, epochs=2, figures={"loss": 0.5, "accuracy": 0.25}, pictures=32)
+        reporter.step(step, epoch=1, epochs=2, metrics={"loss": 0.5, "accuracy": 0.25}, images=32)
 
 
-def test_a_pipe_gets_plain_lines_and_the_last_step_for_certain():
+def test_a_pipe_gets_plain_lines_and_always_the_last_step():
     text = io.StringIO()
     with reporter_on(text, terminal=False) as reporter:
         take_steps(reporter, 4)
@@ -28,7 +28,7 @@ def test_a_pipe_gets_plain_lines_and_the_last_step_for_certain():
     assert "\x1b" not in text.getvalue()
 
 
-def test_a_pipe_gets_no_line_for_every_step():
+def test_a_pipe_does_not_get_a_line_for_every_step():
     text = io.StringIO()
     with reporter_on(text, terminal=False, total=1000) as reporter:
         take_steps(reporter, 500)
@@ -47,23 +47,23 @@ def test_lines_come_every_few_seconds(monkeypatch):
 def test_a_terminal_gets_a_bar_and_lines_above_it():
     text = io.StringIO()
     with reporter_on(text, terminal=True) as reporter:
-        reporter.say("something [bold]worth[/bold] saying")
+        reporter.print("a line with [bold]markup[/bold]")
         take_steps(reporter, 4)
-    shown = text.getvalue()
-    assert "something [bold]worth[/bold] saying" in shown
-    assert "epoch 1/2" in shown
-    assert "4/4" in shown
-    assert "loss 0.5" in shown
-    assert "images/s" in shown
+    output = text.getvalue()
+    assert "a line with [bold]markup[/bold]" in output
+    assert "epoch 1/2" in output
+    assert "4/4" in output
+    assert "loss 0.5" in output
+    assert "images/s" in output
 
 
-def test_what_is_said_is_also_logged(caplog):
+def test_printed_lines_are_also_logged(caplog):
     with caplog.at_level(logging.INFO, "capsexp"), reporter_on(io.StringIO(), terminal=False) as reporter:
-        reporter.say("worth keeping")
-    assert "worth keeping" in caplog.text
+        reporter.print("a line")
+    assert "a line" in caplog.text
 
 
-def test_speed_leaves_pauses_out(monkeypatch):
+def test_the_speed_excludes_pauses(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     meter = progress.Speedometer()

@@ -38,7 +38,7 @@ def begin(run, config=CONFIG, resume="auto"):
     return run.check_config(config, resume=resume, command=COMMAND)
 
 
-# Who owns it
+# The lock
 
 OWNER = """
 import sys
@@ -50,7 +50,7 @@ with RunDir(Path(sys.argv[1])).locked():
 """
 
 
-def test_a_second_process_is_told_the_owner_until_that_is_killed(run):
+def test_the_lock_names_its_owner_until_the_owner_is_killed(run):
     command = [sys.executable, "-c", OWNER, str(run.path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
         assert owner.stdout.readline() == b"mine\n"
@@ -62,7 +62,7 @@ def test_a_second_process_is_told_the_owner_until_that_is_killed(run):
         assert f"process {os.getpid()} on " in (run.path / "run.lock").read_text()
 
 
-def test_the_lock_names_its_present_owner_not_that_of_an_earlier_start(run):
+def test_the_lock_names_its_present_owner_not_an_earlier_one(run):
     run.path.mkdir()
     (run.path / "status.json").write_text('{"pid": 1, "host": "elsewhere"}')
     refusal = pytest.raises(UserError, match=f"in use by process {os.getpid()} on ")
@@ -70,23 +70,23 @@ def test_the_lock_names_its_present_owner_not_that_of_an_earlier_start(run):
         raise AssertionError("two owners")
 
 
-def test_an_owner_that_fails_lets_go(run):
+def test_an_owner_that_fails_releases_the_lock(run):
     with pytest.raises(KeyError, match="oops"), run.locked():
         raise KeyError("oops")
     with run.locked():
         pass
 
 
-# What was run in it
+# The config and the command
 
 
-def test_the_first_begin_writes_config_and_command(run):
+def test_the_first_start_writes_config_and_command(run):
     begin(run)
     assert OmegaConf.to_container(OmegaConf.load(run.path / "resolved_config.yaml")) == CONFIG
     assert (run.path / "command.txt").read_text() == "capsexp train run=here 'a='\"'\"'b c'\"'\"''\n"
 
 
-def test_the_same_config_goes_on_and_the_first_command_stays(run):
+def test_the_same_config_is_accepted_and_the_first_command_stays(run):
     begin(run)
     run.check_config(CONFIG, resume="auto", command=["another"])
     assert (run.path / "command.txt").read_text().startswith("capsexp train")
@@ -109,7 +109,7 @@ DIFFERENCES = [
 ]
 
 
-def test_every_key_that_differs_is_told(run):
+def test_every_key_that_differs_is_listed(run):
     begin(run)
     with pytest.raises(UserError, match="resume=force takes the new one") as caught:
         begin(run, changed())
@@ -126,12 +126,12 @@ def test_force_takes_the_new_config(run):
 
 
 @pytest.mark.parametrize("key", NOT_COMPARED)
-def test_what_changes_no_result_is_not_compared(key, run):
+def test_a_key_that_changes_no_result_is_not_compared(key, run):
     begin(run)
     begin(run, CONFIG | {key: "another"})
 
 
-def test_where_the_data_lie_is_not_compared_but_the_rest_of_the_data_set_is(run):
+def test_the_data_root_is_not_compared_but_the_rest_of_the_dataset_is(run):
     begin(run)
     begin(run, CONFIG | {"dataset": {"root": "elsewhere", "validation": 0.1}})
     with pytest.raises(UserError, match=r"dataset.validation: was 0.1, is 0.2"):
@@ -164,7 +164,7 @@ def test_where_the_data_lie_is_not_compared_but_the_rest_of_the_data_set_is(run)
         "2026-01-01",
     ],
 )
-def test_a_value_is_the_same_after_it_was_written(value, run):
+def test_a_value_is_the_same_after_it_is_written_and_read(value, run):
     begin(run, CONFIG | {"model": {"value": value}})
     begin(run, CONFIG | {"model": {"value": value}})
 
@@ -177,40 +177,40 @@ def test_composed_configs_keep_their_interpolations(run):
     assert (run.path / ".hydra" / "overrides.yaml").read_text() == "- a=1\n"
 
 
-# How it stands
+# The status
 
 
 @pytest.fixture
 def track_status(run):
-    """A started attempt at the run; more of them may follow."""
+    """Start the run, or start it again."""
     run.path.mkdir()
 
     @contextlib.contextmanager
-    def begun(step=0):
-        again = RunDir(run.path)
-        with again.track_status({"model": "em_routing"}):
-            again.start(step=step, total=9, steps_per_epoch=3, best=None)
-            yield again
+    def start(step=0):
+        directory = RunDir(run.path)
+        with directory.track_status({"model": "em_routing"}):
+            directory.log_resume(step=step, total=9, steps_per_epoch=3, best=None)
+            yield directory
 
-    return begun
+    return start
 
 
-def test_status_tells_who_is_at_work_and_where(run, attempt):
+def test_the_status_has_the_process_and_its_progress(run, track_status):
     assert run.status() == {}
-    with attempt():
+    with track_status():
         status = run.status()
     assert (status["status"], status["choices"]) == ("running", {"model": "em_routing"})
     assert (status["step"], status["total"], status["pid"], status["resumes"]) == (0, 9, os.getpid(), [])
     assert status["heartbeat"] >= status["started"]
 
 
-def test_every_resume_is_kept_and_the_first_start_stays(run, attempt):
-    with attempt():
+def test_every_resume_is_kept_and_the_first_start_stays(run, track_status):
+    with track_status():
         started = run.status()["started"]
     for step in (7, 9):
-        with attempt(step):
+        with track_status(step):
             pass
-    assert [one["step"] for one in run.status()["resumes"]] == [7, 9]
+    assert [resume["step"] for resume in run.status()["resumes"]] == [7, 9]
     assert run.status()["started"] == started
 
 
@@ -225,60 +225,60 @@ def test_every_resume_is_kept_and_the_first_start_stays(run, attempt):
         (SystemExit(3), "failed", "SystemExit: 3", 3),
     ],
 )
-def test_the_end_says_how_and_why(error, status, message, code, run, attempt):
-    def end():
-        with attempt() as begun:
-            begun.heartbeat(5)
+def test_the_status_has_how_and_why_the_run_ended(error, status, message, code, run, track_status):
+    def fail():
+        with track_status() as directory:
+            directory.heartbeat(5)
             raise error
 
     with pytest.raises(type(error)):
-        end()
-    told = run.status()
-    assert (told["status"], told["error"], told["exit_code"], told["step"]) == (status, message, code, 5)
+        fail()
+    ended = run.status()
+    assert (ended["status"], ended["error"], ended["exit_code"], ended["step"]) == (status, message, code, 5)
 
 
-def test_a_resumed_run_forgets_how_it_ended_before(run, attempt):
-    with pytest.raises(UserError), attempt():
+def test_a_resumed_run_has_no_error_of_the_last_attempt(run, track_status):
+    with pytest.raises(UserError), track_status():
         raise UserError("no")
-    with attempt(step=5):
+    with track_status(step=5):
         assert "error" not in run.status()
         assert "exit_code" not in run.status()
 
 
-def test_a_heartbeat_is_written_at_most_once_in_five_seconds(run, attempt, monkeypatch):
+def test_a_heartbeat_is_written_at_most_once_in_five_seconds(run, track_status, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(run_dir.time, "time", lambda: now[0])
-    with attempt() as begun:
+    with track_status() as directory:
         now[0] += 4
-        begun.heartbeat(1)
+        directory.heartbeat(1)
         assert run.status()["step"] == 0
         now[0] += 2
-        begun.heartbeat(2)
+        directory.heartbeat(2)
     assert (run.status()["step"], run.status()["heartbeat"]) == (2, 1006.0)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\x80", b"[]"])
-def test_a_damaged_status_is_none(content, run, attempt):
+def test_a_damaged_status_counts_as_none(content, run, track_status):
     (run.path / "status.json").write_bytes(content)
     assert run.status() == {}
-    with attempt(step=3):
+    with track_status(step=3):
         assert run.status()["resumes"] == []
 
 
-def test_a_run_is_owned_while_a_process_is_at_work(run):
+def test_a_run_is_locked_while_a_process_works_on_it(run):
     assert not run.is_locked()
     with run.locked():
         assert RunDir(run.path).is_locked()
     assert not run.is_locked()
 
 
-def test_a_run_is_finished_under_the_config_that_it_was_completed_with(run, attempt, tiny_config):
+def test_a_run_is_finished_only_with_the_config_it_was_completed_with(run, track_status, tiny_config):
     config = tiny_config()
     assert not run.is_finished(config)
     run.check_config(config, resume="auto", command=["capsexp", "train"])
-    with attempt() as begun:
+    with track_status() as directory:
         assert not run.is_finished(config)
-        begun.say("completed")
+        directory.update_status("completed")
     assert run.is_finished(config)
     assert run.is_finished({**config, "resume": "force", "device": {}})
     assert not run.is_finished({**config, "seed": 7})
@@ -286,7 +286,7 @@ def test_a_run_is_finished_under_the_config_that_it_was_completed_with(run, atte
     assert not run.is_finished(config)
 
 
-# Where the code and the machine stood
+# The code and the machine
 
 
 def environment(run):
@@ -297,14 +297,14 @@ def environment(run):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A stand-in for the folder of the code, under git."""
+    """Replace the folder of the code by a git checkout."""
     folder = tmp_path / "code"
     (folder / "capsexp").mkdir(parents=True)
     monkeypatch.setattr(run_dir, "__file__", str(folder / "capsexp" / "training" / "run_dir.py"))
 
-    def git(*words):
+    def git(*arguments):
         name = ["-c", "user.name=x", "-c", "user.email=x@example.invalid", "-c", "commit.gpgsign=false"]
-        subprocess.run(["git", "-C", folder, *name, *words], check=True, capture_output=True)
+        subprocess.run(["git", "-C", folder, *name, *arguments], check=True, capture_output=True)
 
     git("init")
     (folder / "a.py").write_text("one\n")
@@ -340,7 +340,7 @@ def test_a_clean_checkout_has_a_commit_and_no_patch(run, checkout):
     assert not (run.path / "dirty.patch").exists()
 
 
-def test_uncommitted_changes_are_kept_as_a_patch(run, checkout):
+def test_uncommitted_changes_are_written_as_a_patch(run, checkout):
     (checkout / "a.py").write_text("two\n")
     assert environment(run)["dirty"] is True
     assert "-one\n+two\n" in (run.path / "dirty.patch").read_text()

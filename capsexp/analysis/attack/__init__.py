@@ -1,1 +1,1 @@
-"""Attacks on the pictures that a network gets, within an L-infinity ball. They know nothing of runs."""
+"""Attacks on a network's input images, within an L-infinity ball. They are independent of runs."""

@@ -1,4 +1,4 @@
-"""Attacks of several sizes on one batch, and which pictures withstand them."""
+"""Attacks with several radii on one batch, and the smallest radius that breaks each image."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -8,20 +8,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from capsexp.analysis.attack.methods import Ball, bim, fgsm, gradient, pgd, starts
-from capsexp.analysis.attack.objective import Aim
+from capsexp.analysis.attack.objective import ObjectiveFactory
+from capsexp.analysis.attack.units import Radii
 from capsexp.capsules import Batch
 from capsexp.training.evaluate import inference
 
 
-class Sizes(NamedTuple):
-    """The radii of a sweep, smallest first, and for each the balls around the pictures of a batch."""
-
-    epsilons: Sequence[int | float]
-    balls: Sequence[Ball]
-
-
-class Plan(NamedTuple):
-    """How the iterative attacks go about it; see `capsexp.study.attacks.Attacks`."""
+class AttackSettings(NamedTuple):
+    """Settings of the iterative attacks; see `capsexp.study.attacks.Attacks`."""
 
     steps: int
     pgd_steps: int
@@ -31,35 +25,41 @@ class Plan(NamedTuple):
     seed: int
 
 
-class Withstood:
-    """For each picture of a batch the smallest radius at which any attack made it be classified wrong.
+class SmallestBreakingRadius:
+    """For each image of a batch, the smallest radius at which some attack made the network misclassify it.
 
-    A ball lies within the larger ones, so an example from it counts for them too. A picture that is wrong as
-    it stands has 0; one that withstood everything, infinity.
+    A ball lies within the larger ones, so an example from it counts for them, too. The radius is 0 for an
+    image that is misclassified without an attack, and infinite for one that no attack has broken.
     """
 
     def __init__(self, labels: Int[Tensor, " B"]) -> None:
         self._labels = labels
-        self._broken_at = torch.full(labels.shape, torch.inf, device=labels.device)
+        self._radius = torch.full(labels.shape, torch.inf, device=labels.device)
 
-    def see(
-        self, epsilon: int | float, predictions: Int[Tensor, " M"], chosen: Bool[Tensor, " B"] | None = None
+    def update(
+        self, epsilon: int | float, predictions: Int[Tensor, " M"], mask: Bool[Tensor, " B"] | None = None
     ) -> None:
-        """Take into account what the chosen pictures (None: all), attacked within a radius, are taken for."""
-        chosen = torch.ones_like(self._labels, dtype=torch.bool) if chosen is None else chosen
-        wrong = predictions != self._labels[chosen]
-        before = self._broken_at[chosen]
-        self._broken_at[chosen] = torch.where(wrong, before.clamp_max(epsilon), before)
+        """Take into account the predictions for examples within a radius.
 
-    def within(self, epsilons: Sequence[int | float]) -> Bool[Tensor, "E B"]:
-        """The pictures that withstood every attack of each radius or a smaller one."""
-        # As float32, which is what the radii were put down in.
+        Args:
+            epsilon: the radius.
+            predictions: for the images of the mask.
+            mask: the images that were attacked; None for all.
+        """
+        mask = torch.ones_like(self._labels, dtype=torch.bool) if mask is None else mask
+        wrong = predictions != self._labels[mask]
+        before = self._radius[mask]
+        self._radius[mask] = torch.where(wrong, before.clamp_max(epsilon), before)
+
+    def robust_at(self, epsilons: Sequence[int | float]) -> Bool[Tensor, "E B"]:
+        """Return, for each radius, the images that no attack of that radius or a smaller one has broken."""
+        # float32, as the stored radii.
         radii = torch.tensor([float(epsilon) for epsilon in epsilons], device=self._labels.device)
-        return self._broken_at > radii[:, None]
+        return self._radius > radii[:, None]
 
 
-def predicted(model: nn.Module, images: Float[Tensor, "B C H W"]) -> Int[Tensor, " B"]:
-    """The class with the highest score."""
+def classify(model: nn.Module, images: Float[Tensor, "B C H W"]) -> Int[Tensor, " B"]:
+    """Return the class with the highest score."""
     with inference(model):
         classes: Tensor = model(images).scores.argmax(1)
     return classes
@@ -70,18 +70,20 @@ class Attacker:
 
     Args:
         model: the network.
-        aims: objectives by name, of which FGSM and BIM take `own`.
-        plan: of the iterative attacks.
+        objectives: by name; FGSM and BIM take `own`.
+        settings: of the iterative attacks.
     """
 
-    def __init__(self, model: nn.Module, aims: Mapping[str, Aim], plan: Plan) -> None:
-        self.model, self.aims, self.plan = model, aims, plan
+    def __init__(
+        self, model: nn.Module, objectives: Mapping[str, ObjectiveFactory], settings: AttackSettings
+    ) -> None:
+        self.model, self.objectives, self.settings = model, objectives, settings
 
-    def slope(
+    def input_gradient(
         self, batch: Batch, targets: Int[Tensor, " B"] | None = None, *, objective: str = "own"
     ) -> Float[Tensor, "B C H W"]:
-        """Gradient of an objective at the pictures as they are."""
-        return gradient(self.aims[objective](batch, targets), batch.images)
+        """Return the gradient of an objective at the clean images."""
+        return gradient(self.objectives[objective](batch, targets), batch.images)
 
     def examples(
         self,
@@ -89,84 +91,85 @@ class Attacker:
         batch: Batch,
         targets: Int[Tensor, " B"] | None,
         ball: Ball,
-        slope: Float[Tensor, "B C H W"],
+        input_gradient: Float[Tensor, "B C H W"],
     ) -> Float[Tensor, "B C H W"]:
-        """What `fgsm`, from the `slope` at the pictures, or `bim` makes of them."""
+        """Return the adversarial images of `fgsm` or `bim`; `fgsm` takes the gradient at the clean images."""
         if attack == "fgsm":
-            return fgsm(slope, ball)
-        return bim(self.aims["own"](batch, targets), ball, steps=self.plan.steps)
+            return fgsm(input_gradient, ball)
+        return bim(self.objectives["own"](batch, targets), ball, steps=self.settings.steps)
 
-    def won(
+    def successes(
         self,
         attacks: Sequence[str],
         batch: Batch,
         targets: Int[Tensor, " B"] | None,
-        sizes: Sizes,
-        withstood: Withstood,
+        radii: Radii,
+        broken: SmallestBreakingRadius,
         *,
-        slope: Float[Tensor, "B C H W"],
+        input_gradient: Float[Tensor, "B C H W"],
     ) -> dict[str, Bool[Tensor, "E B"]]:
-        """For each attack and radius the pictures taken for the class aimed at, or else for a wrong one.
+        """Return for each attack and radius the images classified as their target, or else misclassified.
 
         Args:
             attacks: `fgsm`, `bim`, `pgd`; the last has an entry for each of its objectives.
-            batch: the pictures.
-            targets: the classes aimed at; None: any but the right one.
-            sizes: the radii.
-            withstood: told of every example.
-            slope: of the own objective.
+            batch: the images.
+            targets: the target classes; None: any but the label.
+            radii: of the attacks.
+            broken: updated with every example.
+            input_gradient: of the own objective at the clean images.
         """
-        found = {}
+        results = {}
         for attack in attacks:
             if attack == "pgd":
-                for name in self.plan.objectives:
-                    found[f"pgd {name}"] = self._won_by_pgd(name, batch, targets, sizes, withstood)
+                for name in self.settings.objectives:
+                    results[f"pgd {name}"] = self._pgd_successes(name, batch, targets, radii, broken)
                 continue
             rows = []
-            for epsilon, ball in zip(*sizes, strict=True):
-                predictions = predicted(self.model, self.examples(attack, batch, targets, ball, slope))
-                withstood.see(epsilon, predictions)
-                rows.append(_hit(predictions, batch.labels, targets))
-            found[attack] = torch.stack(rows)
-        return found
+            for epsilon, ball in zip(*radii, strict=True):
+                images = self.examples(attack, batch, targets, ball, input_gradient)
+                predictions = classify(self.model, images)
+                broken.update(epsilon, predictions)
+                rows.append(_is_success(predictions, batch.labels, targets))
+            results[attack] = torch.stack(rows)
+        return results
 
-    def _won_by_pgd(
+    def _pgd_successes(
         self,
         objective: str,
         batch: Batch,
         targets: Int[Tensor, " B"] | None,
-        sizes: Sizes,
-        withstood: Withstood,
+        radii: Radii,
+        broken: SmallestBreakingRadius,
     ) -> Bool[Tensor, "E B"]:
-        """A picture that is won stays so in the larger balls, and is attacked no more."""
-        plan = self.plan
-        noise = [starts(batch.indices, batch.images, seed=plan.seed, restart=r) for r in range(plan.restarts)]
-        predictions = predicted(self.model, batch.images)
-        won = _hit(predictions, batch.labels, targets)
-        withstood.see(0, predictions)
+        """Attack each image until it succeeds once; a success counts for the larger balls, too."""
+        restarts, seed = self.settings.restarts, self.settings.seed
+        noise = [starts(batch.indices, batch.images, seed=seed, restart=number) for number in range(restarts)]
+        predictions = classify(self.model, batch.images)
+        success = _is_success(predictions, batch.labels, targets)
+        broken.update(0, predictions)
         rows = []
-        for epsilon, ball in zip(*sizes, strict=True):
+        for epsilon, ball in zip(*radii, strict=True):
             for start in noise if epsilon > 0 else ():
-                left = ~won
+                left = ~success
                 if not left.any():
                     break
-                part = Batch(*(one[left] for one in batch))
-                aims = None if targets is None else targets[left]
+                remaining = Batch(*(field[left] for field in batch))
+                remaining_targets = None if targets is None else targets[left]
                 images = pgd(
-                    self.aims[objective](part, aims),
-                    ball.of(left),
+                    self.objectives[objective](remaining, remaining_targets),
+                    ball.select(left),
                     noise=start[left],
-                    steps=plan.pgd_steps,
-                    step_size=plan.pgd_step_size,
+                    steps=self.settings.pgd_steps,
+                    step_size=self.settings.pgd_step_size,
                 )
-                predictions = predicted(self.model, images)
-                withstood.see(epsilon, predictions, left)
-                won[left] = _hit(predictions, part.labels, aims)
-            rows.append(won.clone())
+                predictions = classify(self.model, images)
+                broken.update(epsilon, predictions, left)
+                success[left] = _is_success(predictions, remaining.labels, remaining_targets)
+            rows.append(success.clone())
         return torch.stack(rows)
 
 
-def _hit(
+def _is_success(
     predictions: Int[Tensor, " B"], labels: Int[Tensor, " B"], targets: Int[Tensor, " B"] | None
 ) -> Bool[Tensor, " B"]:
     return predictions != labels if targets is None else predictions == targets

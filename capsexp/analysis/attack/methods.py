@@ -1,7 +1,7 @@
-"""FGSM, BIM and PGD: small changes of pictures that raise an objective.
+"""FGSM, BIM and PGD: small changes of images that raise an objective.
 
-An objective is a sum over a batch of one value for each picture, so that its gradient holds each picture's
-own. The attacker raises it: the loss for the right class, or minus the loss for a class that is aimed at.
+An objective is a sum over a batch of one value per image, so its gradient holds each image's own gradient.
+The attacker raises it: the loss for the label, or minus the loss for a target class.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ Objective = Callable[[Float[Tensor, "B C H W"]], Float[Tensor, ""]]
 
 
 class Ball:
-    """Where an attack may take each picture: within a distance in every number, and within bounds.
+    """Where an attack may move each image: within a distance in every number, and within bounds.
 
     Args:
-        images: the middle.
-        radius: epsilon of each picture, in the units of the images.
-        low, high: bounds of each picture; infinite for none.
+        images: the centers.
+        radius: epsilon of each image, in the units of the images.
+        low, high: bounds of each image; infinite for none.
     """
 
     def __init__(
@@ -36,43 +36,43 @@ class Ball:
         self._lowest = torch.maximum(images - radius, low)
         self._highest = torch.minimum(images + radius, high)
 
-    def nearest(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """For each picture the point of its ball that is nearest."""
+    def project(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """Return the nearest point of each image's ball."""
         return torch.minimum(torch.maximum(images, self._lowest), self._highest)
 
-    def of(self, chosen: Bool[Tensor, " B"]) -> "Ball":
-        """The balls of some of the pictures."""
-        low, high = self.low[chosen], self.high[chosen]
-        return Ball(self.images[chosen], self.radius[chosen], low=low, high=high)
+    def select(self, mask: Bool[Tensor, " B"]) -> "Ball":
+        """Return the balls of some of the images."""
+        low, high = self.low[mask], self.high[mask]
+        return Ball(self.images[mask], self.radius[mask], low=low, high=high)
 
 
 def gradient(objective: Objective, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-    """Of the objective by the pictures; each picture's own."""
+    """Return the gradient of the objective by the images; each image's own."""
     with torch.enable_grad():
         images = images.detach().requires_grad_()
-        # An objective that is cut off from the pictures is an error here, not a gradient of zero.
-        (found,) = torch.autograd.grad(objective(images), images)
-    return found
+        # An objective that does not depend on the images is an error here, not a gradient of zero.
+        (result,) = torch.autograd.grad(objective(images), images)
+    return result
 
 
-def fgsm(slope: Float[Tensor, "B C H W"], ball: Ball) -> Float[Tensor, "B C H W"]:
-    """The fast gradient sign method: one step as far as the ball goes.
+def fgsm(input_gradient: Float[Tensor, "B C H W"], ball: Ball) -> Float[Tensor, "B C H W"]:
+    """Fast gradient sign method: one step to the edge of the ball.
 
     Goodfellow, Shlens, Szegedy, "Explaining and harnessing adversarial examples" (ICLR 2015).
-    Differs from it in: nothing. A number whose gradient is exactly zero stays as it is.
+    Differs from it in: nothing. A number whose gradient is exactly zero does not change.
 
     Args:
-        slope: the `gradient` at the pictures, which serves balls of every size.
+        input_gradient: the `gradient` at the centers; it serves balls of every radius.
         ball: where the step ends.
     """
-    return ball.nearest(ball.images + ball.radius * slope.sign())
+    return ball.project(ball.images + ball.radius * input_gradient.sign())
 
 
 def bim(objective: Objective, ball: Ball, *, steps: int) -> Float[Tensor, "B C H W"]:
-    """The basic iterative method: steps of radius / steps along the sign of the gradient.
+    """Basic iterative method: steps of radius / steps along the sign of the gradient.
 
     Kurakin, Goodfellow, Bengio, "Adversarial examples in the physical world" (2016).
-    Differs from it in: number and size of the steps, there min(eps + 4, 1.25 eps) steps of 1/255.
+    Differs from it in: number and size of the steps; the paper takes min(eps + 4, 1.25 eps) steps of 1/255.
     """
     return _climb(objective, ball, ball.images, steps=steps, step=ball.radius / steps)
 
@@ -85,29 +85,29 @@ def pgd(
     steps: int,
     step_size: int | float,
 ) -> Float[Tensor, "B C H W"]:
-    """Projected gradient descent: BIM from another start, with steps that may bounce off the ball.
+    """Projected gradient descent: BIM from a random start, with steps projected back into the ball.
 
     Madry et al., "Towards deep learning models resistant to adversarial attacks" (ICLR 2018).
     Differs from it in: nothing.
 
     Args:
-        objective: what is raised.
-        ball: its every step ends inside.
-        noise: the start, in [-1, 1], in radii from the middle.
-        steps: their number.
+        objective: what to raise.
+        ball: every step ends inside it.
+        noise: the start relative to the center, in [-1, 1], in radii.
+        steps: number of steps.
         step_size: of one step, in radii.
     """
-    start = ball.nearest(ball.images + ball.radius * noise)
+    start = ball.project(ball.images + ball.radius * noise)
     return _climb(objective, ball, start, steps=steps, step=ball.radius * step_size)
 
 
 def starts(indices: Int[Tensor, " B"], like: Float[Tensor, "B C H W"], *, seed: int, restart: int) -> Tensor:
-    """Uniform noise in [-1, 1] for each picture by its index, so that no other picture has a say in it."""
-    generator, drawn = torch.Generator(), []
+    """Return uniform noise in [-1, 1] for each image. It depends on the image's index, not on the batch."""
+    generator, draws = torch.Generator(), []
     for index in indices.tolist():
         generator.manual_seed(derive_seed(seed, index, restart, "attack"))
-        drawn.append(torch.rand(like.shape[1:], generator=generator))
-    return (torch.stack(drawn) * 2 - 1).to(like)
+        draws.append(torch.rand(like.shape[1:], generator=generator))
+    return (torch.stack(draws) * 2 - 1).to(like)
 
 
 def _climb(
@@ -121,5 +121,5 @@ def _climb(
     if not ball.radius.any():
         return ball.images
     for _ in range(steps):
-        images = ball.nearest(images + step * gradient(objective, images).sign())
+        images = ball.project(images + step * gradient(objective, images).sign())
     return images

@@ -1,5 +1,6 @@
-"""From the units of the network's input to those of pixels, picture by picture."""
+"""Conversion between the units of the network's input and pixels, image by image."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,43 +23,52 @@ class Scale(NamedTuple):
     slope: Float64[Tensor, " B"]
     offset: Float64[Tensor, " B"]
     known: Bool[Tensor, " B"]
-    """False for a picture of one colour, which tells no scale: its slope is NaN."""
+    """False for an image of a single color, from which no scale can be computed: its slope is NaN."""
 
     def epsilon(self, value: int | float, *, given: Units, wanted: Units) -> Float64[Tensor, " B"]:
-        """A distance in other units, for each picture; NaN where its scale is not known."""
+        """Convert a distance to other units, for each image; NaN where its scale is not known."""
         factor = {"input": torch.ones_like(self.slope), "pixel": WHITE / self.slope}
         return value * factor[wanted] / factor[given]
 
 
+class Radii(NamedTuple):
+    """The radii of an attack, smallest first, and for each the balls around the images of a batch."""
+
+    epsilons: Sequence[int | float]
+    balls: Sequence[Ball]
+
+
 def scale_of(batch: Batch) -> Scale:
-    """The scale of each picture, by least squares.
+    """Return the scale of each image, by least squares.
 
     Raises:
-        UserError: the network's pictures are not the pixels at another scale.
+        UserError: the network's input is not a linear function of the pixels.
     """
     # On the CPU: not every device has float64.
-    images, pixels = (one.flatten(1).double().cpu() for one in (batch.images, batch.pixels))
+    images, pixels = (field.flatten(1).double().cpu() for field in (batch.images, batch.pixels))
     if torch.equal(images, pixels):
         ones = torch.ones(len(images), dtype=torch.float64)
         return Scale(ones, 0 * ones, ones.bool())
-    middle, level = pixels.mean(1), images.mean(1)
-    across, up = pixels - middle[:, None], images - level[:, None]
-    variance = across.square().mean(1)
-    # A quarter of what one pixel that is 1/255 away from all the others comes to.
+    mean_pixel, mean_input = pixels.mean(1), images.mean(1)
+    centered_pixels, centered_inputs = pixels - mean_pixel[:, None], images - mean_input[:, None]
+    variance = centered_pixels.square().mean(1)
+    # A quarter of the variance of an image in which one pixel differs from all others by 1/255.
     known = variance > 0.25 / WHITE**2 / pixels.shape[1]
-    slope = torch.where(known, (across * up).mean(1) / variance, torch.nan)
-    left_over = (up - slope[:, None] * across).square().mean(1).sqrt()
-    if (left_over[known] > 1e-3 * slope[known] * variance[known].sqrt()).any():
-        raise UserError("the network's pictures are not the pixels times a number plus a number: no units")
-    return Scale(slope, level - slope * middle, known)
+    slope = torch.where(known, (centered_pixels * centered_inputs).mean(1) / variance, torch.nan)
+    residual = (centered_inputs - slope[:, None] * centered_pixels).square().mean(1).sqrt()
+    if (residual[known] > 1e-3 * slope[known] * variance[known].sqrt()).any():
+        raise UserError(
+            "the network's input is not a multiple of the pixels plus a constant, so epsilon has no units"
+        )
+    return Scale(slope, mean_input - slope * mean_pixel, known)
 
 
 def ball_of(batch: Batch, scale: Scale, epsilon: int | float, *, units: Units, clip: bool) -> Ball:
-    """The ball around each picture; where the scale is not known, without bounds, and empty in pixels.
+    """Return the ball around each image. If its scale is not known: without bounds, and empty in pixels.
 
     Args:
-        batch: the pictures.
-        scale: theirs.
+        batch: the images.
+        scale: of these images.
         epsilon: the radius.
         units: of the radius.
         clip: whether pixels stay in [0, 1].
@@ -69,16 +79,23 @@ def ball_of(batch: Batch, scale: Scale, epsilon: int | float, *, units: Units, c
     low = torch.full_like(scale.slope, -torch.inf)
     high = torch.full_like(scale.slope, torch.inf)
     if clip:
-        # The pictures themselves are valid, whatever the last digit of the scale is.
+        # The clean images themselves are valid, whatever the rounding of the scale.
         flat = batch.images.flatten(1).double().cpu()
         low = torch.where(scale.known, torch.minimum(scale.offset, flat.amin(1)), low)
         high = torch.where(scale.known, torch.maximum(scale.offset + scale.slope, flat.amax(1)), high)
-    radius, low, high = (one.to(batch.images)[:, None, None, None] for one in (radius, low, high))
+    radius, low, high = (values.to(batch.images)[:, None, None, None] for values in (radius, low, high))
     return Ball(batch.images, radius, low=low, high=high)
 
 
+def radii_of(
+    batch: Batch, scale: Scale, epsilons: Sequence[int | float], *, units: Units, clip: bool
+) -> Radii:
+    """Return the balls of several radii; see `ball_of`."""
+    return Radii(epsilons, [ball_of(batch, scale, epsilon, units=units, clip=clip) for epsilon in epsilons])
+
+
 def as_pixels(images: Float[Tensor, "B C H W"], scale: Scale) -> Float[Tensor, "B C H W"]:
-    """The network's pictures in [0, 1] again; one of unknown scale in the middle grey."""
-    slope, offset = (one[:, None, None, None] for one in (scale.slope, scale.offset))
+    """Convert the network's input back to pixels in [0, 1]; an image of unknown scale becomes gray."""
+    slope, offset = (values[:, None, None, None] for values in (scale.slope, scale.offset))
     pixels = (images.double().cpu() - offset) / slope
     return torch.where(scale.known[:, None, None, None], pixels, 0.5).float()

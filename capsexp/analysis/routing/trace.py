@@ -1,11 +1,11 @@
-"""The routings of a network, iteration by iteration, and what can be measured in them.
+"""The routings of a network, iteration by iteration, and metrics of them.
 
 A routing module may offer `trace(votes, activations) -> list[Routed]`: the state after each iteration 1 … T.
-One that can go on beyond the number that it has been given takes `iterations`, too. Without `trace` a routing
+One that can run more iterations than it is configured for takes `iterations`, too. Without `trace`, a routing
 counts as a single iteration, its result.
 
-Two more things that a routing may have: `squashes = True`, where a pose is a squashed sum of votes and not
-their mean; and `agreement(votes, poses)`, where every iteration adds that to the logits.
+A routing may also have `squashes = True`, if a pose is a squashed sum of votes and not their mean; and
+`agreement(votes, poses)`, if every iteration adds that to the logits.
 """
 
 import functools
@@ -21,20 +21,20 @@ from torch import Tensor, nn
 from capsexp.capsules import Capsules, Routed
 from capsexp.errors import UserError
 from capsexp.ops.entropy import coupling_entropy
-from capsexp.ops.votes import images_per_piece
+from capsexp.ops.votes import images_per_chunk
 
 
 class RoutedLayer(NamedTuple):
-    """A layer of a network, with the capsules that vote in it."""
+    """A layer of a network, with the capsules that vote for its capsules."""
 
     name: str
     layer: Any
-    """Makes votes by `votes(poses)`, and has a `routing`."""
+    """Has `votes(poses)` and a `routing`."""
     children: Capsules
 
 
-class Traced(NamedTuple):
-    """A routing of some pictures."""
+class RoutingTrace(NamedTuple):
+    """The routing of some images in one layer."""
 
     votes: Float[Tensor, "B *I J D"]
     states: list[Routed]
@@ -42,44 +42,44 @@ class Traced(NamedTuple):
 
 
 def routed_layers(model: nn.Module, layers: Mapping[str, Capsules | Routed]) -> list[RoutedLayer]:
-    """The layers that route, from the lowest to the class capsules.
+    """Return the layers that route, from the lowest to the class capsules.
 
     Args:
         model: holds each layer under its name.
         layers: see `Output`.
 
     Raises:
-        UserError: there are none, or one that makes no votes to look at.
+        UserError: there are none, or one has no `votes` or no `routing`.
     """
-    found = []
+    routed = []
     for (_, below), (name, here) in pairwise(layers.items()):
         if isinstance(here, Routed):
             layer = getattr(model, name, None)
             if not hasattr(layer, "votes") or not hasattr(layer, "routing"):
                 raise UserError(f"{name} has no votes(poses) and no routing, so there is nothing to trace")
-            found.append(RoutedLayer(name, layer, Capsules(below.poses, below.activations)))
-    if not found:
+            routed.append(RoutedLayer(name, layer, Capsules(below.poses, below.activations)))
+    if not routed:
         raise UserError("this network has no capsules, so there is no routing to study")
-    return found
+    return routed
 
 
 @torch.no_grad()
-def traced(layer: Any, children: Capsules, *, iterations: int | None) -> Iterator[Traced]:
-    """Route a batch again, in pieces, so that the votes of all of it never exist at once.
+def trace_layer(layer: Any, children: Capsules, *, iterations: int | None) -> Iterator[RoutingTrace]:
+    """Route a batch again, in chunks, so that not all of its votes are in memory at once.
 
     Args:
         layer: see `RoutedLayer`.
         children: the capsules that vote.
-        iterations: at least so many, of a routing that can go on beyond its own number; None is its own.
+        iterations: run at least so many, if the routing can run more than its own number; None for its own.
     """
     trace = getattr(layer.routing, "trace", None) or functools.partial(_one_iteration, layer.routing)
     if iterations is not None and "iterations" in inspect.signature(trace).parameters:
         trace = functools.partial(trace, iterations=max(iterations, own_iterations(layer)))
     size = layer.votes(children.poses[:1]).nbytes
-    images = images_per_piece(size, budget=None, device=children.poses.device)
+    images = images_per_chunk(size, budget=None, device=children.poses.device)
     for poses, activations in zip(*(tensor.split(images) for tensor in children), strict=True):
         votes = layer.votes(poses)
-        yield Traced(votes, trace(votes, activations))
+        yield RoutingTrace(votes, trace(votes, activations))
 
 
 def _one_iteration(routing: Callable[..., Routed], votes: Tensor, activations: Tensor) -> list[Routed]:
@@ -87,37 +87,41 @@ def _one_iteration(routing: Callable[..., Routed], votes: Tensor, activations: T
 
 
 def own_iterations(layer: Any) -> int:
-    """Iterations of a layer's routing in the network."""
+    """Return the iterations of a layer's routing in the network."""
     return getattr(layer.routing, "iterations", 1)
 
 
-def measured(layer: Any, routing: Traced) -> dict[str, list[float]]:
-    """Means over some pictures, iteration by iteration.
+def trace_metrics(layer: Any, trace: RoutingTrace) -> dict[str, list[float]]:
+    """Return means over some images, iteration by iteration.
 
-    Returns: `entropy` of the coupling, as a share of its maximum; and from the second iteration on
-        `coupling_change`: |R_ij - R_ij of the iteration before|, over all pairs;
-        `logit_change`, of a routing by agreement: |what was added to b_ij|, the agreement û·v before;
-        `agreement_change`: |that, less what was added the last time|, which alone can go to 0.
+    Returns:
+        `entropy` of the coupling, as a share of its maximum; and from the second iteration on
+        `coupling_change`: |R_ij - R_ij of the previous iteration|, over all pairs;
+        `logit_change`, of a routing by agreement: |the amount added to b_ij|, the previous agreement û·v;
+        `agreement_change`: |that, minus the amount added before|; only this one can converge to 0.
     """
-    votes, states = routing
-    told = {
-        "entropy": [coupling_entropy(one.coupling, one.fields) for one in states],
+    votes, states = trace
+    metrics = {
+        "entropy": [coupling_entropy(state.coupling, state.fields) for state in states],
         "coupling_change": [
             (after.coupling - before.coupling).abs().mean() for before, after in pairwise(states)
         ],
     }
     agreement = getattr(layer.routing, "agreement", None)
     if agreement is not None:
-        added = [torch.zeros(()).to(votes), *(agreement(votes, one.poses) for one in states[:-1])]
-        told["logit_change"] = [one.abs().mean() for one in added[1:]]
-        told["agreement_change"] = [(after - before).abs().mean() for before, after in pairwise(added)]
-    return {name: [float(value) for value in values] for name, values in told.items()}
+        added = [torch.zeros(()).to(votes), *(agreement(votes, state.poses) for state in states[:-1])]
+        metrics["logit_change"] = [amount.abs().mean() for amount in added[1:]]
+        metrics["agreement_change"] = [(after - before).abs().mean() for before, after in pairwise(added)]
+    return {name: [float(value) for value in values] for name, values in metrics.items()}
 
 
 def vote_distances(
     layer: Any, votes: Float[Tensor, "B I J D"], state: Routed, *, squared: bool
 ) -> Float[Tensor, "B I J"]:
-    """How far each vote lies from its parent's mean: the pose, or the mean by coupling before a squash."""
+    """Return the distance of each vote from its parent's mean.
+
+    The mean is the pose; or, if that is squashed, the mean of the votes weighted by the coupling.
+    """
     mean = state.poses
     if getattr(layer.routing, "squashes", False):
         total = torch.einsum("bij,bijd->bjd", state.coupling, votes)
@@ -129,16 +133,16 @@ def vote_distances(
 def shares_and_means(
     coupling: Float[Tensor, "B I J"], distances: Float[Tensor, "B I J"]
 ) -> tuple[Float[Tensor, "B J"], Float[Tensor, "B J"]]:
-    """Of all assignment the share that each parent gets, and its mean distance under it."""
+    """Return each parent's share of all coupling, and the mean distance of its votes by coupling."""
     mass = coupling.sum(1)
     means = (distances * coupling).sum(1) / mass.clamp_min(torch.finfo(mass.dtype).tiny)
     return mass / mass.sum(1, keepdim=True), means
 
 
 def excess(state: Routed, activations: Float[Tensor, "B I"], positions: int) -> Float[Tensor, "B P J"]:
-    """What each class gets of the active children at each place beyond an even share.
+    """Return each class's share of the active children at each position beyond an even share.
 
-    The sum over a place's types of activation * (coupling - its mean over the classes). 0 is an even share.
+    The sum over a position's types of activation * (coupling - its mean over the classes). Even: 0.
     """
     beyond = state.coupling - state.coupling.mean(2, keepdim=True)
     return (activations.unsqueeze(2) * beyond).unflatten(1, (positions, -1)).sum(2)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from capsexp.analysis.speed.measure import Variant, changed, in_process, is_routed
 from capsexp.config.build import build_components
+from capsexp.layer.routed import RoutedLayer
 from capsexp.training.device import has_tunable_allocator
 
 NETWORK = "routing"
@@ -34,9 +35,8 @@ def bench(config: dict[str, Any], *, plugins: Sequence[str], compiled: bool = Fa
         f"{str(components.trainer.precision).removeprefix('torch.')}, {components.device}, {processor()}"
     )
     for name, layer in model.named_modules():
-        why = getattr(getattr(layer, "routing", None), "why_plain", None)
-        if why is not None and (reason := why(layer.weight)):
-            console.print(f"{name}.routing takes the plain path: {reason}")
+        if isinstance(layer, RoutedLayer) and (reason := layer.fused_reason()):
+            console.print(f"{name}.routing takes the reference path: {reason}")
     steps = Table(
         "allocator", "network", "training images/s", "inference images/s", "peak memory, MiB", "data share"
     )

@@ -10,7 +10,7 @@ from rich.table import Table
 from capsexp.analysis.speed.bench import NETWORK, processor, variants_of
 from capsexp.analysis.speed.measure import changed, in_process
 from capsexp.errors import UserError
-from capsexp.files import require_picture_file
+from capsexp.files import require_figure_file
 
 BATCHES = (8, 16, 32, 64, 128)
 ITERATIONS = (1, 2, 3, 4, 5)
@@ -32,7 +32,7 @@ def growth(config: Config, file: Path, *, plugins: Sequence[str]) -> None:
     """
     if len(names := list(variants_of(config, routed=False, compiled=False))) < 2:
         raise UserError("growth: this routing has one implementation only, so there is nothing to compare")
-    require_picture_file(file, option="growth")
+    require_figure_file(file, option="growth")
     console = Console(soft_wrap=True)
     table = Table("along", "value", *(f"{name}, {what}" for name in names for what in ("s/step", "MiB")))
     measured: dict[str, list[tuple[int | float, dict[str, Any]]]] = {}

@@ -24,7 +24,7 @@ from capsexp.data.split import Split
 from capsexp.errors import UserError
 from capsexp.schedule import Step
 from capsexp.training.evaluate import inference
-from capsexp.training.gradients import gradient_norm, gradients
+from capsexp.training.gradients import accumulate_gradients, gradient_norm
 from capsexp.training.memory import peak_resident
 from capsexp.training.metrics import autocast
 
@@ -147,7 +147,7 @@ def training_step(components: Components, model: nn.Module, batches: Batches) ->
     batch = next(batches.training(0))
 
     def step() -> None:
-        gradients(model, components.loss, batch, STEP, components.trainer, layers=False)
+        accumulate_gradients(model, components.loss, batch, STEP, components.trainer, layers=False)
         gradient_norm(model, components.trainer.grad_clip)
         optimizer.step()
 

@@ -23,8 +23,8 @@ from capsexp.compare.runs import read_all, shown_status
 from capsexp.compare.tables import as_csv, markdown, print_comparison
 from capsexp.config.naming import affects_results, job_name
 from capsexp.errors import Notes
-from capsexp.files import write_atomic
-from capsexp.training.run_dir import RunDir, hold
+from capsexp.files import locked, write_atomic
+from capsexp.training.run_dir import RunDir
 
 COLOURS = {"finished": "green", "failed": "red", "died": "red", "running": "cyan", "interrupted": "yellow"}
 
@@ -67,7 +67,7 @@ class Sweep:
         def refusal(owner: str) -> str:
             return f"this sweep is already at work in {self.path} ({owner}): {elsewhere}"
 
-        with hold(self.path / "sweep.lock", refusal):
+        with locked(self.path / "sweep.lock", refusal=refusal):
             yield
 
     def ask(self, overrides: Sequence[str]) -> RunDir:

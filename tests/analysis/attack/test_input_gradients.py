@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from capsexp.analysis.attack.attacker import Attacker, Plan
-from capsexp.analysis.attack.objective import difference, own_loss
+from capsexp.analysis.attack.attacker import Attacker, AttackSettings
+from capsexp.analysis.attack.objective import own_loss, score_margin
 from capsexp.config.build import build_components
 from capsexp.schedule import Step
 
-PLAN = Plan(1, 1, 1.0, 1, ("own", "difference"), 0)
+PLAN = AttackSettings(1, 1, 1.0, 1, ("own", "difference"), 0)
 SMALL_EM = ("model.conv_channels=8", "model.primary_types=4", "model.conv_types=[4,4]")
 
 
@@ -34,9 +34,9 @@ def slopes(settings, weights, implementation, dtype):
     model.load_state_dict(weights)
     model = model.eval().requires_grad_(False).to(dtype)
     batch = batch._replace(images=batch.images.to(dtype), pixels=batch.pixels.to(dtype))
-    aims = {"own": own_loss(model, components.loss, Step(1, 1)), "difference": difference(model)}
+    aims = {"own": own_loss(model, components.loss, Step(1, 1)), "difference": score_margin(model)}
     one = Attacker(model, aims, PLAN)
-    return {name: one.slope(batch, objective=name) for name in aims}
+    return {name: one.input_gradient(batch, objective=name) for name in aims}
 
 
 @pytest.mark.parametrize("iterations", [1, 3])

@@ -34,7 +34,7 @@ def batch_of(images, pixels):
 @pytest.mark.parametrize(
     ("standardise", "crop"), [("last", None), ("first", None), ("last", 6), ("first", 6)]
 )
-def test_the_scale_is_the_deviation_that_the_data_set_standardised_by(standardise, crop):
+def test_the_scale_is_the_deviation_that_the_dataset_standardised_by(standardise, crop):
     stored, batch = digits(standardise, crop)
     if standardise == "last" and crop:
         stored = stored[:, :, 1:7, 1:7]
@@ -69,7 +69,7 @@ def test_an_attack_in_pixels_moves_pixels_by_that_much_and_keeps_them_valid(stan
     assert torch.equal(fgsm(torch.ones_like(batch.images), nothing), batch.images)
 
 
-def test_without_standardisation_input_and_pixels_have_one_scale_even_in_one_colour():
+def test_without_standardisation_input_and_pixels_have_one_scale_even_in_one_color():
     pixels = torch.cat([torch.rand(2, 1, 4, 4), torch.full((1, 1, 4, 4), 0.3)])
     scale = scale_of(batch_of(pixels, pixels))
     assert scale.known.all()
@@ -78,7 +78,7 @@ def test_without_standardisation_input_and_pixels_have_one_scale_even_in_one_col
     assert torch.equal(fgsm(torch.ones_like(pixels), ball), torch.ones_like(pixels))
 
 
-def test_a_standardised_picture_of_one_colour_tells_no_scale_so_it_has_no_bounds_and_no_pixel_attack():
+def test_a_standardised_image_of_one_color_has_no_scale_no_bounds_and_no_pixel_attack():
     pixels = torch.cat([torch.full((1, 1, 4, 4), 0.3), torch.rand(1, 1, 4, 4)])
     images = (pixels - pixels.mean((1, 2, 3), keepdim=True)) / 0.2
     batch = batch_of(images, pixels)
@@ -104,9 +104,11 @@ def test_one_pixel_that_is_one_255th_brighter_is_enough_for_a_scale():
     assert scale.slope.item() == pytest.approx(255 * 2048**0.5, rel=1e-5)
 
 
-def test_pictures_that_are_no_multiple_of_the_pixels_have_no_units():
+def test_inputs_that_are_not_linear_in_the_pixels_have_no_units():
     pixels = torch.rand(3, 1, 5, 5)
-    with pytest.raises(UserError, match=r"^the network's pictures are not the pixels times a number plus a"):
+    with pytest.raises(
+        UserError, match=r"^the network's input is not a multiple of the pixels plus a constant"
+    ):
         scale_of(batch_of(pixels.square(), pixels))
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from capsexp.analysis.routing import trace
-from capsexp.analysis.routing.trace import excess, measured, routed_layers, traced, vote_distances
+from capsexp.analysis.routing.trace import excess, routed_layers, trace_layer, trace_metrics, vote_distances
 from capsexp.capsules import Capsules, Routed
 from capsexp.config.build import build_components
 from capsexp.config.compose import compose, to_plain
 from capsexp.errors import UserError
-from capsexp.ops.receptive_fields import of_children
+from capsexp.ops.receptive_fields import scatter_sum
 
 DYNAMIC = ["model.conv_channels=8", "model.primary_types=2", "model.decoder=null"]
 UNIFORM = [*DYNAMIC, "routing=uniform"]
@@ -29,63 +29,63 @@ def network(*overrides, seed=0):
 
 
 def example(*overrides, number=-1):
-    """A layer, by default that of the classes; one trace of it; and what the network itself has found."""
+    """Return a layer, by default the class capsules; a trace of it; and the output of the network."""
     model, images = network(*overrides)
     output = model(images)
     layer = routed_layers(model, output.layers)[number]
-    return layer, next(traced(layer.layer, layer.children, iterations=None)), output
+    return layer, next(trace_layer(layer.layer, layer.children, iterations=None)), output
 
 
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
-@pytest.mark.parametrize("words", [DYNAMIC, EM], ids=["dynamic", "em"])
-def test_the_last_state_is_what_the_layer_gives(words, implementation, monkeypatch):
+@pytest.mark.parametrize("overrides", [DYNAMIC, EM], ids=["dynamic", "em"])
+def test_the_last_state_is_the_output_of_the_layer(overrides, implementation, monkeypatch):
     monkeypatch.setattr(trace, "images_per_piece", lambda *_, **__: 2)
-    model, images = network(*words, f"routing.implementation={implementation}")
+    model, images = network(*overrides, f"routing.implementation={implementation}")
     layers = model(images).layers
-    found = routed_layers(model, layers)
-    assert [one.name for one in found] == [*layers][1:]
-    for name, layer, children in found:
-        pieces = list(traced(layer, children, iterations=None))
+    routed = routed_layers(model, layers)
+    assert [layer.name for layer in routed] == [*layers][1:]
+    for name, layer, children in routed:
+        pieces = list(trace_layer(layer, children, iterations=None))
         assert [len(piece.votes) for piece in pieces] == [2, 2, 1]
         for field in ("poses", "activations", "coupling"):
             last = torch.cat([getattr(piece.states[-1], field) for piece in pieces])
             torch.testing.assert_close(last, getattr(layers[name], field), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize(("words", "count"), [(DYNAMIC, 3), (UNIFORM, 1), (EM, 3)])
-def test_there_is_a_state_for_each_iteration_and_couplings_sum_to_one(words, count):
-    model, images = network(*words)
+@pytest.mark.parametrize(("overrides", "count"), [(DYNAMIC, 3), (UNIFORM, 1), (EM, 3)])
+def test_there_is_a_state_for_each_iteration_and_couplings_sum_to_one(overrides, count):
+    model, images = network(*overrides)
     for _, layer, children in routed_layers(model, model(images).layers):
-        (piece,) = traced(layer, children, iterations=None)
+        (piece,) = trace_layer(layer, children, iterations=None)
         assert len(piece.states) == count
         for state in piece.states:
             total = state.coupling.sum(-1)
             if state.fields is not None:
-                total = of_children(total, state.fields)
+                total = scatter_sum(total, state.fields)
                 total = total[:, total.sum(0) > 0]  # a stride leaves some children without parents
             torch.testing.assert_close(total, torch.ones_like(total))
 
 
-@pytest.mark.parametrize("words", [DYNAMIC, EM], ids=["dynamic", "em"])
-def test_fewer_iterations_are_the_beginning_of_more(words):
-    if words is EM:
-        words = [*words, "routing.beta_a=0.5"]  # a balanced start depends on the number of iterations
+@pytest.mark.parametrize("overrides", [DYNAMIC, EM], ids=["dynamic", "em"])
+def test_fewer_iterations_are_the_beginning_of_more(overrides):
+    if overrides is EM:
+        overrides = [*overrides, "routing.beta_a=0.5"]  # a balanced start depends on the number of iterations
     # The lowest layer: the children of the others depend on the number, too.
-    traces = [example(*words, f"routing.iterations={count}", number=0)[1].states for count in (1, 2, 4)]
+    traces = [example(*overrides, f"routing.iterations={count}", number=0)[1].states for count in (1, 2, 4)]
     for shorter, longer in itertools.pairwise(traces):
-        for one, other in zip(shorter, longer, strict=False):
-            for field, expected in zip(one[:3], other[:3], strict=True):
+        for state, other in zip(shorter, longer, strict=False):
+            for field, expected in zip(state[:3], other[:3], strict=True):
                 torch.testing.assert_close(field, expected)
 
 
-def test_only_a_routing_that_can_goes_on_beyond_its_own_number():
-    for words, count in ((DYNAMIC, 10), (UNIFORM, 1), (EM, 3)):
-        layer, own, _ = example(*words)
-        (longer,) = traced(layer.layer, layer.children, iterations=10)
+def test_only_a_routing_that_can_continues_beyond_its_own_number():
+    for overrides, count in ((DYNAMIC, 10), (UNIFORM, 1), (EM, 3)):
+        layer, own, _ = example(*overrides)
+        (longer,) = trace_layer(layer.layer, layer.children, iterations=10)
         assert len(longer.states) == count
-        for one, other in zip(own.states, longer.states, strict=False):
-            torch.testing.assert_close(one.poses, other.poses)
-    (still,) = traced(layer.layer, layer.children, iterations=1)
+        for state, other in zip(own.states, longer.states, strict=False):
+            torch.testing.assert_close(state.poses, other.poses)
+    (still,) = trace_layer(layer.layer, layer.children, iterations=1)
     assert len(still.states) == 3
     with pytest.raises(ValueError, match=r"^iterations must be >= 1, got 0$"):
         example(*DYNAMIC)[0].layer.routing.trace(torch.zeros(1, 2, 3, 4), torch.ones(1, 2), iterations=0)
@@ -96,13 +96,13 @@ def test_a_routing_without_a_trace_counts_as_one_iteration():
     plain_layer = SimpleNamespace(
         votes=layer.layer.votes, routing=lambda *inputs: layer.layer.routing(*inputs)
     )
-    (piece,) = traced(plain_layer, layer.children, iterations=10)
+    (piece,) = trace_layer(plain_layer, layer.children, iterations=10)
     (state,) = piece.states
     torch.testing.assert_close(state.poses, output.layers["class_caps"].poses)
     assert trace.own_iterations(plain_layer) == 1
 
 
-def test_what_is_measured_is_what_the_loops_of_the_paper_give():
+def test_metrics_are_those_of_the_loops_of_the_paper():
     layer, (votes, states), _ = example(*DYNAMIC)
     logits = [torch.zeros_like(votes[..., 0])]
     couplings = []
@@ -112,24 +112,24 @@ def test_what_is_measured_is_what_the_loops_of_the_paper_give():
         size = total.norm(dim=2, keepdim=True)
         poses = total * size / (1 + size**2)
         logits.append(logits[-1] + (votes * poses.unsqueeze(1)).sum(3))
-    told = measured(layer.layer, trace.Traced(votes, states))
+    metrics = trace_metrics(layer.layer, trace.RoutingTrace(votes, states))
     steps = [after - before for before, after in itertools.pairwise(logits[:3])]
-    assert told["logit_change"] == pytest.approx([one.abs().mean().item() for one in steps])
-    assert told["agreement_change"] == pytest.approx(
+    assert metrics["logit_change"] == pytest.approx([step.abs().mean().item() for step in steps])
+    assert metrics["agreement_change"] == pytest.approx(
         [steps[0].abs().mean().item(), (steps[1] - steps[0]).abs().mean().item()]
     )
     moves = [(couplings[t + 1] - couplings[t]).abs().mean().item() for t in range(2)]
-    assert told["coupling_change"] == pytest.approx(moves)
-    entropies = [-(one * one.log()).sum(2).mean().item() / math.log(10) for one in couplings]
-    assert told["entropy"] == pytest.approx(entropies)
+    assert metrics["coupling_change"] == pytest.approx(moves)
+    entropies = [-(coupling * coupling.log()).sum(2).mean().item() / math.log(10) for coupling in couplings]
+    assert metrics["entropy"] == pytest.approx(entropies)
 
 
-@pytest.mark.parametrize("words", [DYNAMIC, EM], ids=["dynamic", "em"])
-def test_distances_are_from_the_mean_of_the_votes_that_a_parent_gets(words):
-    layer, (votes, states), _ = example(*words)
+@pytest.mark.parametrize("overrides", [DYNAMIC, EM], ids=["dynamic", "em"])
+def test_distances_are_from_the_mean_of_the_votes_that_a_parent_gets(overrides):
+    layer, (votes, states), _ = example(*overrides)
     for state in states:
         weights = (
-            state.coupling if words is DYNAMIC else state.coupling * layer.children.activations[..., None]
+            state.coupling if overrides is DYNAMIC else state.coupling * layer.children.activations[..., None]
         )
         mean = (weights.unsqueeze(3) * votes).sum(1) / weights.sum(1).unsqueeze(2)
         expected = (votes - mean.unsqueeze(1)).norm(dim=3)
@@ -139,10 +139,10 @@ def test_distances_are_from_the_mean_of_the_votes_that_a_parent_gets(words):
         torch.testing.assert_close(squares, expected**2)
 
 
-@pytest.mark.parametrize("words", [DYNAMIC, EM], ids=["dynamic", "em"])
-def test_an_even_share_is_no_excess_and_what_one_class_gains_others_lose(words):
-    layer, (_, states), _ = example(*words)
-    positions = network(*words)[0].grid.positions
+@pytest.mark.parametrize("overrides", [DYNAMIC, EM], ids=["dynamic", "em"])
+def test_an_even_share_is_no_excess_and_what_one_class_gains_others_lose(overrides):
+    layer, (_, states), _ = example(*overrides)
+    positions = network(*overrides)[0].grid.positions
     for number, state in enumerate(states):
         gained = excess(state, layer.children.activations, positions)
         torch.testing.assert_close(gained.sum(2), torch.zeros_like(gained[..., 0]))
@@ -154,15 +154,15 @@ def test_an_even_share_is_no_excess_and_what_one_class_gains_others_lose(words):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         [*DYNAMIC, "dataset=mnist", "model=dynamic_routing"],
         ["model=em_routing", "dataset=smallnorb", "routing.iterations=1"],
     ],
     ids=["dynamic", "em"],
 )
-def test_the_grid_of_a_network_is_where_the_children_of_its_classes_look(words):
-    config = to_plain(compose("train", ["device=cpu", *words], config_dir=None))
+def test_the_grid_of_a_network_has_the_receptive_fields_of_the_children_of_its_classes(overrides):
+    config = to_plain(compose("train", ["device=cpu", *overrides], config_dir=None))
     components = build_components(config, plugins=[])
     model = components.new_model().double()
     centres = model.grid.centres()

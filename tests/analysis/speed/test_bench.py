@@ -35,7 +35,7 @@ def test_every_figure_of_the_table_comes_from_a_measurement(quick, tiny_config, 
         *("ratio to reference", "class_caps", "ms/image", "times that of reference"),
     ):
         assert word in text
-    assert "plain path" not in text
+    assert "reference path" not in text
 
 
 def test_a_layer_that_takes_the_plain_path_is_named_with_the_reason(quick, em_config, capsys):
@@ -43,7 +43,7 @@ def test_a_layer_that_takes_the_plain_path_is_named_with_the_reason(quick, em_co
     text = capsys.readouterr().out
     for layer in ("conv_caps_1", "conv_caps_2", "class_caps"):
         assert (
-            f"{layer}.routing takes the plain path: there is no fused EM routing with activation mixing"
+            f"{layer}.routing takes the reference path: there is no fused EM routing with activation mixing"
             in text
         )
 

@@ -46,7 +46,7 @@ def test_the_picture_shows_what_was_measured(em_config, monkeypatch, tmp_path, c
     ("overrides", "name", "message"),
     [
         (["routing.implementation=reference"], "cost.png", "one implementation only"),
-        ([], "cost.xyz", r"must be a picture file \(.*png.*\), got .*cost.xyz"),
+        ([], "cost.xyz", r"must be an image file \(.*png.*\), got .*cost.xyz"),
         ([], "none/cost.png", "there is no folder .*none"),
     ],
 )

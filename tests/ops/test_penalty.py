@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from capsexp.capsules import Output
-from capsexp.penalty import checked_decay, weight_decay_term
+from capsexp.ops.penalty import checked_decay, weight_decay_term
 
 
 def output_of(*weights):

@@ -21,7 +21,7 @@ ROOMS = {
     "dataset": {"data"},
     "config": set(),
     "training": {"ops", "data", "config", "protocols"},
-    "analysis": {"ops", "data", "dataset", "config", "training", "protocols"},
+    "analysis": {"ops", "layer", "data", "dataset", "config", "training", "protocols"},
     "study": {"ops", "data", "dataset", "analysis"},
     "compare": {"config", "training"},
     "cli": {"data", "config", "training", "analysis", "study", "compare", "ops"},

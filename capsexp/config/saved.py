@@ -1,6 +1,6 @@
 """The saved config of a run directory: read it, and make it available to Hydra like conf/."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ RENAMED_KEYS = {
     "model.noise": "model.init_noise",
     "loss.average": "loss.mean_over_classes",
 }
+RENAMED_VALUES: dict[str, dict[str, str]] = {}  # by the new name of the key
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -65,19 +66,18 @@ def _with_renamed_targets(node: Any) -> Any:
 
 
 def _with_renamed_keys(node: Any, prefix: str = "") -> Any:
-    """The node with its renamed keys, in their old order; a plugin's own class keeps its keys."""
+    """Return the node with its renamed keys, in their old order; the class of a plugin keeps its keys."""
     if not isinstance(node, dict):
         return node
     is_own = str(node.get("_target_")).startswith("capsexp.")
-    return dict(_renamed_items(node, prefix, RENAMED_KEYS if is_own else {}))
-
-
-def _renamed_items(
-    node: Mapping[str, Any], prefix: str, renamed: Mapping[str, str]
-) -> Iterator[tuple[str, Any]]:
+    renamed = {}
     for key, child in node.items():
         old = f"{prefix}{key}"
-        yield renamed.get(old, old).removeprefix(prefix), _with_renamed_keys(child, f"{old}.")
+        new = RENAMED_KEYS.get(old, old) if is_own else old
+        if isinstance(child, str) and is_own:
+            child = RENAMED_VALUES.get(new, {}).get(child, child)
+        renamed[new.removeprefix(prefix)] = _with_renamed_keys(child, f"{old}.")
+    return renamed
 
 
 def register_saved_config(

@@ -71,7 +71,7 @@ def test_a_key_that_does_not_fit_is_reported_by_its_name(overrides, message, edi
         ("trainer.compile=null", "trainer.compile: must be bool, got None"),
         ("device.name=gpu", "device.name: must be 'auto' or 'cpu' or 'cuda' or 'mps', got 'gpu'"),
         ("model.conv_channels=64.5", "model.conv_channels: must be int, got 64.5"),
-        ("model.padding=3", "model.padding: must be str, got 3"),
+        ("model.padding=3", "model.padding: must be 'valid' or 'same', got 3"),
         ("model.decoder.hidden=8", "model.decoder.hidden: must be a list of int, got 8"),
         ("model.decoder.hidden=[8,a]", "model.decoder.hidden: must be a list of int, got [8, 'a']"),
         ("model.decoder.hidden=[null]", "model.decoder.hidden: must be a list of int, got [None]"),

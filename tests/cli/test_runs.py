@@ -17,13 +17,13 @@ def test_training_ends_well_and_says_where_it_is(trained, home):
     assert trained.stdout.endswith(f"run: {home / 'run'}\ncurves: tensorboard --logdir {home / 'run'}\n")
 
 
-def test_a_run_directory_holds_what_it_promises(trained, home):
+def test_a_run_directory_has_the_documented_files(trained, home):
     run = home / "run"
     names = {path.relative_to(run).parts[0] for path in run.iterdir()} - {"dirty.patch"}
-    promised = (
+    expected = (
         ".hydra resolved_config.yaml command.txt env.json status.json metrics.jsonl train.log tb checkpoints"
     )
-    assert names == {*promised.split(), "figures", "run.lock"}
+    assert names == {*expected.split(), "figures", "run.lock"}
     assert {path.name for path in (run / ".hydra").iterdir()} == {
         "config.yaml",
         "overrides.yaml",

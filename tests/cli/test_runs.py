@@ -113,8 +113,8 @@ def test_cfg_shows_the_config_of_a_run(command, at_home, capsexp):
     ("arguments", "message"),
     [
         (["split=tset"], "split: must be 'test', 'familiar', 'validation' or 'train', got 'tset'"),
-        (["weights=bst"], r"run/checkpoints/bst.pt: refused, there is no such file"),
-        (["weights=7"], r"run/checkpoints/step-00000007.pt: refused, there is no such file"),
+        (["weights=bst"], "capsexp: no checkpoint bst.pt in "),
+        (["weights=7"], "capsexp: no checkpoint at step 7; there are 2"),
         (["model.class_dim=8"], "the weights in run are of another network: "),
         (["routing.iteration=5"], "unknown key 'routing.iteration': did you mean 'routing.iterations'?"),
         (["routing.iterations=1,2"], "several values make a sweep"),

@@ -115,12 +115,12 @@ def test_the_test_split_is_the_same_in_every_run(run, tiny_parts):
         ),
         (
             ["loss=spread"],
-            "loss: Spread takes one class in each picture, and multimnist has 2: choose loss=margin or "
+            "loss: Spread takes one label per image, and multimnist has 2: choose loss=margin or "
             "loss=sigmoid_cross_entropy",
         ),
         (
             ["loss=cross_entropy"],
-            "loss: CrossEntropy takes one class in each picture, and multimnist has 2: choose loss=margin or "
+            "loss: CrossEntropy takes one label per image, and multimnist has 2: choose loss=margin or "
             "loss=sigmoid_cross_entropy",
         ),
     ],

@@ -11,8 +11,14 @@ if TYPE_CHECKING:
     from capsexp.capsules import Batch, Capsules, Output, Routed
     from capsexp.config.make import make
     from capsexp.errors import UserError
+    from capsexp.layer.class_caps import ClassCaps
+    from capsexp.layer.decoder import Decoder
+    from capsexp.layer.matrix_caps import ConvCaps, SharedClassCaps
+    from capsexp.layer.matrix_primary import MatrixPrimaryCaps
+    from capsexp.layer.primary import PrimaryCaps
     from capsexp.loss.margin import margin_loss
     from capsexp.loss.spread import spread_loss
+    from capsexp.ops.receptive_fields import Grid
     from capsexp.ops.squash import squash
     from capsexp.routing import advance
     from capsexp.routing.dynamic import dynamic_routing
@@ -24,8 +30,15 @@ if TYPE_CHECKING:
 __all__ = [
     "Batch",
     "Capsules",
+    "ClassCaps",
+    "ConvCaps",
+    "Decoder",
+    "Grid",
+    "MatrixPrimaryCaps",
     "Output",
+    "PrimaryCaps",
     "Routed",
+    "SharedClassCaps",
     "Step",
     "TrainedRun",
     "UserError",
@@ -42,8 +55,15 @@ __all__ = [
 _MODULES = {
     "Batch": "capsules",
     "Capsules": "capsules",
+    "ClassCaps": "layer.class_caps",
+    "ConvCaps": "layer.matrix_caps",
+    "Decoder": "layer.decoder",
+    "Grid": "ops.receptive_fields",
+    "MatrixPrimaryCaps": "layer.matrix_primary",
     "Output": "capsules",
+    "PrimaryCaps": "layer.primary",
     "Routed": "capsules",
+    "SharedClassCaps": "layer.matrix_caps",
     "Step": "schedule",
     "TrainedRun": "analysis.trained_run",
     "UserError": "errors",

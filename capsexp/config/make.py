@@ -1,4 +1,4 @@
-"""One part of a run by its config name, for use outside a run: `make("routing/em", in_caps=8, ...)`."""
+"""One component by its config name, for use outside a run: `make("routing/em", in_caps=8, ...)`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,61 +11,69 @@ from capsexp.config.compose import compose, conf_dir
 from capsexp.config.settings import GROUPS
 from capsexp.errors import UserError, nearest
 
-NOT_MADE = ("experiment", "optimizer")  # a recipe is a whole run; the training loop drives a learning rate
+NOT_MADE = ("experiment", "optimizer")  # a recipe is a whole run; the training loop sets the learning rate
 
 
 def make(name: str, /, **changes: Any) -> Any:
     """Build a network, routing, loss, dataset, device or trainer with the values of its YAML file.
 
-    The global random state of torch decides the weights of a network, as for any `torch.nn.Module`.
+    A routing is part of a layer, which knows its sizes. Without `in_caps`, `out_caps` and `pose_dim` you get
+    a factory to pass to a layer; with them, the module itself. The weights of a network come from the global
+    random state of torch, as for any `torch.nn.Module`.
 
     Args:
-        name: `GROUP/OPTION`, the path of a file in conf/ without its ending: `model/em_routing`,
-            `routing/em`, `loss/spread`, `dataset/mnist`.
-        changes: values that replace those of the YAML file, and the arguments that no config holds: a model
-            needs `image_shape` and `classes`, a routing needs `in_caps`, `out_caps` and `pose_dim`. A dict
-            changes some keys of a nested part, `routing={"iterations": 2}`. The name of an option chooses
-            another part where conf/ has a group for it, `routing="uniform"`. An object is taken as it is.
+        name: `GROUP/OPTION`, a file in conf/ without its ending: `model/em_routing`, `routing/em`,
+            `loss/spread`, `dataset/mnist`.
+        changes: values that replace those in the YAML file, and arguments that are not in it: a model needs
+            `image_shape` and `classes`. A dict changes keys of a nested component,
+            `routing={"iterations": 2}`. The name of an option chooses another one if conf/ has a group for
+            it, `routing="uniform"`.
 
     Returns:
-        The object. Its class is the `_target_` of the YAML file.
+        An instance of the class that the YAML file names as `_target_`.
 
     Raises:
-        UserError: no such file, an unknown key, a missing or wrong value; one line each.
+        UserError: no such file, an unknown key, a missing or wrong value; one line for each.
 
     Example:
         >>> net = capsexp.make("model/em_routing", image_shape=(1, 28, 28), classes=10)
     """
-    group, option = _checked_name(name)
+    group = _group_of(name)
     choices = {key: value for key, value in changes.items() if key in GROUPS and isinstance(value, str)}
-    overrides = [f"{group}={option}", *(f"{key}={value}" for key, value in choices.items())]
-    composed = compose("train", overrides, config_dir=None)
-    node = OmegaConf.to_container(composed[group], resolve=True)
-    assert isinstance(node, dict)
-    node = _changed(node, {key: value for key, value in changes.items() if key not in choices})
-    node.pop("_partial_", None)
-    absent = [key for key, value in node.items() if value == "???"]
-    if absent:
-        raise UserError(*(f"{name}.{key} has no default value: pass {key}=..." for key in absent))
+    options = {group: name.partition("/")[2], **choices}
+    composed = compose("train", [f"{key}={option}" for key, option in options.items()], config_dir=None)
+    defaults = OmegaConf.to_container(composed[group], resolve=True)
+    assert isinstance(defaults, dict)
+    node = _merged(defaults, {key: value for key, value in changes.items() if key not in choices}, name)
+    if set(node) != set(defaults):  # completed here, and not by a layer
+        node.pop("_partial_", None)
+    if missing := [key for key, value in node.items() if value == "???"]:
+        raise UserError(*(f"{name}.{key} has no default value: pass {key}=..." for key in missing))
     return build_checked(node, at=name, plugins=())
 
 
-def _checked_name(name: str) -> tuple[str, str]:
+def _group_of(name: str) -> str:
     groups = [group for group in GROUPS if group not in NOT_MADE]
-    known = [f"{group}/{path.stem}" for group in groups for path in Path(conf_dir(), group).glob("*.yaml")]
-    if name not in known:
-        raise UserError(f"no {name!r} in conf/{nearest(name, known)}")
-    group, _, option = name.partition("/")
-    return group, option
+    names = [f"{group}/{path.stem}" for group in groups for path in Path(conf_dir(), group).glob("*.yaml")]
+    if name not in names:
+        hint = nearest(name, names) or "; a name reads GROUP/OPTION, such as routing/em"
+        raise UserError(f"no {name!r} in conf/{hint}")
+    return name.partition("/")[0]
 
 
-def _changed(node: Mapping[Any, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A config node with some values replaced; nested dicts are merged, unless they name another target."""
+def _merged(node: Mapping[Any, Any], changes: Mapping[str, Any], at: str) -> dict[str, Any]:
+    """Return a config node with changed values. Nested dicts are merged, unless they name another target."""
+    from torch.nn import Module
+
     merged = {str(key): value for key, value in node.items()}
     for key, value in changes.items():
         before = merged.get(key)
         if isinstance(value, Mapping) and isinstance(before, dict) and "_target_" not in value:
-            merged[key] = _changed(before, value)
-        else:
-            merged[key] = list(value) if isinstance(value, tuple) else value
+            value = _merged(before, value, f"{at}.{key}")
+        elif isinstance(value, Module) and isinstance(before, dict) and before.get("_partial_"):
+            raise UserError(
+                f"{at}.{key}: expected a factory, such as make('{key}/...') without its sizes, or a dict of "
+                f"changes, got a finished {type(value).__name__}"
+            )
+        merged[key] = list(value) if isinstance(value, tuple) else value
     return merged

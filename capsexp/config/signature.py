@@ -69,7 +69,9 @@ def fits(value: Any, annotation: Any) -> bool:
         )
     if annotation in (bool, str, type(None)):
         return isinstance(value, annotation)
-    return not _needs_node(annotation)
+    if inspect.isclass(annotation) and isinstance(value, annotation):  # an object, given to `capsexp.make`
+        return True
+    return callable(value) or not _needs_node(annotation)
 
 
 def _needs_node(annotation: Any) -> bool:

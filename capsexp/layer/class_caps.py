@@ -39,9 +39,9 @@ class ClassCaps(RoutedLayer):
         out_caps: int,
         out_dim: int,
         *,
-        shared_transformations: bool,
         routing: Callable[..., nn.Module],
-        votes_mib: int | float | None,
+        shared_transformations: bool = False,
+        votes_mib: int | float | None = None,
     ) -> None:
         votes_per_image = in_caps * out_caps * out_dim
         super().__init__(in_caps=in_caps, in_dim=in_dim, votes_per_image=votes_per_image, votes_mib=votes_mib)

@@ -19,7 +19,7 @@ class MatrixPrimaryCaps(nn.Module):
         pose_dim: numbers of a pose.
     """
 
-    def __init__(self, in_channels: int, *, types: int, pose_dim: int) -> None:
+    def __init__(self, in_channels: int, *, types: int, pose_dim: int = 16) -> None:
         super().__init__()
         self.types, self.pose_dim = types, pose_dim
         self.pose = nn.Conv2d(in_channels, types * pose_dim, 1, bias=False)

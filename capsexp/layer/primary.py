@@ -31,12 +31,12 @@ class PrimaryCaps(nn.Module):
         self,
         in_channels: int,
         *,
-        types: int,
-        dim: int,
-        kernel: int,
-        stride: int,
-        padding: Padding,
-        scale: int | float,
+        types: int = 32,
+        dim: int = 8,
+        kernel: int = 9,
+        stride: int = 2,
+        padding: Padding = "valid",
+        scale: int | float = 1.0,
     ) -> None:
         super().__init__()
         require_literal(Padding, padding=padding)

@@ -50,7 +50,10 @@ class FusedRouting(Protocol):
         ...
 
     def route_fused(self, votes: Any, activations: Tensor) -> Routed:
-        """The same as routing the votes that the poses and matrices make, up to rounding."""
+        """The same as routing the votes that the poses and matrices make, up to rounding.
+
+        Autocast is off. Poses have the dtype of the matrices; activations may have a lower precision.
+        """
         ...
 
 

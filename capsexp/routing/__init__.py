@@ -79,6 +79,7 @@ class Scheduled(Protocol):
         ...
 
 
+@runtime_checkable
 class TracedRouting(Protocol):
     """Optional: return every iteration. The routing study calls it; without it, it reads the result only."""
 
@@ -90,6 +91,7 @@ class TracedRouting(Protocol):
         ...
 
 
+@runtime_checkable
 class AgreementRouting(Protocol):
     """Optional: return what a pass adds to the logits. The routing study reports how it changes."""
 

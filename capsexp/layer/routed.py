@@ -59,7 +59,7 @@ class RoutedLayer(nn.Module, ABC):
             return chunked(self._route, poses, activations, images=self._images_per_chunk())
         with torch.autocast(poses.device.type, enabled=False):
             votes = self.lazy_votes(poses.to(self.weight.dtype))
-            return self.routing.route_fused(votes, activations.to(self.weight.dtype))  # type: ignore[operator]
+            return self.routing.route_fused(votes, activations)  # type: ignore[operator]
 
     def fused_reason(self) -> str | None:
         """Why this layer takes the reference path; None where it takes the fused one. See `FusedRouting`."""

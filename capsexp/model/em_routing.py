@@ -78,11 +78,7 @@ class MatrixCapsNet(nn.Module):
             conv_strides=conv_strides,
             pose_dim=pose_dim,
         )
-        if not len(conv_types) == len(conv_kernels) == len(conv_strides):
-            raise ValueError(
-                "conv_types, conv_kernels and conv_strides must have one number per layer, "
-                f"got {len(conv_types)}, {len(conv_kernels)} and {len(conv_strides)}"
-            )
+        _check_lengths(conv_types, conv_kernels, conv_strides)
         require_literal(Padding, padding=padding)
         check_decode(decode, classes)
         channels, height, width = image_shape
@@ -158,6 +154,14 @@ class MatrixCapsNet(nn.Module):
         kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
         features: Tensor = self.conv(padded(images, kernel, stride, self.padding)).relu()
         return features
+
+
+def _check_lengths(types: Sequence[int], kernels: Sequence[int], strides: Sequence[int]) -> None:
+    if not len(types) == len(kernels) == len(strides):
+        raise ValueError(
+            "conv_types, conv_kernels and conv_strides must have one number per layer, "
+            f"got {len(types)}, {len(kernels)} and {len(strides)}"
+        )
 
 
 def _first_grid(height: int, width: int, kernel: int, stride: int, padding: Padding) -> Grid:

@@ -50,7 +50,10 @@ class FusedRouting(Protocol):
         ...
 
     def route_fused(self, votes: Any, activations: Tensor) -> Routed:
-        """The same as routing the votes that the poses and matrices make, up to rounding."""
+        """The same as routing the votes that the poses and matrices make, up to rounding.
+
+        Autocast is off. Poses have the dtype of the matrices; activations may have a lower precision.
+        """
         ...
 
 
@@ -76,6 +79,7 @@ class Scheduled(Protocol):
         ...
 
 
+@runtime_checkable
 class TracedRouting(Protocol):
     """Optional: return every iteration. The routing study calls it; without it, it reads the result only."""
 
@@ -87,6 +91,7 @@ class TracedRouting(Protocol):
         ...
 
 
+@runtime_checkable
 class AgreementRouting(Protocol):
     """Optional: return what a pass adds to the logits. The routing study reports how it changes."""
 

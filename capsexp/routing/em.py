@@ -364,7 +364,7 @@ class EMRouting(nn.Module):
         types, initial = votes.weight.shape[1], self.options["initial_coupling"]
         return fused_em_routing(
             votes,
-            activations,
+            activations.to(votes.weight.dtype),
             initial=initial_shares(like, types, votes.fields, initial).squeeze(0),
             beta_u=self.beta_u,
             beta_a=self.gain * self.beta_a,

@@ -17,13 +17,13 @@ SMALL = ["model=dynamic_routing_small", "model.conv_channels=8"]
 MNIST = (1, 28, 28)
 
 
-def parts(*overrides):
+def composed(*overrides):
     return to_plain(compose("train", list(overrides), config_dir=None))
 
 
 def network(*overrides, image_shape=MNIST, classes=10):
     torch.manual_seed(0)
-    return build(parts(*overrides)["model"], at="model", image_shape=image_shape, classes=classes)
+    return build(composed(*overrides)["model"], at="model", image_shape=image_shape, classes=classes)
 
 
 def random_images(*shape, seed=0):
@@ -197,7 +197,7 @@ def test_a_hundred_classes_train_within_the_budget_for_votes():
 
 
 def test_small_network_memorizes_a_batch():
-    config = parts(*SMALL)
+    config = composed(*SMALL)
     loss = build(config["loss"], at="loss")
     net = network(*SMALL, image_shape=(1, 8, 8))
     images, labels = random_images(8, 1, 8, 8), torch.arange(8)
@@ -212,7 +212,7 @@ def test_small_network_memorizes_a_batch():
 
 
 def test_image_shape_and_classes_are_what_the_dataset_gives():
-    node = {key: value for key, value in parts(*THIN)["model"].items() if key != "_target_"}
+    node = {key: value for key, value in composed(*THIN)["model"].items() if key != "_target_"}
     node["routing"], node["decoder"] = (build(node[key], at=key) for key in ("routing", "decoder"))
     assert isinstance(CapsNet(image_shape=MNIST, classes=10, **node), nn.Module)
 

@@ -22,13 +22,13 @@ STEREO = (2, 32, 32)
 LAYERS = ["primary_caps", "conv_caps_1", "conv_caps_2", "class_caps"]
 
 
-def parts(*overrides):
+def composed(*overrides):
     return to_plain(compose("train", list(overrides), config_dir=None))
 
 
 def network(*overrides, image_shape=STEREO, classes=5):
     torch.manual_seed(0)
-    return build(parts(*overrides)["model"], at="model", image_shape=image_shape, classes=classes)
+    return build(composed(*overrides)["model"], at="model", image_shape=image_shape, classes=classes)
 
 
 def smooth_images(count, channels, height, width, seed=0):
@@ -235,7 +235,7 @@ def test_small_network_memorizes_a_batch(iterations):
     # With the paper's cost the few children of so small a image hardly move an activation from 1/2.
     routing = [f"routing.iterations={iterations}", "routing.cost_norm=100"]
     overrides = [*SMALL, "model.conv_channels=16", *routing]
-    loss = build(parts(*overrides)["loss"], at="loss")
+    loss = build(composed(*overrides)["loss"], at="loss")
     net = network(*overrides, image_shape=(1, 8, 8), classes=4)
     images, labels = smooth_images(8, 1, 8, 8), torch.arange(8) % 4
     batch = Batch(images, labels, images, torch.arange(8))
@@ -254,7 +254,7 @@ def test_small_network_memorizes_a_batch(iterations):
 
 
 def test_image_shape_and_classes_are_what_the_dataset_gives():
-    node = {key: value for key, value in parts(*SMALL)["model"].items() if key != "_target_"}
+    node = {key: value for key, value in composed(*SMALL)["model"].items() if key != "_target_"}
     node["routing"] = build(node["routing"], at="routing")
     assert isinstance(MatrixCapsNet(image_shape=STEREO, classes=5, **node), nn.Module)
 

@@ -8,10 +8,17 @@ from capsexp.capsules import Capsules, Routed
 from capsexp.config.build import build
 from capsexp.config.compose import compose, to_plain
 from capsexp.layer.class_caps import ClassCaps
-from capsexp.routing import BalancedRouting, FusedRouting, Scheduled, advance
+from capsexp.routing import (
+    AgreementRouting,
+    BalancedRouting,
+    FusedRouting,
+    Scheduled,
+    TracedRouting,
+    advance,
+)
 from capsexp.schedule import Step
 
-PROTOCOLS = (FusedRouting, BalancedRouting, Scheduled)
+PROTOCOLS = (FusedRouting, BalancedRouting, Scheduled, TracedRouting, AgreementRouting)
 
 
 def routing(name):
@@ -20,7 +27,11 @@ def routing(name):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("em", (True, True, True)), ("dynamic", (True, False, False)), ("uniform", (False, False, False))],
+    [
+        ("em", (True, True, True, True, False)),
+        ("dynamic", (True, False, False, True, True)),
+        ("uniform", (False, False, False, True, False)),
+    ],
 )
 def test_a_routing_has_the_protocols_of_its_methods(name, expected):
     built = routing(name)(6, 4, 8)

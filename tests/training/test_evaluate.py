@@ -127,7 +127,7 @@ def test_eval_repeats_the_runs_own_test_figures(tmp_path, train_tiny, tiny_parts
 
 
 def test_remarks_stand_above_the_figures(tmp_path, train_tiny, tiny_parts, monkeypatch, capsys):
-    monkeypatch.setattr(Digits, "remarks", lambda self: ["digits: drawn by the testers themselves"])
+    monkeypatch.setattr(Digits, "caveats", lambda self: ["digits: drawn by the testers themselves"])
     train_tiny(tmp_path, "trainer.max_steps=2", "trainer.test=none")
     lines = capsys.readouterr().out.splitlines()
     assert lines.count("digits: drawn by the testers themselves") == 1

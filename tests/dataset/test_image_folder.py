@@ -102,12 +102,12 @@ def test_channels_depend_on_the_mode_of_the_images(tmp_path, mode, channels):
 
 def test_gray_images_among_color_images_get_three_channels(tmp_path):
     write_classes(tmp_path, mode="RGB")
-    path = write_image(tmp_path / "cat/grey.png", mode="L", value=77)
+    path = write_image(tmp_path / "cat/gray.png", mode="L", value=77)
     dataset = folder(tmp_path)
     everything = [p for split in ("train", "test") for p in dataset.image_files[split]]
     images = torch.cat([dataset.read("train").images, dataset.read("test").images])
-    grey = images[[p.path for p in everything].index(str(path))]
-    assert torch.equal(grey, torch.full((3, 6, 8), 77, dtype=torch.uint8))
+    gray = images[[p.path for p in everything].index(str(path))]
+    assert torch.equal(gray, torch.full((3, 6, 8), 77, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])

@@ -64,25 +64,34 @@ def curve_figures(numbers: Mapping[str, Any], *, units: str) -> dict[str, Any]:
 
 def _curves(numbers: Mapping[str, Any], units: str) -> Iterator[Curve]:
     """Yield a curve for each attack."""
-    epsilons = numbers["epsilons"][units]
     for attack, values in numbers.items():
-        if isinstance(values, list):  # what is no list is no curve, such as the epsilons
-            style = {"color": COLORS.get(attack), "linestyle": "-", "marker": "."}
-            yield Curve(attack, epsilons, values, style)
+        if isinstance(values, list):  # the other entries are not curves
+            yield _curve(attack, attack, numbers["epsilons"][units], values, linestyle="-")
 
 
 def _transfer_curves(numbers: Mapping[str, Any], units: str) -> Iterator[Curve]:
     """Yield the curves of attacks made on the source, on both networks, and those made on the run itself."""
-    curves = list(_curves(numbers["transfer"], units))
-    attacks = []
-    for curve in curves:  # their labels are "ATTACK on NETWORK"
-        attack, _, network = curve.label.partition(" on ")
-        attacks.append(attack)
-        style = {"color": COLORS.get(attack), "linestyle": TRANSFER_STYLES[network]}
-        yield curve._replace(style={**curve.style, **style})
-    for curve in _curves(numbers["untargeted"], units):
-        if curve.label in attacks:
-            yield curve._replace(label=f"{curve.label} made on run", style={**curve.style, "linestyle": "--"})
+    transfer, untargeted = numbers["transfer"], numbers["untargeted"]
+    epsilons = transfer["epsilons"][units]
+    attacks = [attack for attack in untargeted if f"{attack} on run" in transfer]
+    for attack in attacks:
+        for network, linestyle in TRANSFER_STYLES.items():
+            label = f"{attack} on {network}"
+            yield _curve(label, attack, epsilons, transfer[label], linestyle=linestyle)
+    for attack in attacks:
+        yield _curve(f"{attack} made on run", attack, epsilons, untargeted[attack], linestyle="--")
+
+
+def _curve(
+    label: str,
+    attack: str,
+    epsilons: Sequence[int | float],
+    values: Sequence[int | float],
+    *,
+    linestyle: str,
+) -> Curve:
+    style = {"color": COLORS.get(attack), "linestyle": linestyle, "marker": "."}
+    return Curve(label, epsilons, values, style)
 
 
 def _paper_curves(paper: Mapping[str, Any] | None) -> Iterator[Curve]:

@@ -89,12 +89,12 @@ def speed(variants: Mapping[str, Variant], components: Mapping[str, Components])
     first = next(iter(components.values()))
     batches = random_batches(first)
     models = {name: _network(variants[name], components[name]) for name in variants}
-    training = {name: training_step(components[name], model, batches) for name, model in models.items()}
-    inference = {name: _inference_step(first, model, batches) for name, model in models.items()}
+    training_steps = {name: training_step(components[name], model, batches) for name, model in models.items()}
+    inference_steps = {name: _inference_step(first, model, batches) for name, model in models.items()}
     return {
         "batch": first.trainer.batch_size,
-        "training": in_turns(training, first),
-        "inference": in_turns(inference, first),
+        "training": in_turns(training_steps, first),
+        "inference": in_turns(inference_steps, first),
         "data": statistics.median(in_turns({"data": _fetch(batches)}, first)["data"]),
     }
 

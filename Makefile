@@ -47,7 +47,7 @@ format: $(INSTALLED) ## put the code into shape
 
 docs: $(INSTALLED_DOCS) ## the documentation site, into build/site
 	$(BIN)/python docs/make_config_reference.py --check
-	$(BIN)/mkdocs build --quiet --strict --site-dir build/site
+	$(BIN)/mkdocs build --strict --site-dir build/site
 	@echo "Open build/site/index.html."
 
 clean: ## remove the environment and caches; runs in outputs/ stay

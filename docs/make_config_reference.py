@@ -58,17 +58,17 @@ The root of `capsexp train` and `capsexp bench`. These keys stand at the top of 
 COMMAND_KEYS = """\
 ### Keys of the other commands
 
-`eval`, `predict` and `analyze` start from the config of the run in `run=DIR`. They accept the keys of that config
-and these:
+`eval`, `predict` and `analyze` start from the config of the run in `run=DIR`. They accept the keys of that
+config and these:
 
-| command | key | default | meaning |
+| command | key | default (`???`: required) | meaning |
 |---|---|---|---|
-| all three | `run` | – | directory of the run |
+| all three | `run` | `???` | directory of the run |
 | all three | `weights` | `best` | `best`, `last`, or the step of a checkpoint |
 | `eval` | `split` | `test` | `test`, `familiar`, `validation` or `train` |
 | `predict` | `top` | `3` | number of classes to print for each image |
 | `predict` | `reconstructions` | `true` | write each reconstruction beside its image |
-| `analyze` | `study` | – | option of the group [study](#study) |
+| `analyze` | `study` | `???` | option of the group [study](#study) |
 | `analyze` | `limit` | `null` | number of images to use; `null` uses all |
 """
 
@@ -155,7 +155,9 @@ def _link(group: str, option: str) -> str:
     return f"[{group}/{option}](#{anchor})"
 
 
-def _entries(node: yaml.MappingNode, lines: list[str], *, first_line: int, prefix: str = "") -> Iterator[Entry]:
+def _entries(
+    node: yaml.MappingNode, lines: list[str], *, first_line: int, prefix: str = ""
+) -> Iterator[Entry]:
     """Yield the keys of a mapping, and those of the mappings in it.
 
     Args:
@@ -238,7 +240,8 @@ def _code(text: str) -> str:
 
 def _table(entries: list[Entry]) -> str:
     rows = [
-        f"| `{_cell(entry.key)}` | {_cell(_code(entry.value))} | {_cell(_escaped(entry.comment))} |" for entry in entries
+        f"| `{_cell(entry.key)}` | {_cell(_code(entry.value))} | {_cell(_escaped(entry.comment))} |"
+        for entry in entries
     ]
     return "\n".join(["| key | value | meaning |", "|---|---|---|", *rows])
 

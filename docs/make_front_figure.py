@@ -72,7 +72,7 @@ def _figure(rows: Sequence[tuple[str, Tensor]]) -> Figure:
             for edge in plot.spines.values():
                 edge.set_color("0.8")
     text = {"va": "bottom", "fontsize": 13, "y": 0.08 / figure.get_figheight()}
-    figure.text(left, s=f"−{REACH}", ha="left", **text)
+    figure.text(left, s=f"{-REACH}", ha="left", **text)
     figure.text((1 + left) / 2, s="added to one number of the pose", ha="center", **text)
     figure.text(0.995, s=f"+{REACH}", ha="right", **text)
     return figure

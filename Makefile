@@ -48,7 +48,9 @@ format: $(INSTALLED) ## put the code into shape
 docs: $(INSTALLED_DOCS) ## the documentation site, into build/site
 	$(BIN)/python docs/make_config_reference.py --check
 	$(BIN)/mkdocs build --strict --site-dir build/site
-	@echo "Open build/site/index.html."
+	@echo
+	@echo "The site is in build/site. To read it with its search:"
+	@echo "  $(BIN)/python -m http.server --directory build/site    then open http://localhost:8000"
 
 clean: ## remove the environment and caches; runs in outputs/ stay
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -52,7 +52,7 @@ This page is generated from the files and their comments.
 ROOT_CONFIG = """\
 ## Root: train.yaml
 
-The root of `capsexp train` and `capsexp bench`. These keys stand at the top of the config.
+These keys stand at the top of the config, outside of all groups.
 """
 
 COMMAND_KEYS = """\

@@ -1,8 +1,9 @@
 """The commands and the Python of README.md and docs/*.md work as written.
 
 Blocks of `bash` run in the order of the page, in a copy of the checkout in which `make demo` has been run.
-Blocks with a `title` are files; the test writes them where the page says. The Python blocks of a page form
-one program, which runs at the end. To keep training short, `trainer.max_epochs` is 1 in the copy.
+A block below a line that is only a path and a colon is a file; the test writes it there. The other Python
+blocks of a page form one program, which runs at the end. To keep training short, `trainer.max_epochs` is 1 in
+the copy.
 
 A block below a line `<!-- not run: REASON -->` does not run; its training commands are composed instead.
 """
@@ -35,7 +36,8 @@ REASONS = {
     "takes hours",
     "takes minutes",
 }
-FENCE = re.compile(r"```(\w+)(?: title=\"([^\"]+)\")?")
+FENCE = re.compile(r"```(\w+)")
+FILE = re.compile(r"`([\w./]+\.\w+)`:")
 NOT_RUN = re.compile(r"<!-- not run: (.*) -->")
 
 
@@ -44,7 +46,7 @@ class Block(NamedTuple):
 
     line: int
     language: str
-    title: str | None
+    file: str | None
     text: str
     reason: str | None
 
@@ -55,9 +57,10 @@ def blocks(path):
     while number < len(lines):
         if fence := FENCE.fullmatch(lines[number]):
             end = lines.index("```", number)
-            reason = NOT_RUN.fullmatch(lines[number - 1])
+            above = next(line for line in reversed(lines[:number]) if line)
+            file, reason = FILE.fullmatch(above), NOT_RUN.fullmatch(above)
             text = "\n".join(lines[number + 1 : end]) + "\n"
-            yield Block(number + 1, *fence.groups(), text, reason and reason[1])
+            yield Block(number + 1, fence[1], file and file[1], text, reason and reason[1])
             number = end
         number += 1
 
@@ -130,9 +133,9 @@ def test_commands_work_as_written(path, checkout, environment, tmp_path):
     program = ""
     for block in blocks(path):
         place = f"{page_name(path)}:{block.line}"
-        if block.title:
-            (where / block.title).parent.mkdir(parents=True, exist_ok=True)
-            (where / block.title).write_text(block.text)
+        if block.file:
+            (where / block.file).parent.mkdir(parents=True, exist_ok=True)
+            (where / block.file).write_text(block.text)
         elif block.reason is None and block.language == "bash":
             run(["bash", "-euo", "pipefail", "-c", block.text], where, environment, place)
         elif block.reason is None and block.language == "python":

@@ -47,7 +47,7 @@ format: $(INSTALLED) ## put the code into shape
 
 docs: $(INSTALLED_DOCS) ## the documentation site, into build/site
 	$(BIN)/python docs/make_config_reference.py --check
-	$(BIN)/mkdocs build --strict --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 	@echo
 	@echo "The site is in build/site. To read it with its search:"
 	@echo "  $(BIN)/python -m http.server --directory build/site    then open http://localhost:8000"

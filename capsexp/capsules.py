@@ -1,9 +1,9 @@
-"""The types that flow from a data set through a network into a loss. Read this first.
+"""The types that flow from a dataset through a network into a loss. Read this first.
 
 Shape letters, here and everywhere: B batch; I, J input and output capsules of a layer; D pose size;
-C H W channels, height and width of a picture; T classes in each picture. Where a picture shows one class
-there is no such axis: labels are [B]. MultiMNIST's, of two digits in each picture, are [B, 2]. `*T` stands
-for both.
+C H W channels, height and width of an image; T classes per image. Where each image shows one class there is
+no such axis: labels are [B]. The labels of MultiMNIST, with two digits per image, are [B, 2]. `*T` stands for
+both.
 """
 
 from typing import NamedTuple
@@ -13,17 +13,17 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """Pictures on the training device, as the network and the loss take them."""
+    """Images on the training device, as the network and the loss take them."""
 
     images: Float[Tensor, "B C H W"]
-    """The network's input; standardised where the data set says so."""
+    """The network's input; standardised if the dataset's preprocessing is set to."""
     labels: Int[Tensor, " B *T"]
-    """Class of each picture, 0 … J-1; or its classes, all different."""
+    """Class of each image, 0 … J-1; or its T classes, all different."""
     pixels: Float[Tensor, "B *T C H W"]
-    """What a decoder has to reconstruct: the same pictures in [0, 1], never standardised. For several classes
-    in each: the pictures that it was made of, each alone, in the order of the labels."""
+    """Target of the decoder: the same images in [0, 1], never standardised. For several classes per image:
+    the images that it was made of, each alone, in the order of the labels."""
     indices: Int[Tensor, " B *T"]
-    """Position in the split of each picture, or of those that it was made of; a bad one can be named."""
+    """Position in the split of each image, or of those that it was made of, for error messages."""
 
 
 class Capsules(NamedTuple):
@@ -35,14 +35,14 @@ class Capsules(NamedTuple):
 
 
 class ReceptiveFields(NamedTuple):
-    """The children that each position of a convolutional layer sees (made in ops/receptive_fields.py)."""
+    """The children that each position of a convolutional layer sees (built in ops/receptive_fields.py)."""
 
     children: Int[Tensor, "P K"]
     """Index of the child at each place of each position's window."""
     in_caps: int
-    """Number of children, seen or not."""
+    """Number of children, including those that no window covers."""
     connected: int
-    """Number of children that some parent sees; a stride may leave the others at the border without any."""
+    """Number of children that some window covers; a stride may leave out others at the border."""
 
 
 class Routed(NamedTuple):
@@ -51,7 +51,7 @@ class Routed(NamedTuple):
     poses: Float[Tensor, "B J D"]
     activations: Float[Tensor, "B J"]
     coupling: Float[Tensor, "B *I J"]
-    """Share of input capsule i that went to output capsule j, in the last iteration (c_ij; R_ij).
+    """Share of input capsule i that goes to output capsule j, in the last iteration (c_ij; R_ij).
 
     Where every parent sees every child: [B, I, J]. In a convolutional layer: [B, P, K, types], the share of
     the child at each place of each parent position's window; `fields` says which child that is.
@@ -61,15 +61,15 @@ class Routed(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a network returns. Studies read the intermediates from here, so no hooks are needed."""
+    """What a network returns. Studies read the layers from here, so no hooks are needed."""
 
     scores: Float[Tensor, "B J"]
-    """What the loss takes: lengths or activations of the class capsules, or logits of a CNN."""
+    """Input of the loss: lengths or activations of the class capsules, or logits of a CNN."""
     probabilities: Float[Tensor, "B J"]
-    """Per class, in [0, 1]. For capsules each class stands alone: they need not add up to 1."""
+    """Per class, in [0, 1]. Those of capsules are independent: they need not add up to 1."""
     layers: dict[str, Capsules | Routed] = {}  # noqa: RUF012 - never written to
     """The capsules of every layer, by its name, from the primary to the class capsules."""
     reconstruction: Float[Tensor, "B *T C H W"] | None = None
-    """Decoded picture in [0, 1], one for each label that was given; None without a decoder."""
+    """Decoded image in [0, 1], one for each label given; None without a decoder."""
     weights: tuple[Tensor, ...] = ()
-    """Kernels and matrices, which a loss with weight decay acts on; no biases."""
+    """Kernels and matrices, to which a loss applies weight decay; no biases."""

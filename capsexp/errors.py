@@ -1,14 +1,16 @@
-"""What a user can put right: told in one line, without a traceback."""
+"""User errors: one line, no traceback. Also checks of arguments."""
 
-from collections.abc import Collection, Sequence
+import difflib
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, get_args
 
 
 class UserError(Exception):
     """A mistake in what the user asked for. The command line prints it and exits with code 2.
 
     Args:
-        problems: one line each; all that are known, so that they can be mended in one go.
+        problems: one line for each known problem, so that the user can fix all of them at once.
     """
 
     exit_code = 2
@@ -20,29 +22,29 @@ class UserError(Exception):
 
 @dataclass
 class Notes:
-    """What is told after the work, because it need not end it."""
+    """Lines to print after the work, for problems that do not stop it."""
 
-    mistakes: list[str] = field(default_factory=list)
-    """Of the user; the exit code is 2."""
-    blemishes: list[str] = field(default_factory=list)
-    """Of what was found; the exit code stays 0."""
+    errors: list[str] = field(default_factory=list)
+    """Mistakes of the user; the exit code is 2."""
+    warnings: list[str] = field(default_factory=list)
+    """Other problems; the exit code stays 0."""
 
-    def mistake(self, line: str) -> None:
-        """Note what the user can put right, once."""
-        if line not in self.mistakes:
-            self.mistakes.append(line)
+    def error(self, line: str) -> None:
+        """Add a mistake of the user, unless it is noted already."""
+        if line not in self.errors:
+            self.errors.append(line)
 
-    def blemish(self, line: str) -> None:
-        """Note what is not as it should be, once."""
-        if line not in self.blemishes:
-            self.blemishes.append(line)
+    def warning(self, line: str) -> None:
+        """Add a warning, unless it is noted already."""
+        if line not in self.warnings:
+            self.warnings.append(line)
 
 
 def require_at_least_1(**values: int | Sequence[int] | None) -> None:
-    """Check constructor arguments: a number must be >= 1, a list must hold such numbers; None is no value.
+    """Check constructor arguments: numbers, or non-empty lists of numbers, that are >= 1. None is allowed.
 
     Raises:
-        ValueError: naming the argument and what it got.
+        ValueError: naming the argument and its value.
     """
     for name, value in values.items():
         if value is None:
@@ -57,15 +59,26 @@ def require_one_of(allowed: Collection[str], **values: str) -> None:
     """Check constructor arguments that name an option.
 
     Raises:
-        ValueError: naming the argument, the options and what it got.
+        ValueError: naming the argument, the options and its value.
     """
     for name, value in values.items():
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value}")
 
 
+def require_literal(allowed: Any, **values: object) -> None:
+    """Check constructor arguments that are annotated with a `Literal`.
+
+    Raises:
+        ValueError: naming the argument, the words of the Literal and what it got.
+    """
+    for name, value in values.items():
+        if value not in get_args(allowed):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {value}")
+
+
 def exit_code(error: BaseException) -> int:
-    """The exit code of a process that this error ends; above 128 for Ctrl-C and signals."""
+    """Return the exit code of a process that this error ends; above 128 for Ctrl-C and signals."""
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, SystemExit):
@@ -74,12 +87,17 @@ def exit_code(error: BaseException) -> int:
 
 
 def is_interruption(error: BaseException) -> bool:
-    """Whether the user or the system asked for this end."""
+    """Whether the user or the system stopped the process."""
     return exit_code(error) > 128 or isinstance(error, Preempted)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class RunStopped(UserError):  # noqa: N818 - a signal or a stop, not always an error
-    """A run that ended early for a reason which its message names.
+    """A run that ended early.
 
     Args:
         problem: the reason.
@@ -91,11 +109,29 @@ class RunStopped(UserError):  # noqa: N818 - a signal or a stop, not always an e
         self.exit_code = exit_code
 
 
-class JobFailed(UserError):  # noqa: N818 - the end of a job, told in the table of its sweep
+class JobFailed(UserError):  # noqa: N818 - a result in the table of a sweep
     """A job of a sweep that did not complete its run."""
 
     exit_code = 1
 
 
 class Preempted(SystemExit):
-    """The end of a process whose scheduler takes the run away, and may start it again."""
+    """The end of a process that its scheduler stops and may start again."""
+
+
+class DataError(UserError, ValueError):
+    """Data that are missing, damaged or unexpected. The message says what to do."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `: did you mean 'x'?` for the nearest known name, or all known names if they are few."""
+    known = sorted(set(known))
+    leaf = name.rsplit(".", 1)[-1]
+    same_leaf = [key for key in known if key.rsplit(".", 1)[-1] == leaf]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or same_leaf[:1]
+    if not close:
+        key_of_leaf = {key.rsplit(".", 1)[-1]: key for key in known}
+        close = [key_of_leaf[near] for near in difflib.get_close_matches(leaf, key_of_leaf, n=1, cutoff=0.75)]
+    if close:
+        return f": did you mean {close[0]!r}?"
+    return f"; there is {', '.join(known)}" if len(known) <= 20 else ""

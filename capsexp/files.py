@@ -1,14 +1,18 @@
-"""Files that are there whole or not at all."""
+"""Atomic file writes, and a lock between processes."""
 
+import contextlib
+import fcntl
 import os
-from collections.abc import Callable
+import socket
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from capsexp.errors import UserError
 
 
-def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
+def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
     """Write a file so that it appears under its name complete and on disk, or not at all."""
     new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -16,17 +20,17 @@ def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        put_in_place(new, path)
+        replace_durably(new, path)
     except BaseException:
         new.unlink(missing_ok=True)
         raise
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those that it lies in.
+    """Make a folder and its parents.
 
     Raises:
-        UserError: that cannot be done.
+        UserError: the system refuses.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -34,11 +38,73 @@ def make_folder(path: Path) -> None:
         raise UserError(f"cannot write into {path}: {error.strerror}") from None
 
 
-def put_in_place(source: Path, target: Path) -> None:
-    """Give a file that is complete and on disk its name, so that the name survives a power cut too."""
+def replace_durably(source: Path, target: Path) -> None:
+    """Rename a file that is complete and on disk, so that its new name survives a power cut."""
     os.replace(source, target)
     folder = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextlib.contextmanager
+def locked(
+    path: Path, *, wait: bool = False, refusal: Callable[[str], str] = "in use by {}".format
+) -> Iterator[None]:
+    """Hold a lock file. The system releases the lock when this process dies.
+
+    Args:
+        path: the file; it is created, with its folder, and it stays.
+        wait: wait for another process to release the lock instead of raising an error.
+        refusal: returns the error message for the name of the process that holds the lock.
+
+    Raises:
+        UserError: another process holds the lock and `wait` is False, or the folder cannot be made.
+    """
+    make_folder(path.parent)
+    with open(path, "a+") as file:
+        if wait:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        elif not _try_lock(file, fcntl.LOCK_EX):
+            file.seek(0)
+            raise UserError(refusal(file.read() or "another process"))
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock file, as far as this machine can see."""
+    try:
+        with open(path) as file:
+            return not _try_lock(file, fcntl.LOCK_SH)
+    except OSError:
+        return False
+
+
+def _try_lock(file: IO[str], kind: int) -> bool:
+    # Try more than once: `is_locked` holds the lock for a moment.
+    for _ in range(5):
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.02)
+    return False
+
+
+def require_figure_file(file: Path, *, option: str) -> None:
+    """Check the file name of a figure before the work whose result it will show.
+
+    Raises:
+        UserError: matplotlib does not know the format, or the folder does not exist.
+    """
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if file.suffix.removeprefix(".") not in known:
+        raise UserError(f"{option}: must be an image file ({', '.join(sorted(known))}), got {file}")
+    if not file.absolute().parent.is_dir():
+        raise UserError(f"{option}: there is no folder {file.absolute().parent}")

@@ -1,7 +1,7 @@
-"""Values that change during training: functions of the global step.
+"""Values that change during training: functions of the training step.
 
-A schedule is written in YAML wherever a scalar may move: the learning rate, the weight of the
-reconstruction, a margin, an inverse temperature. It keeps no state, so a resumed run needs none.
+A config may give a schedule wherever a scalar may change: the learning rate, the weight of the
+reconstruction, a margin, an inverse temperature. A schedule keeps no state, so resuming needs none.
 """
 
 import math
@@ -10,15 +10,10 @@ from typing import NamedTuple
 
 
 class Step(NamedTuple):
-    """Where the training stands: `number` optimiser steps done, of `total`."""
+    """Progress of a training: `number` optimiser steps done, of `total`."""
 
     number: int
     total: int
-
-    @property
-    def fraction(self) -> float:
-        """Share of the run that is done, in [0, 1]."""
-        return min(1.0, self.number / self.total) if self.total > 0 else 1.0
 
 
 Schedule = Callable[[Step], int | float]
@@ -36,7 +31,7 @@ class Constant:
 
 
 class Exponential:
-    """`start * decay ** (step / every)`, never below `minimum`. Continuous, without stairs.
+    """`start * decay ** (step / every)`, at least `minimum`. Continuous, not in stairs.
 
     In the authors' code for Sabour et al. 2017 the learning rate is 0.001 * 0.96 ** (step / 2000), >= 1e-6.
     """
@@ -63,8 +58,8 @@ class Linear:
     Args:
         start: value at step 0.
         end: value from step `steps` on.
-        steps: length of the ramp in optimiser steps (an integer >= 1), or as a share of the run (a
-            fraction in (0, 1], written with a point: 1.0 is the whole run).
+        steps: length of the ramp: an integer >= 1 in optimiser steps, or a float in (0, 1] as a fraction of
+            the run. 1 is one step, 1.0 the whole run.
     """
 
     def __init__(self, *, start: int | float, end: int | float, steps: int | float) -> None:
@@ -105,7 +100,7 @@ class Sigmoid:
 
 
 class Saturating:
-    """`limit * (1 - decay ** (step + 1))`: rises, ever more slowly, towards `limit`."""
+    """`limit * (1 - decay ** (step + 1))`: rises towards `limit`, slower and slower."""
 
     def __init__(self, *, limit: int | float, decay: int | float) -> None:
         if not 0 <= decay < 1:
@@ -118,19 +113,19 @@ class Saturating:
 
 
 class Warmup:
-    """Another schedule, times a straight line from 0 to 1 over the first `steps` steps (as in `Linear`)."""
+    """The schedule `then`, times a straight line from 0 to 1 over `steps` steps (as in `Linear`)."""
 
     def __init__(self, *, steps: int | float, then: Schedule | int | float) -> None:
         self.steps, self.then = _ramp_length(steps), as_schedule(then)
 
     def __call__(self, step: Step) -> int | float:
         """Value at a step."""
-        # Step 0 would train with a rate of 0: count the step that is about to be taken.
+        # A rate of 0 at step 0 would waste that step: count the step about to be taken.
         return self.then(step) * _ramp(Step(step.number + 1, step.total), self.steps)
 
 
 def as_schedule(value: Schedule | int | float) -> Schedule:
-    """A schedule as it is; a plain number as a constant one."""
+    """Return a schedule unchanged and a number as a constant schedule."""
     return value if callable(value) else Constant(value=value)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
@@ -20,9 +21,10 @@ from omegaconf import OmegaConf
 # Tests are many small operations: with more threads they wait for each other, most of all on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from capsexp import config
-from capsexp.build import Parts, components
-from capsexp.run_dir import RunDir
+from capsexp.config.build import build_components
+from capsexp.config.components import Components
+from capsexp.config.compose import GROUPS, compose, to_plain
+from capsexp.training.run_dir import RunDir
 
 # Small enough for a second, large enough for every part: several steps an epoch, a smaller last batch.
 TINY = (
@@ -43,15 +45,23 @@ TINY = (
 
 def composed(*overrides: str) -> dict[str, Any]:
     """The plain config of `capsexp train`, tiny unless overridden."""
-    return config.plain(config.compose("train", [*TINY, *overrides], config_dir=None))
+    return to_plain(compose("train", [*TINY, *overrides], config_dir=None))
 
 
 @pytest.fixture(autouse=True)
 def no_stored_options():
     """What a test stores as a run's config is gone after it."""
     yield
-    for group in config.GROUPS:
+    for group in GROUPS:
         ConfigStore.instance().repo.get(group, {}).pop("stored.yaml", None)
+
+
+@pytest.fixture
+def no_type_checks():
+    """Call annotated functions as users do: without jaxtyping's checks of the arguments."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")
@@ -68,12 +78,12 @@ def tiny_config() -> Callable[..., dict[str, Any]]:
 def em_config() -> Callable[..., dict[str, Any]]:
     """The plain config of a run with EM routing, of embedded digits unless overridden."""
     always = ("model=em_routing", "device=cpu", "device.allocator=default", "device.threads=1")
-    return lambda *overrides: config.plain(config.compose("train", [*always, *overrides], config_dir=None))
+    return lambda *overrides: to_plain(compose("train", [*always, *overrides], config_dir=None))
 
 
 @pytest.fixture
-def tiny_parts() -> Callable[..., Parts]:
-    return lambda *overrides: components(composed(*overrides), plugins=[])
+def tiny_parts() -> Callable[..., Components]:
+    return lambda *overrides: build_components(composed(*overrides), plugins=[])
 
 
 @pytest.fixture
@@ -81,14 +91,14 @@ def train_tiny() -> Callable[..., dict[str, float]]:
     """Train a tiny run in a directory; more overrides may follow."""
 
     def run(path: Path, *overrides: str) -> dict[str, float]:
-        from capsexp.train import train
+        from capsexp.training.train import train
 
         settings = composed(*overrides)
         directory = RunDir(path)
-        with directory.owned():
-            directory.begin(settings, resume=settings["resume"], command=["capsexp", "train"])
-            with directory.attempt({}):
-                return train(components(settings, plugins=[]), directory, settings)
+        with directory.locked():
+            directory.check_config(settings, resume=settings["resume"], command=["capsexp", "train"])
+            with directory.track_status({}):
+                return train(build_components(settings, plugins=[]), directory, settings)
 
     return run
 

@@ -1,6 +1,8 @@
+from typing import Literal
+
 import pytest
 
-from capsexp.errors import UserError, require_at_least_1, require_one_of
+from capsexp.errors import UserError, first_line, require_at_least_1, require_literal, require_one_of
 
 
 @pytest.mark.parametrize(
@@ -23,20 +25,31 @@ def test_a_size_below_1_is_one_line(override, line, tiny_parts):
     assert len(caught.value.problems) == 1
 
 
-def test_lists_must_hold_something():
+def test_a_list_must_not_be_empty():
     with pytest.raises(ValueError, match=r"hidden must be a list of numbers >= 1, got \[\]"):
         require_at_least_1(hidden=[])
     require_at_least_1(hidden=[1, 2], steps=None, count=1)
 
 
-def test_an_option_must_be_one_of_those_that_there_are():
+def test_an_option_must_be_an_allowed_one():
     with pytest.raises(ValueError, match="padding must be one of valid, same, got full"):
         require_one_of(("valid", "same"), padding="full")
     require_one_of(("valid", "same"), padding="same")
 
 
-def test_all_problems_stand_in_the_message():
+def test_a_word_must_be_one_of_its_literal():
+    with pytest.raises(ValueError, match="padding must be one of valid, same, got full"):
+        require_literal(Literal["valid", "same"], padding="full")
+    require_literal(Literal["valid", "same"], padding="same")
+
+
+def test_the_message_has_all_problems():
     error = UserError("first", "second")
     assert error.problems == ("first", "second")
     assert str(error) == "first\nsecond"
     assert error.exit_code == 2
+
+
+def test_the_first_line_of_an_error_is_never_empty():
+    assert first_line(ValueError("\nfirst\nsecond")) == "first"
+    assert first_line(ValueError()) == "ValueError"

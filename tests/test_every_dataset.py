@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from capsexp.build import build as build_node
-from capsexp.config import compose, plain
-from capsexp.data import Dataset
-from capsexp.preprocess import Preprocess
+from capsexp.config.build import build as build_node
+from capsexp.config.compose import compose, to_plain
+from capsexp.data.dataset import Dataset
+from capsexp.data.preprocess import Preprocess
 
 CONF = Path(__file__).parents[1] / "conf/dataset"
 CONFIGS = sorted(CONF.rglob("*.yaml"))
@@ -28,7 +28,7 @@ def resolve(target):
 def node(name, *, data_root="nowhere", path="nowhere"):
     words = [f"dataset={name}", f"data_root={data_root}"]
     words += [f"dataset.path={path}"] if name == "image_folder" else []
-    return plain(compose("train", words, config_dir=None))["dataset"]
+    return to_plain(compose("train", words, config_dir=None))["dataset"]
 
 
 def build(name, **places):
@@ -53,7 +53,7 @@ def dataset(request, tmp_path):
     root = os.environ.get("CAPSEXP_DATA", str(tmp_path / "nothing"))
     path = own_pictures(tmp_path / "pictures") if request.param == "image_folder" else "nowhere"
     built = build(request.param, data_root=root, path=path)
-    if built.missing():
+    if built.missing_files():
         pytest.skip(f"{request.param} is not under CAPSEXP_DATA={root}")
     return built
 
@@ -110,7 +110,7 @@ def test_the_data_are_as_announced(dataset):
         # Nearly the whole range of bytes: making pictures smaller takes a little of it.
         assert split.images.min() < 16
         assert split.images.max() >= 240
-    assert all("\n" not in remark for remark in dataset.remarks())
+    assert all("\n" not in remark for remark in dataset.caveats())
     for split in (training, test):
         assert split.labels.unique().tolist() == list(range(len(dataset.classes)))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from capsexp.build import build as build_node
+from capsexp.config.build import build as build_node
 
 ROUTINGS = sorted((Path(__file__).parents[1] / "conf" / "routing").glob("*.yaml"))
 SHAPES = [(3, 7, 4, 16), (2, 1, 3, 16), (2, 5, 1, 16), (1, 1, 1, 16)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import capsexp
-from capsexp.config import conf_dir
+from capsexp.config.compose import conf_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,7 +61,7 @@ def test_the_wheel_holds_all_code_and_all_of_conf_and_nothing_else(wheel):
 
 
 def test_the_installed_package_reads_its_own_conf(installed, tmp_path):
-    code = "import capsexp; from capsexp.config import conf_dir; print(capsexp.__file__); print(conf_dir())"
+    code = "import capsexp, capsexp.config.compose as it; print(capsexp.__file__); print(it.conf_dir())"
     module, conf = map(Path, run(installed / "python", "-c", code, cwd=tmp_path).splitlines())
     assert module.is_relative_to(installed.parent)
     assert conf == module.parent / "conf"

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from capsexp.build import build
-from capsexp.config import compose, plain
+from capsexp.config.build import build
+from capsexp.config.compose import compose, to_plain
 
 
 def network(*overrides: str, image_shape: tuple[int, int, int], classes: int = 10) -> nn.Module:
-    node = plain(compose("train", list(overrides), config_dir=None))["model"]
+    node = to_plain(compose("train", list(overrides), config_dir=None))["model"]
     with torch.device("meta"):
         return build(node, at="model", image_shape=image_shape, classes=classes)
 

@@ -22,17 +22,6 @@ numbers = st.floats(-1e3, 1e3)
 steps = st.one_of(st.integers(1, 1000), st.floats(0.001, 1.0))
 
 
-@pytest.mark.parametrize(
-    ("number", "total", "fraction"), [(0, 10, 0.0), (5, 10, 0.5), (10, 10, 1.0), (12, 10, 1.0)]
-)
-def test_a_step_knows_its_share_of_the_run(number, total, fraction):
-    assert Step(number, total).fraction == fraction
-
-
-def test_a_run_without_steps_is_done():
-    assert Step(0, 0).fraction == 1.0
-
-
 @given(value=numbers, number=st.integers(0, 10**6))
 def test_a_constant_never_moves(value, number):
     assert Constant(value=value)(Step(number, 10)) == value
@@ -109,7 +98,7 @@ def test_a_ramp_stays_between_its_ends(ramp, start, end, length, number, total):
 
 @pytest.mark.parametrize("ramp", RAMPS)
 @given(percent=st.integers(1, 100), number=st.integers(0, 300))
-def test_a_fraction_is_that_share_of_the_steps_of_the_run(ramp, percent, number):
+def test_a_float_length_is_a_fraction_of_the_steps_of_the_run(ramp, percent, number):
     share = ramp(start=0.0, end=1.0, steps=percent / 100)
     counted = ramp(start=0.0, end=1.0, steps=2 * percent)
     assert share(Step(number, 200)) == pytest.approx(counted(Step(number, 1)), abs=1e-9)
@@ -121,7 +110,7 @@ def test_one_is_a_single_step_and_one_point_zero_the_whole_run(ramp):
     assert ramp(start=0.0, end=1.0, steps=1.0)(Step(1, 100)) < 0.02
 
 
-def test_a_fraction_of_a_run_without_steps_is_over():
+def test_a_ramp_over_a_fraction_of_no_steps_is_at_its_end():
     assert Linear(start=0.0, end=1.0, steps=0.5)(Step(0, 0)) == 1.0
 
 
@@ -131,7 +120,7 @@ def test_warmup_counts_the_step_that_is_about_to_be_taken(length, total):
     assert [rate(Step(number, total)) for number in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
 
 
-def test_warmup_multiplies_what_comes_then():
+def test_warmup_multiplies_the_schedule_after_it():
     then = Linear(start=1.0, end=0.0, steps=10)
     rate = Warmup(steps=2, then=then)
     assert rate(Step(0, 10)) == 0.5 * then(Step(0, 10))
@@ -163,7 +152,7 @@ def test_a_constant_is_finite(value):
         ({"start": math.inf}, "start must be finite, got inf"),
     ],
 )
-def test_exponential_refuses_what_does_not_decay(change, message):
+def test_exponential_refuses_wrong_settings(change, message):
     with pytest.raises(ValueError, match=message):
         Exponential(**AUTHORS | change)
 
@@ -177,14 +166,14 @@ def test_exponential_refuses_what_does_not_decay(change, message):
         ({"limit": math.inf}, "limit must be finite, got inf"),
     ],
 )
-def test_saturating_refuses_what_has_no_limit(change, message):
+def test_saturating_refuses_wrong_settings(change, message):
     with pytest.raises(ValueError, match=message):
         Saturating(**{"limit": 0.01, "decay": 0.95} | change)
 
 
 @pytest.mark.parametrize("length", [0, -1, 0.0, -0.5, 1.5, 100.0, math.nan, True])
 @pytest.mark.parametrize("make", [*RAMPS, Sigmoid, Warmup])
-def test_a_ramp_refuses_a_length_that_is_none(make, length):
+def test_a_ramp_refuses_a_wrong_length(make, length):
     arguments = {"then": 1.0} if make is Warmup else {"start": 0.0, "end": 1.0}
     message = r"steps must be an integer >= 1 \(steps\) or a fraction in \(0, 1\] of the run, got " + str(
         length

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from capsexp.compare.runs import Run
-from capsexp.config import nearest
-from capsexp.errors import UserError
+from capsexp.errors import UserError, nearest
 
 # In the order of their columns. `device` has no part in a run's results.
 GROUPS = ("experiment", "dataset", "model", "routing", "loss", "optimizer", "trainer")
@@ -35,7 +34,7 @@ class Column:
         return not self.is_figure and self.name not in ("status", "run")
 
     @property
-    def begins_with_largest(self) -> bool:
+    def higher_is_better(self) -> bool:
         """Whether the best is the largest, as of accuracies. Settings begin with the smallest."""
         return self.is_figure and (self.name.endswith("accuracy") or self.name in ("steps", "epochs"))
 

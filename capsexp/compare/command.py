@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from capsexp.errors import Notes, UserError
-from capsexp.picture_file import require_picture_file
+from capsexp.files import require_figure_file
 
 WORDS = """\
 DIRS     directories of runs, or folders with runs below them; without one, $CAPSEXP_OUTPUTS or outputs
@@ -43,10 +43,10 @@ def run(command: str, arguments: Sequence[str], description: str) -> int:
         {"runs": _runs, "compare": _compare, "report": _report}[command](options, notes)
     except KeyboardInterrupt:
         return 130
-    for line in notes.blemishes:
+    for line in notes.warnings:
         print(f"capsexp: {line}", file=sys.stderr)
-    if notes.mistakes:
-        raise UserError(*notes.mistakes)
+    if notes.errors:
+        raise UserError(*notes.errors)
     return 0
 
 
@@ -118,7 +118,7 @@ def _runs(options: argparse.Namespace, notes: Notes) -> None:
 
 def _compare(options: argparse.Namespace, notes: Notes) -> None:
     if options.plot:
-        require_picture_file(options.plot, option="--plot")
+        require_figure_file(options.plot, option="--plot")
     from capsexp.compare import tables
 
     comparison = _comparison(options, notes, group_by=options.group_by)
@@ -149,7 +149,7 @@ def _report(options: argparse.Namespace, notes: Notes) -> None:
         count = len(comparison.rows)
         print(f"{page}: {count} run{'s' * (count != 1)}, {page.stat().st_size / 1e6:.1f} MB")
     else:
-        notes.blemish(f"{page} is not written: there are no runs to show")
+        notes.warning(f"{page} is not written: there are no runs to show")
 
 
 def _comparison(options: argparse.Namespace, notes: Notes, *, group_by: Sequence[str] = ()) -> Any:

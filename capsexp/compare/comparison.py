@@ -26,8 +26,7 @@ from capsexp.compare.columns import (
     text,
 )
 from capsexp.compare.runs import Run, counted, is_number
-from capsexp.config import nearest
-from capsexp.errors import Notes, UserError
+from capsexp.errors import Notes, UserError, nearest
 
 LOST = ("failed", "died")
 
@@ -103,7 +102,7 @@ def compare(
     rows = [Row((run,), _cells(run, told)) for run in runs]
     if averaged:
         rows = _grouped(rows, columns)
-    descending = order.begins_with_largest if descending is None else descending
+    descending = order.higher_is_better if descending is None else descending
     return Comparison(columns, _sorted(rows, order, descending), order, descending, tuple(averaged))
 
 
@@ -148,7 +147,7 @@ def _last_values(
     told = {tag: {path: values[tag] for path, values in last.items() if tag in values} for tag in asked}
     for tag in [tag for tag in told if runs and not told[tag]]:
         known = sorted({known for run in runs for known in history.tags(run.path)})
-        notes.mistake(f"{asked[tag]}: no run has the figure {tag!r}{nearest(tag, known)}")
+        notes.error(f"{asked[tag]}: no run has the figure {tag!r}{nearest(tag, known)}")
     return {tag: values for tag, values in told.items() if values}
 
 
@@ -160,7 +159,7 @@ def _resolved(group_by: Iterable[str], runs: Sequence[Run], notes: Notes) -> lis
         try:
             names.append(resolve(name, [*GROUPS, *keys]))
         except UserError as error:
-            notes.mistake(f"--group-by: {error}")
+            notes.error(f"--group-by: {error}")
     return names
 
 
@@ -179,7 +178,7 @@ def _order(
         if {key, key.partition(".")[0]} & {*averaged}:
             raise UserError(f"{key}: the rows are means over it")
     except UserError as error:
-        notes.mistake(f"--sort-by: {error}")
+        notes.error(f"--sort-by: {error}")
         return FIGURES[0]
     return next((one for one in columns if one.name == key), Column(key, short_titles(keys).get(key, key)))
 

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 from capsexp.compare import history
 from capsexp.compare.comparison import Comparison, Row, compare, spread, told_apart
 from capsexp.compare.runs import Run
-from capsexp.config import nearest
-from capsexp.errors import Notes
-from capsexp.files import write_whole
+from capsexp.errors import Notes, nearest
+from capsexp.files import write_atomic
 
 TAGS = ("validation/accuracy", "train/loss")
 # Told apart in daylight, in the dark and by most of the colour-blind.
@@ -52,7 +51,7 @@ def curves(
     for tag in tags:
         if found and not any(curve.points[tag] for curve in found):
             known = {known for curve in found for run in curve.runs for known in history.tags(run.path)}
-            notes.mistake(f"{option}: no run has the figure {tag!r}{nearest(tag, known)}")
+            notes.error(f"{option}: no run has the figure {tag!r}{nearest(tag, known)}")
     return [curve for curve in found if any(curve.points.values())]
 
 
@@ -94,7 +93,7 @@ def draw(curves: Sequence[Curve], tags: Sequence[str], file: Path) -> None:
     lines = [Line2D([], [], color=colour(place), label=label) for place, label in enumerate(labels)]
     figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False)
     form = file.suffix.removeprefix(".")
-    write_whole(file, lambda opened: figure.savefig(opened, format=form, dpi=130))
+    write_atomic(file, lambda opened: figure.savefig(opened, format=form, dpi=130))
 
 
 def _draw_one(plot: Any, points: Sequence[Point], colour: str, *, in_front: bool) -> None:

@@ -52,11 +52,11 @@ def _lines(run: Path, notes: Notes) -> list[bytes]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        notes.blemish(str(error))
+        notes.warning(str(error))
         return []
     last, whole = lines.pop(), [line for line in lines if line[:1] == b"{" and line[-1:] == b"}"]
     if last:
-        notes.blemish(f"{file}: the last line is half written and left out")
+        notes.warning(f"{file}: the last line is half written and left out")
     if len(whole) < len(lines):
         _tell_of_damage(run, notes)
     return whole
@@ -81,4 +81,4 @@ def _entries(
 
 
 def _tell_of_damage(run: Path, notes: Notes) -> None:
-    notes.blemish(f"{run / 'metrics.jsonl'}: damaged lines are left out")
+    notes.warning(f"{run / 'metrics.jsonl'}: damaged lines are left out")

@@ -17,8 +17,8 @@ from capsexp.compare.markup import Html, element, joined
 from capsexp.compare.runs import Run, is_number
 from capsexp.compare.tables import ABSENT, cell_text, shared_folder
 from capsexp.errors import Notes
-from capsexp.files import write_whole
-from capsexp.progress import clock
+from capsexp.files import write_atomic
+from capsexp.training.progress import clock
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL = 400  # pixels, below which a picture is enlarged
@@ -36,7 +36,7 @@ def write(file: Path, comparison: Comparison, tags: Sequence[str], notes: Notes)
     """
     drawn = curves(by_setting(comparison), tags, notes)
     content = page(comparison, drawn, tags, notes)
-    write_whole(file, lambda opened: opened.write(content.encode()))
+    write_atomic(file, lambda opened: opened.write(content.encode()))
 
 
 def page(comparison: Comparison, drawn: Sequence[Curve], tags: Sequence[str], notes: Notes) -> str:
@@ -75,7 +75,7 @@ def _table(comparison: Comparison, shared: Path, curve_of: Mapping[Path, int]) -
 
 
 def _head(column: Column, order: str | None, *, is_numeric: bool) -> Html:
-    first = "descending" if column.begins_with_largest else "ascending"
+    first = "descending" if column.higher_is_better else "ascending"
     button = element("button", column.title, type="button", title=column.name)
     kind = "number" if is_numeric else None
     return element("th", button, scope="col", class_=kind, aria_sort=order, data_first=first)
@@ -196,7 +196,7 @@ def _picture(file: Path, notes: Notes) -> Html:
     except OSError as error:
         content = str(error).encode()
     if not content.startswith(PNG):
-        notes.blemish(f"{file} cannot be shown: it is no PNG file")
+        notes.warning(f"{file} cannot be shown: it is no PNG file")
         return Html()
     width = int.from_bytes(content[16:20])  # the first chunk of a PNG file begins with it
     source = f"data:image/png;base64,{base64.b64encode(content).decode()}"

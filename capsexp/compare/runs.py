@@ -13,9 +13,9 @@ from typing import Any, TypeGuard
 
 import yaml  # type: ignore[import-untyped]
 
+from capsexp.config.settings import Published, comparable, published
 from capsexp.errors import Notes
-from capsexp.run_dir import RunDir
-from capsexp.settings import Published, comparable, published
+from capsexp.training.run_dir import RunDir
 
 SHOWN = {"completed": "finished"}  # words of status.json that are shown by another
 STATUSES = ("running", "finished", "failed", "interrupted", "died", "unknown")
@@ -63,7 +63,7 @@ def default_root() -> Path:
 def find(root: Path, notes: Notes) -> Iterator[Path]:
     """The run directories at or below a folder. What lies inside a run's directory is not looked at."""
     seen = {os.path.realpath(root)}
-    walk = os.walk(root, followlinks=True, onerror=lambda error: notes.blemish(str(error)))
+    walk = os.walk(root, followlinks=True, onerror=lambda error: notes.warning(str(error)))
     for folder, folders, files in walk:
         if not {"status.json", "resolved_config.yaml"}.isdisjoint(files):
             yield Path(folder)
@@ -82,13 +82,13 @@ def find_all(roots: Iterable[Path], notes: Notes) -> list[Path]:
         for path in here:
             found.setdefault(os.path.realpath(path), path)
         if not root.exists():
-            notes.mistake(f"{root}: there is no such directory")
+            notes.error(f"{root}: there is no such directory")
         elif not root.is_dir():
-            notes.mistake(f"{root} is a file; runs are directories")
+            notes.error(f"{root} is a file; runs are directories")
         elif not here and (root / "sweep.json").exists():
-            notes.blemish(f"{root}: this sweep has no runs yet")
+            notes.warning(f"{root}: this sweep has no runs yet")
         elif not here:
-            notes.mistake(f"{root} is no run and holds none")
+            notes.error(f"{root} is no run and holds none")
     return list(found.values())
 
 
@@ -99,7 +99,7 @@ def read_all(paths: Iterable[Path], notes: Notes) -> list[Run]:
     others = [run.version for run in runs if run.version not in (own, None)]
     for version in sorted(set(map(str, others))):
         told = f"capsexp {version} wrote {others.count(version)} of {len(runs)} runs, this is {own}"
-        notes.blemish(f"{told}: settings may be missing from them")
+        notes.warning(f"{told}: settings may be missing from them")
     return runs
 
 
@@ -142,7 +142,7 @@ def shown_status(path: Path, notes: Notes) -> dict[str, Any]:
     if found is None:
         return {"status": "unknown"}
     if not found:  # killed, or still at it, before anything was written
-        return {"status": "running" if RunDir(path).is_owned() else "died"}
+        return {"status": "running" if RunDir(path).is_locked() else "died"}
     word = SHOWN.get(str(found.get("status")), found.get("status"))
     return {**found, "status": word if word in STATUSES else "unknown"}
 
@@ -175,7 +175,7 @@ def _counting(name: str) -> list[Any]:
 
 def _is_alive(path: Path, status: Mapping[str, Any]) -> bool:
     if status.get("host") == socket.gethostname():
-        return RunDir(path).is_owned()
+        return RunDir(path).is_locked()
     return time.time() - (number(status, "heartbeat") or 0) < SILENT_SECONDS
 
 
@@ -188,7 +188,7 @@ def _mapping(file: Path, load: Callable[[bytes], Any], notes: Notes) -> dict[str
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        notes.blemish(f"{file} cannot be read: {' '.join(str(error).split())}")
+        notes.warning(f"{file} cannot be read: {' '.join(str(error).split())}")
         return None
     return found
 
@@ -197,7 +197,7 @@ def _published(path: Path, config: Mapping[str, Any], notes: Notes) -> Published
     try:
         return published(config)
     except ValueError as error:
-        notes.blemish(f"{path}: {error}")
+        notes.warning(f"{path}: {error}")
         return None
 
 
@@ -211,7 +211,7 @@ def _text(file: Path, notes: Notes) -> str:
     except FileNotFoundError:
         return ""
     except OSError as error:
-        notes.blemish(str(error))
+        notes.warning(str(error))
         return ""
 
 

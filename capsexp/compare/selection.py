@@ -8,8 +8,7 @@ from typing import Any
 from capsexp.compare import runs
 from capsexp.compare.columns import distinct_keys, resolve, text
 from capsexp.compare.runs import STATUSES, Run, is_number
-from capsexp.config import nearest
-from capsexp.errors import Notes, UserError
+from capsexp.errors import Notes, UserError, nearest
 
 _COMMA = re.compile(r",(?![^\[]*\])")  # not within a list
 
@@ -29,13 +28,13 @@ def select(words: Sequence[str], notes: Notes) -> list[Run]:
         root = runs.default_root()
         found = runs.read_all(runs.find(root, notes) if root.is_dir() else [], notes)
         if not found:
-            notes.blemish(f"{root}: no runs yet; `capsexp train` makes one")
+            notes.warning(f"{root}: no runs yet; `capsexp train` makes one")
     if not found:
         return []
     passing = [{run.path for run in _passing(word, found, notes)} for word in filters]
     kept = [run for run in found if all(run.path in some for some in passing)]
     if not kept and all(passing):
-        notes.blemish(f"no run has {' and '.join(filters)}")
+        notes.warning(f"no run has {' and '.join(filters)}")
     return kept
 
 
@@ -46,17 +45,17 @@ def _passing(word: str, found: list[Run], notes: Notes) -> list[Run]:
         key = resolve(name, ["status", *_groups(found), *distinct_keys(found)], among=_keys(found))
     except UserError as error:
         for problem in error.problems:
-            notes.mistake(f"{word}: {problem}")
+            notes.error(f"{word}: {problem}")
         return found
     values = _COMMA.split(wanted)
     if key == "status" and (wrong := [value for value in values if value not in STATUSES]):
-        notes.mistake(f"{word}: unknown status {wrong[0]!r}{nearest(wrong[0], STATUSES)}")
+        notes.error(f"{word}: unknown status {wrong[0]!r}{nearest(wrong[0], STATUSES)}")
         return found
     passing = [run for run in found if any(_is(run, key, value) for value in values)]
     if not passing and found:
         there = sorted({text(value) for run in found if (value := _value(run, key)) is not None})
         known = f"; there is {', '.join(there)}" if key != "status" and 0 < len(there) <= 20 else ""
-        notes.blemish(f"no run has {word}{known}")
+        notes.warning(f"no run has {word}{known}")
     return passing
 
 

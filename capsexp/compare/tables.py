@@ -21,7 +21,7 @@ from capsexp.compare.columns import EPOCHS, ERROR, PAPER, RUN, STATUS, TOTAL, Co
 from capsexp.compare.comparison import Comparison, Row, Spread, compare
 from capsexp.compare.runs import Run, is_number, newest_first
 from capsexp.errors import Notes
-from capsexp.progress import clock
+from capsexp.training.progress import clock
 
 ABSENT = "–"  # noqa: RUF001
 WIDEST = 100_000

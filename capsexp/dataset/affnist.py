@@ -10,18 +10,20 @@ from numpy.typing import NDArray
 from scipy.io import loadmat
 from torch import Tensor
 
-from capsexp.data import Dataset, Split
-from capsexp.download import DataError, Progress, digest
-from capsexp.expanded import Expanded
-from capsexp.preprocess import Preprocess
+from capsexp.data.dataset import Dataset
+from capsexp.data.download import Progress, digest
+from capsexp.data.placed import PlacedDataset
+from capsexp.data.preprocess import Preprocess
+from capsexp.data.split import Split
+from capsexp.errors import DataError, first_line
 
-URL = "https://www.cs.toronto.edu/~tijmen/affNIST/32x/transformed/test.mat.zip"
+URL = "https://www.cs.toronto.edu/~tijmen/affNIST/32x/apply_affine/test.mat.zip"
 FILE = "affNIST/test.mat"
 STRUCT = "affNISTdata"
 FIELDS = ("image", "label_int", "label_one_of_n")
 
 
-class AffNIST(Expanded):
+class AffNIST(PlacedDataset):
     """60,000 training pictures, of which 5,000 are for validation, and 320,000 affNIST test pictures.
 
     The file of the test pictures has no published checksum, so it is neither downloaded nor ever called
@@ -29,11 +31,11 @@ class AffNIST(Expanded):
 
     Args:
         root: the data root (`~` is expanded), in which the file is affNIST/test.mat.
-        source: see `Expanded`.
-        canvas: see `Expanded`; that of the file is 40.
-        placement_seed: see `Expanded`.
+        source: see `PlacedDataset`.
+        canvas: see `PlacedDataset`; that of the file is 40.
+        placement_seed: see `PlacedDataset`.
         test_pictures: `affine` for the file, or `expanded` for the familiar ones, which do not need it.
-        preprocess: see `Expanded`.
+        preprocess: see `PlacedDataset`.
 
     Raises:
         ValueError: the source's pictures are not those that the file is of.
@@ -69,10 +71,10 @@ class AffNIST(Expanded):
         self.path = Path(root).expanduser() / FILE
         self.folder = self.path.parent
 
-    def missing(self) -> list[str]:
+    def missing_files(self) -> list[str]:
         """Names, below the data root, of the files that are not there."""
         needed = self.test_pictures == "affine" and not self.path.is_file()
-        return [*self.source.missing(), *([FILE] if needed else [])]
+        return [*self.source.missing_files(), *([FILE] if needed else [])]
 
     def require_files(self) -> None:
         """Refuse to start without the files.
@@ -81,7 +83,7 @@ class AffNIST(Expanded):
             DataError: one is missing; says where it is to be had.
         """
         self.source.require_files()
-        if FILE in self.missing():
+        if FILE in self.missing_files():
             raise DataError(
                 f"{self.path} is missing: get {URL} by hand and unpack it into {self.path.parent} (no "
                 "checksum is published, so it is not downloaded here), or do without it: "
@@ -101,12 +103,12 @@ class AffNIST(Expanded):
         """Every missing or damaged file, one line each, and what stays unverified."""
         return [*self.source.problems(), *(self._file_problems() if self.test_pictures == "affine" else [])]
 
-    def remarks(self) -> list[str]:
+    def caveats(self) -> list[str]:
         """A line that the test pictures could not be compared with a checksum."""
         if self.test_pictures == "expanded":
-            return self.source.remarks()
+            return self.source.caveats()
         line = f"{self.name}: no checksum of {FILE} is published; its structure alone was checked"
-        return [*self.source.remarks(), line]
+        return [*self.source.caveats(), line]
 
     def _file_problems(self) -> list[str]:
         if not self.path.is_file():
@@ -173,8 +175,7 @@ def _fields(path: Path) -> dict[str, Any]:
     try:
         found = loadmat(path, variable_names=[STRUCT])
     except Exception as error:  # scipy raises many kinds for a file that it cannot read
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{path} cannot be read as a MATLAB 5 file: {reason}") from error
+        raise DataError(f"{path} cannot be read as a MATLAB 5 file: {first_line(error)}") from error
     struct = found.get(STRUCT)
     names = getattr(getattr(struct, "dtype", None), "names", None) or ()
     if struct is None or struct.shape != (1, 1) or not set(FIELDS) <= set(names):

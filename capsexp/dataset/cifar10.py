@@ -3,9 +3,9 @@
 import torch
 from torchvision import datasets
 
-from capsexp.data import Part, Split
-from capsexp.download import RemoteFile, StoredFile
-from capsexp.stored import StoredDataset
+from capsexp.data.download import RemoteFile, StoredFile
+from capsexp.data.published import PublishedDataset
+from capsexp.data.split import Split, SplitName
 
 FOLDER = "cifar-10-batches-py/"
 CHECKSUMS = {
@@ -19,7 +19,7 @@ CHECKSUMS = {
 }
 
 
-class CIFAR10(StoredDataset):
+class CIFAR10(PublishedDataset):
     """50,000 training and 10,000 test pictures in 10 classes."""
 
     name = "cifar10"
@@ -45,10 +45,10 @@ class CIFAR10(StoredDataset):
         ),
     )
 
-    def _needs(self, stored: StoredFile, part: Part) -> bool:
+    def _needs(self, stored: StoredFile, part: SplitName) -> bool:
         return stored.name.endswith("meta") or ("test" in stored.name) == (part == "test")
 
-    def _load(self, part: Part) -> Split:
+    def _load(self, part: SplitName) -> Split:
         # The files are pickles: only verified ones may be opened.
         self._verified(part)
         source = datasets.CIFAR10(self.root, train=part == "train", download=False)

@@ -3,7 +3,8 @@
 import torch
 from sklearn.datasets import load_digits
 
-from capsexp.data import Dataset, Part, Split, stratified
+from capsexp.data.dataset import Dataset
+from capsexp.data.split import Split, SplitName, stratified
 
 TEST_SHARE = 0.2
 TEST_SEED = 0
@@ -17,7 +18,7 @@ class Digits(Dataset):
     classes = tuple("0123456789")
     stored_shape = (1, 8, 8)
 
-    def _load(self, part: Part) -> Split:
+    def _load(self, part: SplitName) -> Split:
         digits = load_digits()
         # Published as 0 … 16.
         images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)

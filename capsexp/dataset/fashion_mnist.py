@@ -1,7 +1,7 @@
 """Fashion-MNIST: articles of clothing, 28x28, grey."""
 
-from capsexp.download import RemoteFile, StoredFile
-from capsexp.stored import IdxDataset
+from capsexp.data.download import RemoteFile, StoredFile
+from capsexp.data.published import IdxDataset
 
 URL = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
 FOLDER = "FashionMNIST/raw/"

@@ -11,9 +11,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from capsexp.data import Dataset, Part, Split, stratified
-from capsexp.download import DataError
-from capsexp.preprocess import Preprocess
+from capsexp.data.dataset import Dataset
+from capsexp.data.preprocess import Preprocess
+from capsexp.data.split import Split, SplitName, stratified
+from capsexp.errors import DataError
 
 GREY_MODES = {"1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I"}
 COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
@@ -90,7 +91,7 @@ class ImageFolder(Dataset):
                 found.append(str(error))
         return found
 
-    def _load(self, part: Part) -> Split:
+    def _load(self, part: SplitName) -> Split:
         pictures = self._pictures[part]
         # Resized one by one: the whole set at its size on disk may not fit into memory, or into one tensor.
         images = [
@@ -102,7 +103,7 @@ class ImageFolder(Dataset):
 
 def _find(
     folder: Path, test_share: float, test_seed: int
-) -> tuple[tuple[str, ...], dict[Part, list[_Picture]]]:
+) -> tuple[tuple[str, ...], dict[SplitName, list[_Picture]]]:
     """The classes, and the pictures of each part."""
     if not folder.is_dir():
         kind = "is not a folder" if folder.exists() else "does not exist"
@@ -149,7 +150,7 @@ def _scan(folder: Path, index: dict[str, int]) -> list[_Picture]:
 
 def _slices(
     pictures: list[_Picture], index: dict[str, int], share: float, seed: int
-) -> dict[Part, list[_Picture]]:
+) -> dict[SplitName, list[_Picture]]:
     labels = torch.tensor([picture.label for picture in pictures])
     chosen = stratified(labels, share=share, seed=seed)
     for name, label in index.items():
@@ -157,7 +158,7 @@ def _slices(
             raise DataError(
                 f"image_folder: a test share of {share} leaves no picture of the class {name} for training"
             )
-    parts: dict[Part, list[_Picture]] = {"train": [], "test": []}
+    parts: dict[SplitName, list[_Picture]] = {"train": [], "test": []}
     for picture, is_test in zip(pictures, chosen.tolist(), strict=True):
         parts["test" if is_test else "train"].append(picture)
     return parts

@@ -1,7 +1,7 @@
 """MNIST: handwritten digits, 28x28, grey."""
 
-from capsexp.download import RemoteFile, StoredFile
-from capsexp.stored import IdxDataset
+from capsexp.data.download import RemoteFile, StoredFile
+from capsexp.data.published import IdxDataset
 
 URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 FOLDER = "MNIST/raw/"

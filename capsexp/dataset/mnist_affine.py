@@ -5,24 +5,26 @@ from typing import Literal
 
 import torch
 
-from capsexp.affine import randomly_transformed
-from capsexp.data import Dataset, Split, derive_seed
+from capsexp.data.affine import randomly_transformed
+from capsexp.data.dataset import Dataset
+from capsexp.data.placed import PlacedDataset
+from capsexp.data.preprocess import Preprocess
+from capsexp.data.seeds import derive_seed
+from capsexp.data.split import Split
 from capsexp.errors import require_at_least_1
-from capsexp.expanded import Expanded
-from capsexp.preprocess import Preprocess
 
 
-class MNISTAffine(Expanded):
-    """As `AffNIST`, with test pictures transformed at random by our own code, over affNIST's ranges.
+class MNISTAffine(PlacedDataset):
+    """As `AffNIST`, with test images transformed at random by our own code, over affNIST's ranges.
 
     A picture is scaled, sheared and turned about its centre in one bilinear interpolation, then moved by
     whole pixels to one of the places that keep all ink on the canvas. The order, and that a place is a whole
     number of pixels, are ours. It depends on `affine_seed` alone: not on a run, batch or device.
 
     Args:
-        source: see `Expanded`.
-        canvas: see `Expanded`.
-        placement_seed: see `Expanded`.
+        source: see `PlacedDataset`.
+        canvas: see `PlacedDataset`.
+        placement_seed: see `PlacedDataset`.
         test_pictures: `affine`, or `expanded` for the familiar ones.
         rotation: largest angle to either side, in degrees.
         shear: largest shear to either side: by how much of its height the top of a stroke moves sideways.
@@ -30,7 +32,7 @@ class MNISTAffine(Expanded):
         transforms: of each test picture. All pictures come once, then all of them again: number i of the test
             part is made of number i modulo the count of the source's.
         affine_seed: of the draws; a further transform leaves the others as they are.
-        preprocess: see `Expanded`.
+        preprocess: see `PlacedDataset`.
 
     Raises:
         ValueError: a range is none, or there are no transforms.

@@ -4,10 +4,12 @@ from typing import Any
 
 from torch.nn import functional as F
 
-from capsexp.data import Batches, Dataset, Part, Split
-from capsexp.derived import DerivedDataset
-from capsexp.pairs import Pairs
-from capsexp.preprocess import Preprocess
+from capsexp.data.batches import Batches
+from capsexp.data.dataset import Dataset
+from capsexp.data.derived import DerivedDataset
+from capsexp.data.pairs import OverlaidPairs
+from capsexp.data.preprocess import Preprocess
+from capsexp.data.split import Split, SplitName
 
 PAPERS_PARTNERS = 1000
 
@@ -72,8 +74,8 @@ class MultiMNIST(DerivedDataset):
         return None if split is None else self._on_canvas(split)
 
     def batches(self, split: Split, *, training: bool = False, **options: Any) -> Batches:
-        """Pairs of a split's pictures; see `Pairs`. For training each picture is the base of one."""
-        return Pairs(
+        """Pairs of a split's images; see `OverlaidPairs`. For training each picture is the base of one."""
+        return OverlaidPairs(
             split,
             self.preprocess,
             shift=self.shift,
@@ -83,15 +85,15 @@ class MultiMNIST(DerivedDataset):
             **options,
         )
 
-    def remarks(self) -> list[str]:
+    def caveats(self) -> list[str]:
         """The source's, and how many pairs there are where the paper has a thousand for each picture."""
         if self.test_partners >= PAPERS_PARTNERS:
-            return self.source.remarks()
+            return self.source.caveats()
         of = f"{self.name} of {self.source.name}"
         size = f"pairs for each test picture: {self.test_partners:,}; in the paper {PAPERS_PARTNERS:,}"
-        return [*self.source.remarks(), f"{of}, {size}"]
+        return [*self.source.caveats(), f"{of}, {size}"]
 
-    def _load(self, part: Part) -> Split:
+    def _load(self, part: SplitName) -> Split:
         return self._on_canvas(self.source.read(part))
 
     def _on_canvas(self, split: Split) -> Split:

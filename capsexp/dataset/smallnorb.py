@@ -12,20 +12,21 @@ from jaxtyping import Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capsexp.cache import cached, fingerprint
-from capsexp.data import Part, Split
-from capsexp.download import DataError, Progress, RemoteFile, StoredFile, digest
-from capsexp.norb_file import open_norb
-from capsexp.preprocess import RESIZE_CHUNK, Preprocess
-from capsexp.stored import StoredDataset
+from capsexp.data.cache import cached, fingerprint
+from capsexp.data.download import Progress, RemoteFile, StoredFile, digest
+from capsexp.data.norb_file import open_norb
+from capsexp.data.preprocess import RESIZE_CHUNK, Preprocess
+from capsexp.data.published import PublishedDataset
+from capsexp.data.split import Split, SplitName
+from capsexp.errors import DataError
 
 URL = "https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/"
 FOLDER = "smallnorb/"
-STEM: dict[Part, str] = {
+STEM: dict[SplitName, str] = {
     "train": "smallnorb-5x46789x9x18x6x2x96x96-training-",
     "test": "smallnorb-5x01235x9x18x6x2x96x96-testing-",
 }
-CHECKSUMS: dict[tuple[Part, str], tuple[str, str]] = {  # of the .mat.gz, and of the .mat inside it
+CHECKSUMS: dict[tuple[SplitName, str], tuple[str, str]] = {  # of the .mat.gz, and of the .mat inside it
     ("train", "dat"): (
         "5ffd6272a07d32695ee1082a26a41a93a37aab8c28da047f8c34ed348d214873",
         "md5:8138a0902307b32dfa0025a36dfa45ec",
@@ -58,13 +59,13 @@ FAMILIAR = {"azimuth": (30, 32, 34, 0, 2, 4), "elevation": (0, 1, 2)}
 """Viewpoints of the training pictures in Table 2 of Hinton et al. 2018."""
 
 REDUCTION = "reduction-1"
-"""Part of a cache's key; another number for another way to make pictures smaller."""
+"""SplitName of a cache's key; another number for another way to make pictures smaller."""
 
 
 class Setup(NamedTuple):
     """What was photographed: in each part all instances of all classes, from everywhere, in every light."""
 
-    instances: dict[Part, tuple[int, ...]]
+    instances: dict[SplitName, tuple[int, ...]]
     elevations: tuple[int, ...]
     """0 for 30 degrees above the horizon, then steps of 5 degrees."""
     azimuths: tuple[int, ...]
@@ -73,29 +74,29 @@ class Setup(NamedTuple):
     side: int
     """Height and width of a picture."""
 
-    def values(self, part: Part) -> tuple[tuple[int, ...], ...]:
+    def values(self, part: SplitName) -> tuple[tuple[int, ...], ...]:
         """Those that each of `FACTORS` takes."""
         return (self.instances[part], self.elevations, self.azimuths, self.lightings)
 
 
-def _name(part: Part, kind: str) -> str:
+def _name(part: SplitName, kind: str) -> str:
     return f"{STEM[part]}{kind}.mat"
 
 
-def _file(part: Part, kind: str, packed: str, unpacked: str) -> RemoteFile:
+def _file(part: SplitName, kind: str, packed: str, unpacked: str) -> RemoteFile:
     name = _name(part, kind)
     return RemoteFile(f"{FOLDER}{name}.gz", f"{URL}{name}.gz", packed, (StoredFile(FOLDER + name, unpacked),))
 
 
-class SmallNORB(StoredDataset):
+class SmallNORB(PublishedDataset):
     """24,300 training and 24,300 test pairs of pictures in 5 classes, each with 5 instances per part.
 
     Reduced pictures are kept beside the files as `cache-…`, which may be deleted. Classes and factors must be
     the published ones to the byte; pictures that are not (a converted copy) are read, with a remark.
 
     Args:
-        root: see `StoredDataset`.
-        download: see `StoredDataset`.
+        root: see `PublishedDataset`.
+        download: see `PublishedDataset`.
         cameras: `stereo` for two channels, or one of them.
         validation_instance: the training instance, of every class, that is set aside for validation.
         viewpoint: what is limited to familiar values in training: `azimuth` (300 … 40 degrees, a third),
@@ -159,7 +160,7 @@ class SmallNORB(StoredDataset):
         other.test_views = views
         return other
 
-    def factors(self, part: Part) -> Int64[Tensor, "N 4"]:
+    def factors(self, part: SplitName) -> Int64[Tensor, "N 4"]:
         """The `FACTORS` of the pictures that `read(part)` gives, in their order.
 
         As in the files: the number of the toy in its class; the elevation 0 … 8 for 30 … 70 degrees; the
@@ -185,9 +186,9 @@ class SmallNORB(StoredDataset):
             progress(f"{part} pictures", 0, 0)
             self._pictures(part)
 
-    def remarks(self) -> list[str]:
+    def caveats(self) -> list[str]:
         """A line where pictures are not the published ones."""
-        parts: dict[str, Part] = {"training": "train", "test": "test"}
+        parts: dict[str, SplitName] = {"training": "train", "test": "test"}
         others = [name for name, part in parts.items() if not self._has_published_pictures(part)]
         if not others:
             return []
@@ -210,16 +211,16 @@ class SmallNORB(StoredDataset):
             "copy?); it can be used, but say so beside any figure"
         )
 
-    def _needs(self, stored: StoredFile, part: Part) -> bool:
+    def _needs(self, stored: StoredFile, part: SplitName) -> bool:
         return stored.name in (FOLDER + _name(part, "cat"), FOLDER + _name(part, "info"))
 
-    def _load(self, part: Part) -> Split:
+    def _load(self, part: SplitName) -> Split:
         labels, factors = self._annotations(part)
         chosen = self._chosen(part, factors)
         images = self._pictures(part)[chosen.numpy()][:, self.channels]
         return Split(torch.from_numpy(np.ascontiguousarray(images)), labels[chosen])
 
-    def _annotations(self, part: Part) -> tuple[Int64[Tensor, " N"], Int64[Tensor, "N 4"]]:
+    def _annotations(self, part: SplitName) -> tuple[Int64[Tensor, " N"], Int64[Tensor, "N 4"]]:
         """Classes and factors of all pictures of a part, verified."""
         paths = self._verified(part)
         classes, factors = paths[_name(part, "cat")], paths[_name(part, "info")]
@@ -238,7 +239,7 @@ class SmallNORB(StoredDataset):
             )
         return table[:, 0], table[:, 1:]
 
-    def _chosen(self, part: Part, factors: Int64[Tensor, "N 4"]) -> Int64[Tensor, " M"]:
+    def _chosen(self, part: SplitName, factors: Int64[Tensor, "N 4"]) -> Int64[Tensor, " M"]:
         """Rows of the pictures whose views are asked for."""
         views = "familiar" if part == "train" else self.test_views
         if self.viewpoint is None or views == "all":
@@ -254,7 +255,7 @@ class SmallNORB(StoredDataset):
             aside = factors[:, FACTORS.index("instance")] == self.validation_instance
         return (~aside).nonzero().flatten(), aside.nonzero().flatten()
 
-    def _pictures(self, part: Part) -> NDArray[np.uint8]:
+    def _pictures(self, part: SplitName) -> NDArray[np.uint8]:
         """All pictures of a part by both cameras, at the size that they have in memory."""
         full, (height, width) = self._full_pictures(part), self.stored_shape[1:]
         if full.shape[2:] == (height, width):
@@ -275,12 +276,12 @@ class SmallNORB(StoredDataset):
             small[start : start + RESIZE_CHUNK] = self.preprocess.resize_all(chunk).numpy()
         return small
 
-    def _full_pictures(self, part: Part) -> NDArray[np.uint8]:
+    def _full_pictures(self, part: SplitName) -> NDArray[np.uint8]:
         """All pictures of a part as they are published; on the disk until they are looked at."""
         count = len(self.classes) * prod(map(len, self.setup.values(part)))
         return open_norb(self._path(part), dtype="uint8", shape=(count, 2, self.setup.side, self.setup.side))
 
-    def _has_published_pictures(self, part: Part) -> bool:
+    def _has_published_pictures(self, part: SplitName) -> bool:
         path = self._path(part)
         found = cached(
             path.with_name(f"cache-{part}-md5.bytes"),
@@ -291,7 +292,7 @@ class SmallNORB(StoredDataset):
         published = {stored.name: stored.checksum for stored in self._stored()}
         return published[FOLDER + path.name] == f"md5:{found.tobytes().hex()}"
 
-    def _path(self, part: Part) -> Path:
+    def _path(self, part: SplitName) -> Path:
         return self.root / FOLDER / _name(part, "dat")
 
 

@@ -3,9 +3,9 @@
 import torch
 from torchvision import datasets
 
-from capsexp.data import Part, Split
-from capsexp.download import RemoteFile, StoredFile
-from capsexp.stored import StoredDataset
+from capsexp.data.download import RemoteFile, StoredFile
+from capsexp.data.published import PublishedDataset
+from capsexp.data.split import Split, SplitName
 
 URL = "https://ufldl.stanford.edu/housenumbers/"
 FOLDER = "svhn/"
@@ -15,7 +15,7 @@ def _file(name: str, sha256: str) -> RemoteFile:
     return RemoteFile(FOLDER + name, URL + name, sha256, (StoredFile(FOLDER + name, f"sha256:{sha256}"),))
 
 
-class SVHN(StoredDataset):
+class SVHN(PublishedDataset):
     """73,257 training and 26,032 test pictures in 10 classes, without the additional set."""
 
     name = "svhn"
@@ -26,10 +26,10 @@ class SVHN(StoredDataset):
         _file("test_32x32.mat", "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b"),
     )
 
-    def _needs(self, stored: StoredFile, part: Part) -> bool:
+    def _needs(self, stored: StoredFile, part: SplitName) -> bool:
         return stored.name.startswith(FOLDER + part)
 
-    def _load(self, part: Part) -> Split:
+    def _load(self, part: SplitName) -> Split:
         self._verified(part)
         # In the files the digit 0 is class 10; torchvision makes it class 0.
         source = datasets.SVHN(str(self.root / FOLDER), split=part, download=False)

@@ -1,1 +1,1 @@
-"""Capsule layers: they make votes and call the routing that they are given."""
+"""Capsule layers: they make votes and call the routing that they get."""

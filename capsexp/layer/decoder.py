@@ -1,7 +1,8 @@
-"""From the pose of one class capsule back to the picture."""
+"""From the pose of one class capsule back to the image."""
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -9,20 +10,20 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capsexp.errors import require_at_least_1
-from capsexp.targets import predicted
+from capsexp.ops.labels import predicted_labels
 
-MASKS = ("label", "prediction")
+Decode = Literal["label", "prediction"]
 
 
 class Decoder(nn.Module):
-    """Reconstruct a picture from one class capsule: fully connected layers, the last one a sigmoid.
+    """Reconstruct an image from one class capsule: fully connected layers, the last one a sigmoid.
 
     Sabour et al., "Dynamic routing between capsules" (NIPS 2017), section 4.1 and figure 2.
     Differs from it in: nothing.
 
     Args:
         classes, pose_dim: number and pose size of the class capsules.
-        image_shape: channels, height and width of the picture.
+        image_shape: channels, height and width of the image.
         hidden: widths of the ReLU layers.
     Raises: ValueError: a width below 1.
     """
@@ -40,13 +41,13 @@ class Decoder(nn.Module):
     def forward(
         self, poses: Float[Tensor, "B J D"], classes: Int[Tensor, " B *T"]
     ) -> Float[Tensor, "B *T C H W"]:
-        """Picture in [0, 1] of the capsule of each picture's class; the others are masked with zeros.
+        """Image in [0, 1], decoded from the capsule of each image's class; zeros mask the other capsules.
 
-        Several classes are decoded one at a time, by the same weights.
+        Several classes per image are decoded one at a time, with the same weights.
         """
         if classes.dim() == 2:
-            each = self(poses.repeat_interleave(classes.shape[1], dim=0), classes.flatten())
-            return each.unflatten(0, tuple(classes.shape))
+            images = self(poses.repeat_interleave(classes.shape[1], dim=0), classes.flatten())
+            return images.unflatten(0, tuple(classes.shape))
         mask = F.one_hot(classes, poses.shape[1]).to(poses.dtype).unsqueeze(2)  # [B, J, 1]
         features = (poses * mask).flatten(1)
         for layer in self.layers[:-1]:
@@ -54,28 +55,30 @@ class Decoder(nn.Module):
         return self.layers[-1](features).sigmoid().unflatten(1, self.image_shape)
 
 
-def check_mask(mask: str | int, classes: int) -> None:
-    """Refuse a mask that `decoded_class` does not know."""
-    if mask not in MASKS and not (isinstance(mask, int) and 0 <= mask < classes):
-        raise ValueError(
-            f"mask must be one of {', '.join(MASKS)}, or a class 0 ... {classes - 1}, got {mask}"
-        )
+def check_decode(decode: Decode | int, classes: int) -> None:
+    """Check the setting `decode` of a network, see `decoded_class`.
+
+    Raises: ValueError: a wrong word, or a class that does not exist.
+    """
+    if decode not in get_args(Decode) and not (isinstance(decode, int) and 0 <= decode < classes):
+        words = ", ".join(get_args(Decode))
+        raise ValueError(f"decode must be one of {words}, or a class 0 ... {classes - 1}, got {decode}")
 
 
 def decoded_class(
-    mask: str | int, scores: Float[Tensor, "B J"], labels: Int[Tensor, " B *T"] | None
+    decode: Decode | int, scores: Float[Tensor, "B J"], labels: Int[Tensor, " B *T"] | None
 ) -> Int[Tensor, " B *T"]:
-    """The class to decode, per picture; as many as there are labels.
+    """The class to decode, per image; as many as there are labels.
 
     Args:
-        mask: "label": the label where there is one, else the highest score; "prediction": always the highest
-            score, or for several labels the highest ones (see `predicted`); or the index of a class.
+        decode: "label": the label if given, else the class with the highest score; "prediction": always the
+            highest score, or for several labels the highest ones (see `predicted_labels`); or a class index.
         scores: of the class capsules.
-        labels: None where they are not known.
+        labels: None where they are unknown.
     """
-    if isinstance(mask, int):
+    if isinstance(decode, int):
         shape = (len(scores),) if labels is None else labels.shape
-        return torch.full(shape, mask, device=scores.device)
+        return torch.full(shape, decode, device=scores.device)
     if labels is None:
         return scores.argmax(1)
-    return labels if mask == "label" else predicted(scores, labels)
+    return labels if decode == "label" else predicted_labels(scores, labels)

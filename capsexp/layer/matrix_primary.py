@@ -25,6 +25,10 @@ class MatrixPrimaryCaps(nn.Module):
         self.pose = nn.Conv2d(in_channels, types * pose_dim, 1, bias=False)
         self.activation = nn.Conv2d(in_channels, types, 1, bias=False)
 
+    def extra_repr(self) -> str:
+        """The sizes of the layer."""
+        return f"types={self.types}, pose_dim={self.pose_dim}"
+
     def forward(self, features: Float[Tensor, "B C H W"]) -> Capsules:
         """Capsules in the order (row, column, type)."""
         poses = self.pose(features).permute(0, 2, 3, 1).reshape(len(features), -1, self.pose_dim)
@@ -33,10 +37,11 @@ class MatrixPrimaryCaps(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, features: Float[Tensor, "B C H W"]) -> None:
-        """Start with poses of mean square 1 and each type's mean logit at 0 on these features.
+        """Start with poses of mean square 1 and a mean logit of 0 for each type on these features.
 
-        So one variance floor suits all pictures, and about half of the capsules are active: what ReLU leaves
-        is positive, and without biases a type would be on or off everywhere. Features of 0 change nothing.
+        Then one variance floor suits all images, and about half of the capsules are active. Without this a
+        type would be on or off everywhere: the features are positive after ReLU, and there are no biases.
+        Features of 0 change nothing.
         """
         smallest = torch.finfo(features.dtype).tiny
         size = self(features).poses.square().mean().sqrt()

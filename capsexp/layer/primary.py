@@ -1,12 +1,12 @@
-"""The first capsules: a convolution whose channels are read as small vectors."""
+"""The first capsules: a convolution whose channels form small vectors."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsexp.capsules import Capsules
-from capsexp.errors import require_one_of
-from capsexp.ops.receptive_fields import PADDINGS, Grid, padded
+from capsexp.errors import require_literal
+from capsexp.ops.receptive_fields import Grid, Padding, padded
 from capsexp.ops.squash import length, squash
 
 
@@ -21,10 +21,10 @@ class PrimaryCaps(nn.Module):
         types: capsule types, each with its own kernels, shared by all places.
         dim: pose size.
         kernel, stride: of the convolution, in pixels.
-        padding: "valid", or "same" as TensorFlow pads: ceil(size / stride) places, the odd pixel at the end.
+        padding: "valid", or "same" as in TensorFlow: ceil(size / stride) places, the odd zero at the end.
         scale: factor on the convolution before its bias. The authors' code has 1/32, from a softmax over its
             32 types; it acts as a smaller initialisation and learning rate of this layer.
-    Raises: ValueError: a padding that does not exist.
+    Raises: ValueError: a wrong word in padding.
     """
 
     def __init__(
@@ -35,18 +35,19 @@ class PrimaryCaps(nn.Module):
         dim: int,
         kernel: int,
         stride: int,
-        padding: str,
+        padding: Padding,
         scale: int | float,
     ) -> None:
         super().__init__()
-        require_one_of(PADDINGS, padding=padding)
-        self.types, self.dim, self.padding, self.scale = types, dim, padding, scale
+        require_literal(Padding, padding=padding)
+        self.types, self.dim, self.scale = types, dim, scale
+        self.padding: Padding = padding
         self.conv = nn.Conv2d(in_channels, types * dim, kernel, stride)
 
     def grid(self, features: Grid) -> Grid:
-        """Places of capsules for features at these; 0 rows or less where they are too few."""
+        """Places of the capsules on features with this grid; 0 rows or less if it is too small."""
         kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
-        return features.seen_through((kernel, kernel), stride, self.padding)
+        return features.after_convolution((kernel, kernel), stride, self.padding)
 
     def forward(self, features: Float[Tensor, "B C H W"]) -> Capsules:
         """Capsules in the order (row, column, type)."""
@@ -56,8 +57,12 @@ class PrimaryCaps(nn.Module):
         poses = squash(places.reshape(len(features), -1, self.dim))
         return Capsules(poses, length(poses))
 
+    def extra_repr(self) -> str:
+        """The sizes of the layer."""
+        return f"types={self.types}, dim={self.dim}, padding={self.padding!r}, scale={self.scale}"
+
     def _convolve(self, features: Tensor) -> Tensor:
         if self.scale == 1:
             return self.conv(features)
-        # On the weight, which is smaller than the result.
+        # Scale the weight, which is smaller than the result.
         return F.conv2d(features, self.conv.weight * self.scale, self.conv.bias, self.conv.stride)

@@ -1,4 +1,21 @@
-"""One loss per file: loss(output, batch, step) -> {term: scalar}; the terms add up to the loss.
+"""One loss per file: a function of plain tensors, and the class that a config builds."""
 
-`takes_several` says whether a picture may show several classes; a loss that does not say so takes one.
-"""
+from typing import Protocol
+
+from torch import Tensor
+
+from capsexp.capsules import Batch, Output
+from capsexp.schedule import Step
+
+
+class Loss(Protocol):
+    """What the training loop asks of a loss.
+
+    `multi_label = True` says that an image may show several classes. Without it, an image shows one class.
+    """
+
+    def __call__(self, output: Output, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """Return the terms of the loss, scalars that add up to it."""
+
+    def scheduled(self, step: Step) -> dict[str, float]:
+        """Return the current value of everything that follows a schedule."""

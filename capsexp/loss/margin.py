@@ -1,30 +1,57 @@
-"""Margin loss on the lengths of class capsules, with the reconstruction as a regulariser."""
+"""Margin loss on the lengths of class capsules."""
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from capsexp.capsules import Batch, Output
-from capsexp.penalty import checked_decay, reconstruction_term, weight_decay_term, weight_schedule
+from capsexp.ops.labels import check_labels, multi_hot
+from capsexp.ops.penalty import PenalisedLoss
 from capsexp.schedule import Schedule, Step
-from capsexp.targets import presence
 
 
-class Margin:
-    """Long capsules for classes that are present, of which there may be several, short ones for the others.
+def margin_loss(
+    lengths: Float[Tensor, "B J"],
+    labels: Int[Tensor, " B *T"],
+    *,
+    present: int | float = 0.9,
+    absent: int | float = 0.1,
+    down_weight: int | float = 0.5,
+) -> Float[Tensor, ""]:
+    """Push the class capsules of present classes to be long and the others to be short.
 
-    Eq. 4 and section 4.1 of Sabour et al., "Dynamic routing between capsules" (NIPS 2017).
-    Differs from it in: nothing.
+    Mean over the batch of
+
+        sum_k  T_k max(0, m+ - |v_k|)^2  +  lambda (1 - T_k) max(0, |v_k| - m-)^2
+
+    with T_k = 1 for a class that the image shows. Eq. 4 of Sabour et al., "Dynamic routing between capsules"
+    (NIPS 2017); the defaults are the paper's. Differs from it in: nothing.
 
     Args:
+        lengths: |v_k| of the class capsules, `Output.scores` of a `CapsNet`.
+        labels: class of each image, or its T classes.
         present: m+, the length from which a present class costs nothing.
         absent: m-, the length up to which an absent class costs nothing.
         down_weight: lambda, of absent classes.
-        weight_decay: factor on half the sum of all squared weights; 0 for none.
-        reconstruction_weight: factor on the sum of squared errors over the pixels; a number or a schedule.
+    Raises: ValueError: wrong shapes; labels not int64 or not in 0 ... J - 1; not
+        0 <= absent < present <= 1; a negative down_weight.
+    """
+    check_labels(lengths, labels, multi_label=True)
+    _check_margins(present, absent, down_weight)
+    return _margin_loss(lengths, labels, present, absent, down_weight)
+
+
+class Margin(PenalisedLoss):
+    """`margin_loss` of the scores, for images of one class or several, with penalties.
+
+    Sabour et al., "Dynamic routing between capsules" (NIPS 2017), section 4.1 adds the reconstruction.
+
+    Args:
+        present, absent, down_weight: see `margin_loss`.
+        weight_decay, reconstruction_weight: see `PenalisedLoss`.
     Raises: ValueError: not 0 <= absent < present <= 1; a negative weight.
     """
 
-    takes_several = True
+    multi_label = True
 
     def __init__(
         self,
@@ -35,30 +62,31 @@ class Margin:
         weight_decay: int | float,
         reconstruction_weight: Schedule | int | float,
     ) -> None:
-        if not 0 <= absent < present <= 1:
-            raise ValueError(
-                f"absent and present must be 0 <= absent < present <= 1, got {absent} and {present}"
-            )
-        if down_weight < 0:
-            raise ValueError(f"down_weight must be >= 0, got {down_weight}")
+        super().__init__(weight_decay=weight_decay, reconstruction_weight=reconstruction_weight)
+        _check_margins(present, absent, down_weight)
         self.present, self.absent, self.down_weight = present, absent, down_weight
-        self.weight_decay = checked_decay(weight_decay)
-        self.reconstruction_weight = weight_schedule(reconstruction_weight)
 
-    def __call__(self, output: Output, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Terms of the loss: "margin", and where they count "weight_decay" and "reconstruction"."""
-        return {
-            "margin": self._margin(output.scores, batch.labels),
-            **weight_decay_term(output, self.weight_decay),
-            **reconstruction_term(output, batch, self.reconstruction_weight(step)),
-        }
+    def own_term(self, output: Output, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """The term "margin"."""
+        margins = (self.present, self.absent, self.down_weight)
+        return {"margin": _margin_loss(output.scores, batch.labels, *margins)}
 
-    def scheduled(self, step: Step) -> dict[str, float]:
-        """Present value of what may change during training."""
-        return {"reconstruction_weight": self.reconstruction_weight(step)}
 
-    def _margin(self, lengths: Float[Tensor, "B J"], labels: Tensor) -> Float[Tensor, ""]:
-        is_present = presence(labels, lengths.shape[1]).to(lengths.dtype)  # T_k
-        too_short = (self.present - lengths).relu().square()
-        too_long = (lengths - self.absent).relu().square()
-        return (is_present * too_short + self.down_weight * (1 - is_present) * too_long).sum(1).mean()
+def _check_margins(present: int | float, absent: int | float, down_weight: int | float) -> None:
+    if not 0 <= absent < present <= 1:
+        raise ValueError(f"absent and present must be 0 <= absent < present <= 1, got {absent} and {present}")
+    if down_weight < 0:
+        raise ValueError(f"down_weight must be >= 0, got {down_weight}")
+
+
+def _margin_loss(
+    lengths: Float[Tensor, "B J"],
+    labels: Tensor,
+    present: int | float,
+    absent: int | float,
+    down_weight: int | float,
+) -> Float[Tensor, ""]:
+    is_present = multi_hot(labels, lengths.shape[1]).to(lengths.dtype)  # T_k
+    too_short = (present - lengths).relu().square()
+    too_long = (lengths - absent).relu().square()
+    return (is_present * too_short + down_weight * (1 - is_present) * too_long).sum(1).mean()

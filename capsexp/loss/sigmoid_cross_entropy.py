@@ -1,29 +1,49 @@
-"""Cross-entropy of a sigmoid for each class by itself, for pictures that may show several."""
+"""Cross-entropy of one sigmoid per class, for images that may show several classes."""
 
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from capsexp.capsules import Batch, Output
-from capsexp.penalty import checked_decay, reconstruction_term, weight_decay_term, weight_schedule
+from capsexp.ops.labels import check_labels, multi_hot
+from capsexp.ops.penalty import PenalisedLoss
 from capsexp.schedule import Schedule, Step
-from capsexp.targets import presence
 
 
-class SigmoidCrossEntropy:
-    """Each class is present or absent by itself: summed over the classes, mean over the batch.
+def sigmoid_cross_entropy(
+    logits: Float[Tensor, "B J"], labels: Int[Tensor, " B *T"], *, target: int | float = 1.0
+) -> Float[Tensor, ""]:
+    """Decide for each class by itself whether the image shows it.
 
-    The loss of the MultiMNIST baseline of Sabour et al., "Dynamic routing between capsules" (NIPS 2017),
-    section 6, which does not say whether classes are summed or averaged; the authors' code averages them.
+    Mean over the batch of
+
+        sum_k  -t_k log sigmoid(z_k) - (1 - t_k) log sigmoid(-z_k)
+
+    with t_k the target for a class that the image shows, else 0. The loss of the MultiMNIST baseline of
+    Sabour et al., "Dynamic routing between capsules" (NIPS 2017), section 6. The paper does not say whether
+    classes are summed or averaged; the authors' code averages them.
 
     Args:
-        target: of a present class, in (0, 1]; an absent one has 0.
-        weight_decay: factor on half the sum of all squared weights; 0 for none.
-        reconstruction_weight: factor on the sum of squared errors over the pixels; a number or a schedule.
+        logits: z_k.
+        labels: class of each image, or its T classes.
+        target: of a present class, in (0, 1].
+    Raises: ValueError: wrong shapes; labels not int64 or not in 0 ... J - 1; a target outside (0, 1].
+    """
+    check_labels(logits, labels, multi_label=True)
+    _check_target(target)
+    return _sigmoid_cross_entropy(logits, labels, target)
+
+
+class SigmoidCrossEntropy(PenalisedLoss):
+    """`sigmoid_cross_entropy` of the scores, with penalties.
+
+    Args:
+        target: see `sigmoid_cross_entropy`.
+        weight_decay, reconstruction_weight: see `PenalisedLoss`.
     Raises: ValueError: a target outside (0, 1]; a negative weight.
     """
 
-    takes_several = True
+    multi_label = True
 
     def __init__(
         self,
@@ -32,24 +52,22 @@ class SigmoidCrossEntropy:
         weight_decay: int | float,
         reconstruction_weight: Schedule | int | float,
     ) -> None:
-        if not 0 < target <= 1:
-            raise ValueError(f"target must be in (0, 1], got {target}")
+        super().__init__(weight_decay=weight_decay, reconstruction_weight=reconstruction_weight)
+        _check_target(target)
         self.target = target
-        self.weight_decay = checked_decay(weight_decay)
-        self.reconstruction_weight = weight_schedule(reconstruction_weight)
 
-    def __call__(self, output: Output, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """Terms of the loss: "sigmoid_cross_entropy", and where they count the two others."""
-        return {
-            "sigmoid_cross_entropy": self._cross_entropy(output.scores, batch.labels),
-            **weight_decay_term(output, self.weight_decay),
-            **reconstruction_term(output, batch, self.reconstruction_weight(step)),
-        }
+    def own_term(self, output: Output, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """The term "sigmoid_cross_entropy"."""
+        return {"sigmoid_cross_entropy": _sigmoid_cross_entropy(output.scores, batch.labels, self.target)}
 
-    def scheduled(self, step: Step) -> dict[str, float]:
-        """Present value of what may change during training."""
-        return {"reconstruction_weight": self.reconstruction_weight(step)}
 
-    def _cross_entropy(self, logits: Float[Tensor, "B J"], labels: Tensor) -> Float[Tensor, ""]:
-        targets = self.target * presence(labels, logits.shape[1]).to(logits.dtype)
-        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1).mean()
+def _check_target(target: int | float) -> None:
+    if not 0 < target <= 1:
+        raise ValueError(f"target must be in (0, 1], got {target}")
+
+
+def _sigmoid_cross_entropy(
+    logits: Float[Tensor, "B J"], labels: Tensor, target: int | float
+) -> Float[Tensor, ""]:
+    targets = target * multi_hot(labels, logits.shape[1]).to(logits.dtype)
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1).mean()

@@ -23,11 +23,11 @@ class CNN(nn.Module):
         classes: number of classes.
         conv_channels, kernel: of the convolutions, stride 1, ReLU; an odd kernel keeps the size. One
             kernel for all, or one for each.
-        pool: side of a maximum pooling after each convolution; 1 for none.
+        pool: side of the max pooling after each convolution; 1 for none.
         hidden: widths of the fully connected ReLU layers.
         dropout: rate, in [0, 1).
-    Raises: ValueError: a size below 1; a kernel too few or too many; dropout outside [0, 1); a picture that
-        pooling leaves nothing of.
+    Raises: ValueError: a size below 1; a wrong number of kernels; dropout outside [0, 1); an image too small
+        for the pooling.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class CNN(nn.Module):
                 height, width = height // pool, width // pool
         if height < 1 or width < 1:
             raise ValueError(
-                f"pool must leave a pixel of the picture, got {pool} after {len(conv_channels)} convolutions "
+                f"pool must leave a pixel of the image, got {pool} after {len(conv_channels)} convolutions "
                 f"of {image_shape[1]}x{image_shape[2]}"
             )
         layers.append(nn.Flatten())
@@ -68,6 +68,6 @@ class CNN(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Dropout(dropout), nn.Linear(hidden[-1], classes))
 
     def forward(self, images: Float[Tensor, "B C H W"], labels: Int[Tensor, " B *T"] | None = None) -> Output:
-        """Logits and their softmax, whatever the loss; the labels change nothing here."""
+        """Logits and their softmax. The labels are not used."""
         logits = self.layers(images)
         return Output(scores=logits, probabilities=logits.softmax(1), weights=kernels_and_matrices(self))

@@ -1,20 +1,22 @@
-"""CapsNet: the network of Sabour et al. 2017, for pictures of any size."""
+"""CapsNet: the network of Sabour et al. 2017, for images of any size."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capsexp.capsules import Output
-from capsexp.errors import require_at_least_1, require_one_of
+from capsexp.errors import require_at_least_1, require_literal
 from capsexp.layer.class_caps import ClassCaps
-from capsexp.layer.decoder import check_mask, decoded_class
+from capsexp.layer.decoder import Decode, check_decode, decoded_class
 from capsexp.layer.primary import PrimaryCaps
-from capsexp.ops.receptive_fields import Grid
+from capsexp.ops.receptive_fields import Grid, Padding
 from capsexp.ops.weights import kernels_and_matrices
+from capsexp.routing import BalancedRouting
 
-INITIALISATIONS = ("default", "official")
+Initialisation = Literal["default", "official"]
 
 
 class CapsNet(nn.Module):
@@ -23,6 +25,10 @@ class CapsNet(nn.Module):
     Sabour et al., "Dynamic routing between capsules" (NIPS 2017), sections 4 and 4.1.
     Differs from it in: nothing, with the values of conf/model/dynamic_routing.yaml. What the paper leaves
     open (initialisation, which capsule to decode without a label) is a keyword.
+
+    In a training loop of your own, dynamic routing needs no more than any network. With EM routing call
+    `calibrate(images)` once, before the first step, and before each step
+    `capsexp.routing.advance(network, Step(number, total))`, which moves the inverse temperature.
 
     Args:
         image_shape: channels, height and width.
@@ -33,12 +39,13 @@ class CapsNet(nn.Module):
         class_dim: pose size of the class capsules.
         shared_transformations: see `ClassCaps`.
         initialisation: "default", or "official", that of the authors' code.
-        mask: the class to decode: "label", where a label is given, else the longest capsule; "prediction":
-            always the longest; or the index of a class.
+        decode: the class to decode: "label": the label if given, else the longest capsule; "prediction":
+            always the longest; or a class index.
         votes_mib: see `ClassCaps`.
         routing: see `ClassCaps`.
         decoder: builds the decoder from (classes, pose_dim, image_shape); None for a network without.
-    Raises: ValueError: too small a picture (naming the smallest), a size below 1, an option that is none.
+    Raises: ValueError: an image that is too small (the message has the smallest size), a size below 1, a
+        wrong word.
     """
 
     def __init__(
@@ -53,11 +60,11 @@ class CapsNet(nn.Module):
         primary_kernel: int,
         primary_stride: int,
         primary_scale: int | float,
-        padding: str,
+        padding: Padding,
         class_dim: int,
         shared_transformations: bool,
-        initialisation: str,
-        mask: str | int,
+        initialisation: Initialisation,
+        decode: Decode | int,
         votes_mib: int | float | None,
         routing: Callable[..., nn.Module],
         decoder: Callable[..., nn.Module] | None,
@@ -72,9 +79,9 @@ class CapsNet(nn.Module):
             primary_stride=primary_stride,
             class_dim=class_dim,
         )
-        check_mask(mask, classes)
-        require_one_of(INITIALISATIONS, initialisation=initialisation)
-        self.mask = mask
+        check_decode(decode, classes)
+        require_literal(Initialisation, initialisation=initialisation)
+        self.decode: Decode | int = decode
         self.primary_caps = PrimaryCaps(
             conv_channels,
             types=primary_types,
@@ -86,7 +93,7 @@ class CapsNet(nn.Module):
         )
         self.conv = nn.Conv2d(image_shape[0], conv_channels, conv_kernel, padding=padding)
         self.grid = self._grid(*image_shape[1:])
-        """Where the children of the class capsules look."""
+        """Positions of the primary capsules."""
         self.class_caps = ClassCaps(
             self.grid.positions * primary_types,
             primary_dim,
@@ -101,13 +108,13 @@ class CapsNet(nn.Module):
             self._initialise_officially()
 
     def forward(self, images: Float[Tensor, "B C H W"], labels: Int[Tensor, " B *T"] | None = None) -> Output:
-        """Lengths of the class capsules, and the picture that the chosen one decodes to."""
+        """Lengths of the class capsules, and the image decoded from one of them."""
         primary = self.primary_caps(self.conv(images).relu())
         routed = self.class_caps(primary)
         lengths = routed.activations
         reconstruction = None
         if self.decoder is not None:
-            reconstruction = self.decoder(routed.poses, decoded_class(self.mask, lengths, labels))
+            reconstruction = self.decoder(routed.poses, decoded_class(self.decode, lengths, labels))
         return Output(
             scores=lengths,
             probabilities=lengths,
@@ -118,13 +125,16 @@ class CapsNet(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, images: Float[Tensor, "B C H W"]) -> None:
-        """Let the routing start balanced on these pictures, if it can (EM routing)."""
-        if hasattr(self.class_caps.routing, "balance"):  # else the features would be for nothing
+        """Start with half of the class capsules active on these images, under a `BalancedRouting` (EM).
+
+        Call it once, before training, with one batch of training images. It draws no random numbers.
+        """
+        if isinstance(self.class_caps.routing, BalancedRouting):  # else do not compute the features
             self.class_caps.calibrate(self.primary_caps(self.conv(images).relu()))
 
     def _grid(self, height: int, width: int) -> Grid:
-        kernel, padding = self.conv.kernel_size[0], str(self.conv.padding)
-        grid = self.primary_caps.grid(Grid(height, width).seen_through((kernel, kernel), 1, padding))
+        kernel, padding = self.conv.kernel_size[0], self.primary_caps.padding
+        grid = self.primary_caps.grid(Grid(height, width).after_convolution((kernel, kernel), 1, padding))
         if grid.rows < 1 or grid.columns < 1:
             lost = kernel - 1 if padding == "valid" else 0
             smallest = lost + self.primary_caps.conv.kernel_size[0]
@@ -138,6 +148,6 @@ class CapsNet(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.constant_(parameter, 0.1)
-            elif name.endswith("weight"):  # whatever else a routing learns starts where the routing puts it
+            elif name.endswith("weight"):  # a routing initialises its own parameters
                 std = 0.05 if name == "conv.weight" else 0.1
                 nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)

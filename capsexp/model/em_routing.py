@@ -1,4 +1,4 @@
-"""The matrix capsule network of Hinton, Sabour, Frosst 2018, for pictures of any size."""
+"""The matrix capsule network of Hinton, Sabour, Frosst 2018, for images of any size."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,11 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capsexp.capsules import Capsules, Output, Routed
-from capsexp.errors import require_at_least_1, require_one_of
-from capsexp.layer.decoder import check_mask, decoded_class
-from capsexp.layer.matrix_caps import ConvCaps, SharedClassCaps
+from capsexp.errors import require_at_least_1, require_literal
+from capsexp.layer.decoder import Decode, check_decode, decoded_class
+from capsexp.layer.matrix_caps import ConvCaps, Coordinates, Pose, SharedClassCaps
 from capsexp.layer.matrix_primary import MatrixPrimaryCaps
-from capsexp.ops.receptive_fields import PADDINGS, Grid, padded
+from capsexp.ops.receptive_fields import Grid, Padding, padded
 from capsexp.ops.weights import kernels_and_matrices
 
 
@@ -20,8 +20,12 @@ class MatrixCapsNet(nn.Module):
     """Convolution, primary capsules, convolutional capsules, class capsules; a decoder as an option.
 
     Hinton, Sabour, Frosst, "Matrix capsules with EM routing" (ICLR 2018), figure 1 and section 4.
-    Differs from it in: nothing, with the values of conf/model/em_routing.yaml; what the paper leaves open
+    Differs from it in: nothing, with the values of conf/model/em_routing.yaml. What the paper leaves open
     (initialisation, padding, scale of the coordinates) is a keyword.
+
+    In a training loop of your own, call `calibrate(images)` once, before the first step: without it nearly
+    all capsules start active and stay so. Before each step call
+    `capsexp.routing.advance(network, Step(number, total))`, which moves the inverse temperature.
 
     Args:
         image_shape: channels, height and width.
@@ -30,12 +34,12 @@ class MatrixCapsNet(nn.Module):
         padding: of the first convolution, "valid" or "same".
         primary_types: B.
         conv_types, conv_kernels, conv_strides: C, D, …; one number per layer of convolutional capsules.
-        pose_dim, pose, shared_transformations, identity, noise, votes_mib: see `MatrixCaps`.
+        pose_dim, pose, shared_transformations, init_identity, init_noise, votes_mib: see `MatrixCaps`.
         coordinates, coordinate_scale: see `SharedClassCaps`.
-        mask: see `CapsNet`; counts only with a decoder.
+        decode: see `CapsNet`; counts only with a decoder.
         routing: builds a layer's routing from (in_caps, out_caps, pose_dim[, fields]).
         decoder: builds the decoder from (classes, pose_dim, image_shape); None for a network without.
-    Raises: ValueError: too small a picture, a size below 1, lists of different lengths, no such option.
+    Raises: ValueError: an image that is too small, a size below 1, lists of different lengths, a wrong word.
     """
 
     def __init__(
@@ -46,19 +50,19 @@ class MatrixCapsNet(nn.Module):
         conv_channels: int,
         conv_kernel: int,
         conv_stride: int,
-        padding: str,
+        padding: Padding,
         primary_types: int,
         conv_types: Sequence[int],
         conv_kernels: Sequence[int],
         conv_strides: Sequence[int],
         pose_dim: int,
-        pose: str,
+        pose: Pose,
         shared_transformations: bool,
-        identity: int | float,
-        noise: int | float,
-        coordinates: str | None,
+        init_identity: int | float,
+        init_noise: int | float,
+        coordinates: Coordinates | None,
         coordinate_scale: int | float,
-        mask: str | int,
+        decode: Decode | int,
         votes_mib: int | float | None,
         routing: Callable[..., nn.Module],
         decoder: Callable[..., nn.Module] | None,
@@ -79,35 +83,31 @@ class MatrixCapsNet(nn.Module):
                 "conv_types, conv_kernels and conv_strides must have one number per layer, "
                 f"got {len(conv_types)}, {len(conv_kernels)} and {len(conv_strides)}"
             )
-        require_one_of(PADDINGS, padding=padding)
-        check_mask(mask, classes)
+        require_literal(Padding, padding=padding)
+        check_decode(decode, classes)
         channels, height, width = image_shape
-        grid = Grid(height, width).seen_through((conv_kernel, conv_kernel), conv_stride, padding)
-        if grid.rows < 1 or grid.columns < 1:
-            raise ValueError(
-                f"image_shape must be at least {conv_kernel}x{conv_kernel} for conv_kernel {conv_kernel} "
-                f"with padding {padding}, got {height}x{width}"
-            )
         shared: dict[str, Any] = {
             "pose_dim": pose_dim,
             "pose": pose,
             "shared_transformations": shared_transformations,
-            "identity": identity,
-            "noise": noise,
+            "init_identity": init_identity,
+            "init_noise": init_noise,
             "routing": routing,
             "votes_mib": votes_mib,
         }
-        self.mask, self.padding = mask, padding
+        self.decode: Decode | int = decode
+        self.padding: Padding = padding
         self.conv = nn.Conv2d(channels, conv_channels, conv_kernel, conv_stride)
         self.primary_caps = MatrixPrimaryCaps(conv_channels, types=primary_types, pose_dim=pose_dim)
         self.routed_layers = [*(f"conv_caps_{number + 1}" for number in range(len(conv_types))), "class_caps"]
+        grid = _first_grid(height, width, conv_kernel, conv_stride, padding)
         types, windows = primary_types, zip(conv_types, conv_kernels, conv_strides, strict=True)
         for name, (parents, kernel, stride) in zip(self.routed_layers, windows, strict=False):
             layer = ConvCaps(grid, types, types=parents, kernel=kernel, stride=stride, **shared)
             self.add_module(name, layer)
             grid, types = layer.grid, parents
         self.grid = grid
-        """Where the children of the class capsules look."""
+        """Positions of the last convolutional capsules."""
         self.class_caps = SharedClassCaps(
             grid,
             types,
@@ -120,7 +120,7 @@ class MatrixCapsNet(nn.Module):
         self.decoder = None if decoder is None else decoder(classes, pose_dim, image_shape)
 
     def forward(self, images: Float[Tensor, "B C H W"], labels: Int[Tensor, " B *T"] | None = None) -> Output:
-        """Activations of the class capsules, and what a decoder makes of the chosen one's pose."""
+        """Activations of the class capsules and, with a decoder, the image decoded from one of them."""
         layers: dict[str, Capsules | Routed] = {"primary_caps": self.primary_caps(self._features(images))}
         capsules: Capsules | Routed = layers["primary_caps"]
         for name in self.routed_layers:
@@ -129,7 +129,7 @@ class MatrixCapsNet(nn.Module):
         activations = capsules.activations
         reconstruction = None
         if self.decoder is not None:
-            reconstruction = self.decoder(capsules.poses, decoded_class(self.mask, activations, labels))
+            reconstruction = self.decoder(capsules.poses, decoded_class(self.decode, activations, labels))
         return Output(
             scores=activations,
             probabilities=activations,
@@ -140,10 +140,11 @@ class MatrixCapsNet(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, images: Float[Tensor, "B C H W"]) -> None:
-        """Start balanced on these pictures: poses of one size, half of each layer's capsules active.
+        """Start with primary poses of mean square 1 and half of each layer's capsules active on these images.
 
-        The authors chose their initialisation "so that at the start half of the capsules in each layer are
-        active"; here one batch of training pictures does it, layer by layer.
+        Call it once, before training, with one batch of training images. It draws no random numbers. The
+        authors chose their initialisation "so that at the start half of the capsules in each layer are
+        active"; here the batch sets it, layer by layer.
         """
         features = self._features(images)
         self.primary_caps.calibrate(features)
@@ -157,3 +158,14 @@ class MatrixCapsNet(nn.Module):
         kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
         features: Tensor = self.conv(padded(images, kernel, stride, self.padding)).relu()
         return features
+
+
+def _first_grid(height: int, width: int, kernel: int, stride: int, padding: Padding) -> Grid:
+    """Positions after the first convolution."""
+    grid = Grid(height, width).after_convolution((kernel, kernel), stride, padding)
+    if grid.rows < 1 or grid.columns < 1:
+        raise ValueError(
+            f"image_shape must be at least {kernel}x{kernel} for conv_kernel {kernel} "
+            f"with padding {padding}, got {height}x{width}"
+        )
+    return grid

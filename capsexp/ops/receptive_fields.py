@@ -1,11 +1,11 @@
-"""Which children each parent of a convolutional layer sees, and where in the picture they look.
+"""Which children each parent of a convolutional layer sees, and where in the image they lie.
 
-Capsules of a grid come in the order (row, column, type). A parent position sees a window of the grid; the
-places of a window come in the same order.
+Capsules of a grid are in the order (row, column, type). A parent position sees a window of the grid; the
+places of a window are in the same order.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from capsexp.capsules import ReceptiveFields
 
-PADDINGS = ("valid", "same")
+Padding = Literal["valid", "same"]
 
 
-def margins(size: int, kernel: int, stride: int, padding: str) -> tuple[int, int]:
+def margins(size: int, kernel: int, stride: int, padding: Padding) -> tuple[int, int]:
     """Zeros before and after an axis: none for "valid"; for "same" as TensorFlow, the odd one at the end."""
     if padding == "valid":
         return 0, 0
@@ -25,8 +25,8 @@ def margins(size: int, kernel: int, stride: int, padding: str) -> tuple[int, int
     return missing // 2, missing - missing // 2
 
 
-def padded(features: Float[Tensor, "B C H W"], kernel: int, stride: int, padding: str) -> Tensor:
-    """Features with the zeros of `margins` around them."""
+def padded(features: Float[Tensor, "B C H W"], kernel: int, stride: int, padding: Padding) -> Tensor:
+    """Pad features with the zeros of `margins`."""
     height, width = features.shape[2:]
     sides = [*margins(width, kernel, stride, padding), *margins(height, kernel, stride, padding)]
     return F.pad(features, sides) if any(sides) else features
@@ -38,7 +38,7 @@ class Grid(NamedTuple):
     rows: int
     columns: int
     first: tuple[float, float] = (0.0, 0.0)
-    """Row and column, in pixels of the picture, at the centre of the first position's receptive field."""
+    """Row and column, in pixels of the image, at the centre of the first position's receptive field."""
     step: int = 1
     """Pixels between the centres of neighbours."""
 
@@ -47,8 +47,8 @@ class Grid(NamedTuple):
         """Rows times columns."""
         return self.rows * self.columns
 
-    def seen_through(self, kernel: tuple[int, int], stride: int, padding: str = "valid") -> "Grid":
-        """The grid of a layer that sees windows of this one; 0 rows or less where they do not fit."""
+    def after_convolution(self, kernel: tuple[int, int], stride: int, padding: Padding = "valid") -> "Grid":
+        """The grid of a convolution over this one; 0 rows or less where the kernel does not fit."""
         sizes, first = [], []
         for axis, size in enumerate((self.rows, self.columns)):
             before, after = margins(size, kernel[axis], stride, padding)
@@ -78,23 +78,23 @@ def receptive_fields(grid: Grid, types: int, kernel: tuple[int, int], stride: in
     return ReceptiveFields(children, indices.numel(), _connected(grid, kernel, stride) * types)
 
 
-def of_places(values: Float[Tensor, "B I *rest"], fields: ReceptiveFields) -> Float[Tensor, "B P K *rest"]:
-    """What each place of each window holds, given what each child holds."""
-    # The gradient of index_select is index_add, many times as fast as that of values[:, children].
+def gather_windows(
+    values: Float[Tensor, "B I *rest"], fields: ReceptiveFields
+) -> Float[Tensor, "B P K *rest"]:
+    """The value of the child at each place of each window, given the value of each child."""
+    # The gradient of index_select is index_add, many times faster than the gradient of values[:, children].
     flat = values.index_select(1, fields.children.flatten())
     return flat.unflatten(1, tuple(fields.children.shape))
 
 
-def of_children(values: Float[Tensor, "B P K *rest"], fields: ReceptiveFields) -> Float[Tensor, "B I *rest"]:
-    """Sum over all places at which a child is seen; 0 for a child without parents."""
+def scatter_sum(values: Float[Tensor, "B P K *rest"], fields: ReceptiveFields) -> Float[Tensor, "B I *rest"]:
+    """Sum over all places at which each child occurs; 0 for a child without parents."""
     total = values.new_zeros(len(values), fields.in_caps, *values.shape[3:])
     return total.index_add(1, fields.children.flatten(), values.flatten(1, 2))
 
 
-def largest_of_children(
-    values: Float[Tensor, "B P K *rest"], fields: ReceptiveFields
-) -> Float[Tensor, "B I *rest"]:
-    """Maximum over all places at which a child is seen; -inf for a child without parents. No gradient."""
+def scatter_max(values: Float[Tensor, "B P K *rest"], fields: ReceptiveFields) -> Float[Tensor, "B I *rest"]:
+    """Maximum over all places at which each child occurs; -inf for a child without parents. No gradient."""
     flat = values.detach().flatten(1, 2)
     places = fields.children.flatten().view(1, -1, *(1 for _ in flat.shape[2:])).expand_as(flat)
     lowest = flat.new_full((len(flat), fields.in_caps, *flat.shape[2:]), -math.inf)
@@ -102,8 +102,8 @@ def largest_of_children(
 
 
 def _connected(grid: Grid, kernel: tuple[int, int], stride: int) -> int:
-    """Positions of the grid that lie in some window."""
-    places = grid.seen_through(kernel, stride)
+    """Number of grid positions that some window covers."""
+    places = grid.after_convolution(kernel, stride)
     count = 1
     for windows, size in zip((places.rows, places.columns), kernel, strict=True):
         count *= (windows - 1) * min(stride, size) + size

@@ -1,10 +1,10 @@
-"""Which parameters count as weights."""
+"""Which parameters weight decay applies to."""
 
 from torch import Tensor, nn
 
 
 def kernels_and_matrices(module: nn.Module) -> tuple[Tensor, ...]:
-    """The parameters with two axes or more that are named `weight`; what a routing learns is none of them."""
+    """The parameters named `weight` with two axes or more. The parameters of a routing are not among them."""
     return tuple(
         parameter
         for name, parameter in module.named_parameters()

@@ -1,1 +1,115 @@
-"""One routing algorithm per file: reference, fast path, public function, module."""
+"""One routing algorithm per file: a reference, a fast path, a public function, a module.
+
+A layer builds its routing from (in_caps, out_caps, pose_dim), a convolutional layer also from `fields`, and
+calls it as `Routing` describes. That call is all that a new algorithm needs. Everything else is optional: a
+routing that has the methods of one of the other protocols gets what that protocol describes. A routing
+derives from `nn.Module` and inherits from none of these classes.
+
+Two optional attributes need no method:
+
+    iterations: int   passes of the algorithm; 1 without it (the routing study).
+    squashes: bool    a pose is a squashed sum of votes, not their mean; False without it (the routing study).
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from capsexp.capsules import Routed
+from capsexp.ops.votes import DenseVotes, MatrixVotes
+from capsexp.schedule import Step
+
+
+class Routing(Protocol):
+    """Required: route the votes of a layer, each image by itself, without random numbers."""
+
+    def __call__(self, votes: Tensor, activations: Tensor) -> Routed:
+        """Return the output capsules and the coupling.
+
+        Args:
+            votes: [B, I, J, D]; in a convolutional layer [B, P, K, J, D], see `ReceptiveFields`.
+            activations: of the input capsules, [B, I].
+        """
+        ...
+
+
+@runtime_checkable
+class FusedRouting(Protocol):
+    """Optional: make the votes and route them in one operator. `RoutedLayer.forward` calls it."""
+
+    fused_votes: type[DenseVotes] | type[MatrixVotes]
+    """What `route_fused` takes: the votes of a `ClassCaps`, or those of matrix capsules."""
+
+    def fused_reason(self, weight: Tensor) -> str | None:
+        """Why a layer with these matrices takes the reference path; None where it takes the fused one.
+
+        `capsexp bench` prints the reason.
+
+        Raises: UserError: the config insists on the fused path, and there is none.
+        """
+        ...
+
+    def route_fused(self, votes: Any, activations: Tensor) -> Routed:
+        """The same as routing the votes that the poses and matrices make, up to rounding."""
+        ...
+
+
+@runtime_checkable
+class BalancedRouting(Protocol):
+    """Optional: start with half of the capsules active. `RoutedLayer.calibrate` calls both methods."""
+
+    def cost(self, votes: Tensor, activations: Tensor) -> Tensor:
+        """What `balance` takes, for some images; the batch is the first axis."""
+        ...
+
+    def balance(self, cost: Tensor) -> None:
+        """Set the start from the costs of all images; leave a start alone that the config sets."""
+        ...
+
+
+@runtime_checkable
+class Scheduled(Protocol):
+    """Optional, for any module of a network: follow a schedule over the training. `advance` calls it."""
+
+    def advance(self, step: Step) -> dict[str, float]:
+        """Move to a step of the training. Return the scheduled values, which the training loop records."""
+        ...
+
+
+class TracedRouting(Protocol):
+    """Optional: return every iteration. The routing study calls it; without it, it has the result alone."""
+
+    def trace(self, votes: Tensor, activations: Tensor) -> list[Routed]:
+        """The state after each iteration, by the reference and without a gradient.
+
+        With a further keyword `iterations: int | None` the study may ask for more of them.
+        """
+        ...
+
+
+class AgreementRouting(Protocol):
+    """Optional: return what a pass adds to the logits. The routing study reports how it changes."""
+
+    def agreement(self, votes: Tensor, poses: Tensor) -> Tensor:
+        """What a pass that ends with these poses adds to the logits b_ij, [B, I, J]."""
+        ...
+
+
+def advance(model: nn.Module, step: Step) -> dict[str, float]:
+    """Move everything inside a network that follows a schedule to a step of the training.
+
+    The training loop of `capsexp train` calls this before each step; call it in your own loop too. A network
+    whose schedules are all constant does not change.
+
+    Args:
+        model: a network.
+        step: `Step(number, total)`: optimiser steps done, and of the whole training.
+
+    Returns: the scheduled values, by "name/layer", for a log.
+    """
+    values: dict[str, float] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Scheduled):
+            layer = name.removesuffix(".routing")
+            values |= {f"{key}/{layer}": value for key, value in module.advance(step).items()}
+    return values

@@ -1,6 +1,6 @@
 """Dynamic routing: couplings follow the agreement between a vote and the parent's pose."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -8,14 +8,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from capsexp.capsules import Routed
-from capsexp.errors import require_at_least_1, require_one_of
+from capsexp.errors import require_at_least_1, require_literal
 from capsexp.ops.kernels import HAS_TRITON
-from capsexp.ops.kernels.compiled import why_no_library
+from capsexp.ops.kernels.compiled import library_problem
 from capsexp.ops.kernels.dynamic import NARROWEST, dynamic_routing_op
 from capsexp.ops.squash import length, squash, squash_backward
 from capsexp.ops.votes import DenseVotes
 
-PRIORS = ("zero", "learned")
+Prior = Literal["zero", "learned"]
+Implementation = Literal["auto", "reference", "fused"]
 
 
 def dynamic_routing_reference(
@@ -27,18 +28,18 @@ def dynamic_routing_reference(
     leaky: bool,
     detach: bool,
 ) -> Routed:
-    """The paper's loop, operation by operation; what `dynamic_routing` is held to. Same arguments."""
+    """The paper's loop, operation by operation. Tests compare `dynamic_routing` with it. Same arguments."""
     logits = votes.new_zeros(votes.shape[:3])  # [B, I, J]
     if prior is not None:
         logits = logits + prior
     for iteration in range(1, iterations + 1):
         last = iteration == iterations
-        seen = votes if last or not detach else votes.detach()
+        inputs = votes if last or not detach else votes.detach()
         coupling = _softmax_over_parents(logits, dim=2, leaky=leaky)  # eq. 3
-        total = torch.einsum("bij,bijd->bjd", coupling, seen)  # eq. 2
+        total = torch.einsum("bij,bijd->bjd", coupling, inputs)  # eq. 2
         poses = squash(total if bias is None else total + bias)  # eq. 1
         if not last:  # nothing reads the logits after the last pass
-            agreement = torch.einsum("bijd,bjd->bij", seen, poses)
+            agreement = torch.einsum("bijd,bjd->bij", inputs, poses)
             logits = logits + (agreement.detach() if detach else agreement)
     return Routed(poses, length(poses), coupling)
 
@@ -46,32 +47,40 @@ def dynamic_routing_reference(
 def dynamic_routing(
     votes: Float[Tensor, "B I J D"],
     *,
-    iterations: int,
-    prior: Float[Tensor, "I J"] | None,
-    bias: Float[Tensor, "J D"] | None,
-    leaky: bool,
-    detach: bool,
-    implementation: str = "auto",
+    iterations: int = 3,
+    prior: Float[Tensor, "I J"] | None = None,
+    bias: Float[Tensor, "J D"] | None = None,
+    leaky: bool = False,
+    detach: bool = False,
+    implementation: Implementation = "auto",
 ) -> Routed:
-    """Route votes by agreement, in exactly `iterations` passes.
+    """Route votes by agreement.
 
-    Procedure 1 of Sabour et al., "Dynamic routing between capsules" (NIPS 2017).
-    Differs from it in: nothing, with prior, bias = None and leaky, detach = False. float16 and bfloat16 votes
-    are routed in float32, which is also what comes back; autocast is off inside.
+    Each pass computes, from b_ij = prior,
+
+        c_i = softmax_j(b_i),    v_j = squash(sum_i c_ij û_j|i),    b_ij += û_j|i · v_j
+
+    Procedure 1 of Sabour et al., "Dynamic routing between capsules" (NIPS 2017), with its values as defaults.
+    Differs from it in: nothing, with the defaults. float16 and bfloat16 votes are routed and returned in
+    float32; autocast is off inside.
 
     Args:
         votes: û_j|i.
-        iterations: r >= 1; 1 leaves the coupling at its prior.
+        iterations: r >= 1; with 1 the coupling is the softmax of the prior.
         prior: logits b_ij before the first pass; None is 0 (the paper, footnote 2: "sufficient" for MNIST).
         bias: added to s_j before each squash (the authors' code, not the paper).
         leaky: each child may also choose "none of the above": one more logit, always 0, whose share is lost
             (the paper's CIFAR-10 network).
-        detach: gradients flow through the last pass only, and treat the agreements as constants.
+        detach: gradients flow through the last pass only; the agreements are constants.
         implementation: "reference"; "fused": gradient by hand, no second derivatives; "auto": fused.
+    Raises: ValueError: a wrong shape or word; iterations < 1.
     Returns: poses v_j; their lengths in [0, 1); the couplings c_ij of the last pass.
     Laws: coupling sums to 1 over j (leaky: to less); permuting i permutes the coupling and leaves the poses;
         rotating all votes for j rotates pose j (without bias) and leaves the coupling.
     """
+    require_at_least_1(iterations=iterations)
+    require_literal(Implementation, implementation=implementation)
+    _check_shapes(votes, prior, bias)
     votes = votes.to(torch.promote_types(votes.dtype, torch.float32))
     with torch.autocast(votes.device.type, enabled=False):
         return IMPLEMENTATIONS[implementation](
@@ -79,20 +88,33 @@ def dynamic_routing(
         )
 
 
+def _check_shapes(votes: Tensor, prior: Tensor | None, bias: Tensor | None) -> None:
+    if votes.dim() != 4:
+        raise ValueError(f"votes must have shape [B, I, J, D], got {list(votes.shape)}")
+    if prior is not None and prior.shape != votes.shape[1:3]:
+        expected, got = list(votes.shape[1:3]), list(prior.shape)
+        raise ValueError(f"prior must have shape [I, J] = {expected} like the votes, got {got}")
+    if bias is not None and bias.shape != votes.shape[2:]:
+        expected, got = list(votes.shape[2:]), list(bias.shape)
+        raise ValueError(f"bias must have shape [J, D] = {expected} like the votes, got {got}")
+
+
 class DynamicRouting(nn.Module):
-    """Dynamic routing with its parameters, where it has any. See `dynamic_routing`.
+    """Dynamic routing with learned parameters as an option. See `dynamic_routing`.
 
     Args:
         in_caps, out_caps, pose_dim: I, J, D of the votes.
-        prior: "zero" (the paper) or "learned": log priors by location and type, not by picture, from 0.
-        bias: learn a bias per parent, from 0.1 (the authors' code).
-    Raises: ValueError: iterations < 1; a prior or an implementation that does not exist.
+        prior: "zero" (the paper) or "learned": a logit per child and parent, the same for all images, which
+            starts at 0.
+        bias: learn a bias per parent, which starts at 0.1 (the authors' code).
+        iterations, leaky, detach, implementation: see `dynamic_routing`.
+    Raises: ValueError: iterations < 1; a wrong word.
     """
 
     prior: nn.Parameter | None
     bias: nn.Parameter | None
     squashes = True
-    """A pose is a squashed sum of votes, not their mean."""
+    fused_votes = DenseVotes
 
     def __init__(
         self,
@@ -101,28 +123,24 @@ class DynamicRouting(nn.Module):
         pose_dim: int,
         *,
         iterations: int,
-        prior: str,
+        prior: Prior,
         bias: bool,
         leaky: bool,
         detach: bool,
-        implementation: str,
+        implementation: Implementation,
     ) -> None:
         super().__init__()
-        if iterations < 1:
-            raise ValueError(f"iterations must be >= 1, got {iterations}")
-        require_one_of(PRIORS, prior=prior)
-        require_one_of(IMPLEMENTATIONS, implementation=implementation)
-        self.iterations, self.leaky, self.detach, self.implementation = (
-            iterations,
-            leaky,
-            detach,
-            implementation,
-        )
+        require_at_least_1(iterations=iterations)
+        require_literal(Prior, prior=prior)
+        require_literal(Implementation, implementation=implementation)
+        self.in_caps, self.out_caps, self.pose_dim = in_caps, out_caps, pose_dim
+        self.iterations, self.leaky, self.detach = iterations, leaky, detach
+        self.implementation: Implementation = implementation
         self.prior = nn.Parameter(torch.zeros(in_caps, out_caps)) if prior == "learned" else None
         self.bias = nn.Parameter(torch.full((out_caps, pose_dim), 0.1)) if bias else None
 
     def forward(self, votes: Float[Tensor, "B I J D"], activations: Float[Tensor, "B I"]) -> Routed:
-        """Route. A child's activation is the length of its pose, so the votes carry it already."""
+        """Route. A child's activation is the length of its pose, so the votes already contain it."""
         return dynamic_routing(
             votes,
             iterations=self.iterations,
@@ -133,6 +151,11 @@ class DynamicRouting(nn.Module):
             implementation=self.implementation,
         )
 
+    def extra_repr(self) -> str:
+        """The sizes of the layer, and the iterations."""
+        sizes = f"in_caps={self.in_caps}, out_caps={self.out_caps}, pose_dim={self.pose_dim}"
+        return f"{sizes}, iterations={self.iterations}"
+
     def trace(
         self,
         votes: Float[Tensor, "B I J D"],
@@ -140,11 +163,10 @@ class DynamicRouting(nn.Module):
         *,
         iterations: int | None = None,
     ) -> list[Routed]:
-        """The state after each of so many passes, by plain PyTorch and without a gradient.
+        """The state after each pass, by plain PyTorch and without a gradient.
 
-        None is the module's own number; nothing ties the procedure to it.
-
-        Raises: ValueError: no pass.
+        Args: iterations: number of passes, which may be higher than in training; None for as many.
+        Raises: ValueError: iterations < 1.
         """
         require_at_least_1(iterations=iterations)
         votes = votes.detach().to(torch.promote_types(votes.dtype, torch.float32)).transpose(1, 2)
@@ -158,23 +180,26 @@ class DynamicRouting(nn.Module):
     def agreement(
         self, votes: Float[Tensor, "B I J D"], poses: Float[Tensor, "B J D"]
     ) -> Float[Tensor, "B I J"]:
-        """What a pass that ends with these poses adds to the logits b_ij."""
+        """û_j|i · v_j, which a pass that ends with these poses adds to the logits b_ij."""
         return _agreement(votes.transpose(1, 2), poses).transpose(1, 2)
 
-    def makes_dense_votes(self, weight: Float[Tensor, "I K J D"]) -> bool:
-        """Whether a layer with these matrices should call `route_dense`."""
-        return (
-            self.implementation != "reference"
-            and weight.device.type == "cpu"
-            and weight.dtype in (torch.float32, torch.float64)
-            and weight.shape[3] % NARROWEST == 0
-            and why_no_library("dynamic routing takes its PyTorch form, half as fast") is None
-        )
+    def fused_reason(self, weight: Float[Tensor, "I K J D"]) -> str | None:
+        """Why a layer with these matrices takes the reference path; None where it takes the fused one."""
+        if self.implementation == "reference":
+            return "routing.implementation=reference"
+        if weight.device.type != "cpu":
+            return f"on {weight.device.type} dynamic routing takes votes that are made first"
+        if weight.dtype not in (torch.float32, torch.float64):
+            return f"there is no fused dynamic routing in {weight.dtype}"
+        if weight.shape[3] % NARROWEST:
+            return f"there is no fused dynamic routing for poses of size {weight.shape[3]}"
+        return library_problem("dynamic routing takes its PyTorch form, half as fast")
 
-    def route_dense(self, votes: DenseVotes, *, images: int) -> Routed:
-        """Make the votes, of so many images at a time, and route them."""
-        switches = (self.iterations, self.leaky, self.detach, images)
-        coupling, _, poses = dynamic_routing_op(*votes, self.prior, self.bias, *switches)
+    def route_fused(self, votes: DenseVotes, activations: Float[Tensor, "B I"]) -> Routed:
+        """Make the votes, of `votes.chunk` images at a time, and route them."""
+        switches = (self.iterations, self.leaky, self.detach, votes.chunk)
+        learned = (self.prior, self.bias)
+        coupling, _, poses = dynamic_routing_op(votes.poses, votes.weight, *learned, *switches)
         return Routed(poses[-1], length(poses[-1]), coupling[-1])
 
 
@@ -189,9 +214,9 @@ def _softmax_over_parents(logits: Tensor, *, dim: int, leaky: bool) -> Tensor:
 class _FusedRouting(torch.autograd.Function):
     """All passes on votes ordered [B J I D], with the gradient by hand.
 
-    Kept for the backward pass: the votes, and per pass the coupling, the sum s_j and the pose; plain autograd
-    keeps several tensors of the votes' size per pass. With L_t the logits of pass t, g' the gradient of g and
-    G_t = sum of L_k' over k >= t, which is what reaches the agreement of pass t-1:
+    Saves for the backward pass the votes and, per pass, the coupling, the sum s_j and the pose; plain
+    autograd saves several tensors of the votes' size per pass. With L_t the logits of pass t, g' the gradient
+    of g, and G_t = sum of L_k' over k >= t, the gradient of the agreement of pass t-1:
 
         c_t' = û · s_t'  (+ the coupling's own gradient, t = r)      L_t' = softmax backward of c_t'
         p_t' = sum_i G_{t+1} û  (t < r; for t = r given)             s_t' = squash backward of p_t'
@@ -208,7 +233,7 @@ class _FusedRouting(torch.autograd.Function):
         leaky: bool,
         detach: bool,
     ) -> tuple[Float[Tensor, "B J D"], Float[Tensor, "B J I"]]:
-        votes = votes.contiguous()  # already so, if `make_votes` made them
+        votes = votes.contiguous()  # no copy of the votes that `make_votes` makes
         if has_kernels(votes):
             from capsexp.ops.kernels.dynamic_triton import dynamic_forward
 
@@ -227,8 +252,8 @@ class _FusedRouting(torch.autograd.Function):
             from capsexp.ops.kernels.dynamic_triton import dynamic_backward
 
             for_prior, for_bias = ctx.needs_input_grad[1:3]
-            *gradients, d_bias_there = dynamic_backward(votes, saved, d_poses, d_coupling, for_prior)
-            return *gradients, d_bias_there if for_bias else None, None, None, None
+            gradients = dynamic_backward(votes, saved, d_poses, d_coupling, for_prior)
+            return *gradients[:-1], gradients[-1] if for_bias else None, None, None, None
         passes = list(zip(saved[0::3], saved[1::3], saved[2::3], strict=True))
         d_logits: Tensor | None = None  # G of the pass after this one
         d_totals: list[Tensor] = []
@@ -242,10 +267,10 @@ class _FusedRouting(torch.autograd.Function):
             left, right = [*left, coupling], [*right, d_totals[-1]]
             if poses is passes[0][2] and not ctx.needs_input_grad[1]:
                 break  # the logits before this pass are constants
-            here = _agreement(votes, d_totals[-1])
-            here = here if d_coupling is None or d_logits is not None else here + d_coupling
-            here = coupling * (here - (coupling * here).sum(1, keepdim=True))  # softmax backward
-            d_logits = here if d_logits is None else d_logits + here
+            d_own = _agreement(votes, d_totals[-1])
+            d_own = d_own if d_coupling is None or d_logits is not None else d_own + d_coupling
+            d_own = coupling * (d_own - (coupling * d_own).sum(1, keepdim=True))  # softmax backward
+            d_logits = d_own if d_logits is None else d_logits + d_own
         d_votes = torch.matmul(torch.stack(left, 2).transpose(2, 3), torch.stack(right, 2))
         d_prior = d_logits.sum(0).T if ctx.needs_input_grad[1] and d_logits is not None else None
         d_bias = torch.stack(d_totals).sum((0, 1)) if ctx.needs_input_grad[2] else None
@@ -259,7 +284,7 @@ def _passes(
     iterations: int,
     leaky: bool,
 ) -> list[Tensor]:
-    """Of every pass, one after the other: coupling, sum s_j, pose."""
+    """Coupling, sum s_j and pose of the first pass, then of the second, and so on."""
     logits = None if prior is None else prior.T.expand(votes.shape[:3])
     passes: list[Tensor] = []
     for iteration in range(iterations):
@@ -274,7 +299,7 @@ def _passes(
 
 
 def has_kernels(votes: Tensor) -> bool:
-    """Whether the passes over these votes are Triton's."""
+    """Whether Triton kernels route these votes."""
     return votes.is_cuda and HAS_TRITON
 
 
@@ -284,7 +309,7 @@ def _weighted_sum(weights: Float[Tensor, "B J I"], votes: Float[Tensor, "B J I D
 
 def _agreement(votes: Float[Tensor, "B J I D"], poses: Float[Tensor, "B J D"]) -> Float[Tensor, "B J I"]:
     # A row vector times a transposed matrix: on a CPU two to four times as fast as the matrix times a column,
-    # and as multiplying and summing.
+    # or as multiplying and summing.
     return torch.matmul(poses.unsqueeze(2), votes.transpose(2, 3)).squeeze(2)
 
 
@@ -295,7 +320,7 @@ def _coupling(logits: Tensor | None, votes: Tensor, *, leaky: bool) -> Tensor:
 
 
 def _backward_or_zero(total: Tensor, d_poses: Tensor | None) -> Tensor:
-    """`squash_backward`, where a loss on the coupling alone leaves the last poses without a gradient."""
+    """`squash_backward`; zeros where a loss on the coupling alone gives the last poses no gradient."""
     return torch.zeros_like(total) if d_poses is None else squash_backward(total, d_poses)
 
 

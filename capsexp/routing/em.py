@@ -1,7 +1,8 @@
 """EM routing: a parent is a Gaussian over its children's votes, its activation a coding cost saved."""
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,23 +10,24 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsexp.capsules import ReceptiveFields, Routed
-from capsexp.errors import UserError, require_at_least_1, require_one_of
+from capsexp.errors import UserError, require_at_least_1, require_literal
 from capsexp.ops.kernels.em import (
     FUSED_ACTIVATION,
     FUSED_OPTIONS,
-    NORMALISATIONS,
+    Normalisation,
     fused_em_routing,
-    why_not_fused,
+    fused_reason,
 )
-from capsexp.ops.receptive_fields import largest_of_children, of_children, of_places
+from capsexp.ops.receptive_fields import gather_windows, scatter_max, scatter_sum
 from capsexp.ops.votes import MatrixVotes
-from capsexp.schedule import Schedule, Step, as_schedule
+from capsexp.schedule import Saturating, Schedule, Step, as_schedule
 
-INITIAL_COUPLINGS = ("paper", "official")
-ACTIVATIONS = ("logistic", "mixing")
-IMPLEMENTATIONS = ("auto", "reference", "fused")
+InitialCoupling = Literal["paper", "official"]
+Activation = Literal["logistic", "mixing"]
+Implementation = Literal["auto", "reference", "fused"]
 BALANCED = "balanced"
-SMALLEST_MASS = 1e-8  # of what a parent gets from all its children, as a divisor
+SMALLEST_MASS = 1e-8  # lower bound of a parent's mass as a divisor
+PAPERS_TEMPERATURES = tuple(Saturating(limit=0.01, decay=0.95)(Step(number, 3)) for number in range(3))
 
 
 class Gaussians(NamedTuple):
@@ -40,57 +42,107 @@ class Gaussians(NamedTuple):
 
 
 def em_routing(
-    votes: Float[Tensor, "B P K J D"],
+    votes: Float[Tensor, "B *places J D"],
     activations: Float[Tensor, "B I"],
     *,
-    fields: ReceptiveFields | None,
-    beta_u: Float[Tensor, " J"],
-    beta_a: Float[Tensor, " J"],
-    inverse_temperature: Float[Tensor, " T"],
-    variance_floor: float,
-    cost_scale: float,
-    normalisation: str,
-    initial_coupling: str,
-    activation: str,
-    mean_smoothing: float,
-    detach: bool,
-) -> tuple[Routed, Float[Tensor, "B P J"]]:
+    fields: ReceptiveFields | None = None,
+    beta_u: Float[Tensor, " J"] | int | float = 0.0,
+    beta_a: Float[Tensor, " J"] | int | float = 0.0,
+    inverse_temperature: Float[Tensor, " T"] | Sequence[int | float] = PAPERS_TEMPERATURES,
+    variance_floor: int | float = 0.0005,
+    cost_scale: int | float = 1.0,
+    normalisation: Normalisation = "paper",
+    initial_coupling: InitialCoupling = "paper",
+    activation: Activation = "logistic",
+    mean_smoothing: int | float = 0.0,
+    detach: bool = False,
+) -> Routed:
     """Fit one diagonal Gaussian per parent to the votes of its children, by EM.
 
+    Each iteration computes
+
+        M:  r_ij = R_ij a_i
+            mu_j, sigma_j^2 = mean and variance of V_ij over i, weighted by r_ij
+            cost_j = sum_h (beta_u + log sigma_j^h) sum_i r_ij
+            a_j = sigmoid(lambda (beta_a - cost_j))
+        E:  R_ij = a_j N(V_ij; mu_j, sigma_j^2), divided by its sum over the parents of child i
+
     Procedure 1 of Hinton, Sabour, Frosst, "Matrix capsules with EM routing" (ICLR 2018), with densities as
-    logarithms. Parents at all positions and of all types compete for a child.
+    logarithms. Parents at all positions and of all types compete for a child. The defaults are the paper's,
+    with three iterations; 0 for both betas, which are learned.
     Differs from it in: a variance floor, which the paper leaves out (0 is allowed). With mean_smoothing 0,
     cost_scale 1, detach False and "paper" or "logistic" for the other switches: in nothing else. float16 and
-    bfloat16 votes are routed in float32, which is also what comes back; autocast is off inside.
+    bfloat16 votes are routed and returned in float32; autocast is off inside.
 
     Args:
-        votes: V_ij of the child at place k of the window of position p, for each parent type j. Where every
-            parent sees every child, P = 1 and K = I.
+        votes: V_ij: [B, I, J, D] where every parent sees every child; with `fields` [B, P, K, J, D], of the
+            child at place k of the window of position p, for each parent type j.
         activations: a_i.
-        fields: which child is where; None where P = 1 and K = I.
+        fields: which child is at which place; None where every parent sees every child.
         beta_u: cost of each dimension of a child's pose, per parent type.
-        beta_a: what a parent saves by being active, per type.
-        inverse_temperature: lambda of iterations 0 … T-1, whose number this sets.
-        variance_floor: added to every variance, in squared units of the poses.
-        cost_scale: factor on the cost of the data.
-        normalisation: R of a child is 1 in sum over "paper": all its parents; "types": the types at each
-            position apart (what most public code does); "official_v1": the positions of each type apart (the
+        beta_a: what a parent saves by being active, per parent type.
+        inverse_temperature: lambda of iterations 0 … T-1; T is the number of iterations.
+        variance_floor: added to every variance, in squared units of the poses, >= 0.
+        cost_scale: factor on the cost.
+        normalisation: R of a child sums to 1 over "paper": all its parents; "types": the types at each
+            position separately (most public code); "official_v1": the positions of each type separately (the
             authors' first release, convolutional layers only).
         initial_coupling: "paper": 1 / number of the child's parents; "official": 1 / J.
         activation: "logistic"; "mixing": a parent's share of all the mass in its layer (the paper's
-            alternative; leaves both betas without effect).
-        mean_smoothing: share of the mean that stays that of the iteration before (at first 0), in [0, 1).
+            alternative; both betas then have no effect).
+        mean_smoothing: weight of the previous iteration's mean (at first 0) in the new one, in [0, 1).
         detach: gradients flow through the last iteration only.
 
-    Returns: poses mu and activations of the P * J parents in the order (position, type), the coupling R that
-        made them; and the cost of each parent, cost_scale * sum_h (beta_u + log sigma_h) * mass.
-    Laws: translating all votes translates the poses; children with activation 0 have no effect; everything is
-        finite, with finite gradients, however few and however equal the votes are.
+    Raises: ValueError: a wrong shape or word; no iteration.
+    Returns: poses mu and activations of the P * J parents in the order (position, type), and the coupling R
+        that gave them. See `Routed`.
+    Laws: translating all votes translates the poses; children with activation 0 have no effect; values and
+        gradients are finite for any number of votes and for equal votes.
     """
+    require_literal(Normalisation, normalisation=normalisation)
+    require_literal(InitialCoupling, initial_coupling=initial_coupling)
+    require_literal(Activation, activation=activation)
+    return em_routing_and_cost(
+        votes,
+        activations,
+        fields=fields,
+        beta_u=beta_u,
+        beta_a=beta_a,
+        inverse_temperature=inverse_temperature,
+        variance_floor=variance_floor,
+        cost_scale=cost_scale,
+        normalisation=normalisation,
+        initial_coupling=initial_coupling,
+        activation=activation,
+        mean_smoothing=mean_smoothing,
+        detach=detach,
+    )[0]
+
+
+def em_routing_and_cost(
+    votes: Float[Tensor, "B *places J D"],
+    activations: Float[Tensor, "B I"],
+    *,
+    fields: ReceptiveFields | None,
+    beta_u: Tensor | int | float,
+    beta_a: Tensor | int | float,
+    inverse_temperature: Tensor | Sequence[int | float],
+    variance_floor: int | float,
+    cost_scale: int | float,
+    normalisation: str,
+    initial_coupling: str,
+    activation: str,
+    mean_smoothing: int | float,
+    detach: bool,
+) -> tuple[Routed, Float[Tensor, "B P J"]]:
+    """`em_routing`, and the cost of each parent in the last iteration, for the start of `EMRouting`."""
+    if votes.dim() == 4:
+        votes = votes.unsqueeze(1)
+    _check_shapes(votes, activations, fields, len(inverse_temperature))
     votes = votes.to(torch.promote_types(votes.dtype, torch.float32))
     with torch.autocast(votes.device.type, enabled=False):
         active = activations.to(votes.dtype)
-        active = active.unsqueeze(1) if fields is None else of_places(active, fields)  # [B, P, K]
+        active = active.unsqueeze(1) if fields is None else gather_windows(active, fields)  # [B, P, K]
         first = initial_shares(votes[:1, :, :, 0, 0], votes.shape[3], fields, initial_coupling)
         coupling = first.unsqueeze(3).expand(-1, -1, -1, votes.shape[3])
         before = None
@@ -111,33 +163,52 @@ def em_routing(
     return Routed(fitted.mean.flatten(1, 2), parents.flatten(1), coupling, fields), cost
 
 
+def _check_shapes(
+    votes: Tensor, activations: Tensor, fields: ReceptiveFields | None, iterations: int
+) -> None:
+    if votes.dim() != 5:
+        raise ValueError(f"votes must have shape [B, I, J, D] or [B, P, K, J, D], got {list(votes.shape)}")
+    batch, positions, places = votes.shape[:3]
+    expected = [1, places] if fields is None else list(fields.children.shape)
+    if [positions, places] != expected:
+        source = "without fields" if fields is None else "from fields"
+        raise ValueError(f"votes must have [P, K] = {expected} {source}, got {[positions, places]}")
+    in_caps = places if fields is None else fields.in_caps
+    if list(activations.shape) != [batch, in_caps]:
+        raise ValueError(
+            f"activations must have shape [B, I] = {[batch, in_caps]}, got {list(activations.shape)}"
+        )
+    if iterations < 1:
+        raise ValueError("inverse_temperature must hold one number per iteration, got none")
+
+
 def initial_shares(
     like: Float[Tensor, "1 P K"], types: int, fields: ReceptiveFields | None, initial: str
 ) -> Float[Tensor, "1 P K"]:
-    """R of the first iteration, of every type alike. See `em_routing`."""
-    one = torch.ones_like(like)
+    """R of the first iteration, the same for every type. See `em_routing`."""
+    shares = torch.ones_like(like)
     if fields is not None and initial == "paper":
-        one = of_places(of_children(one, fields), fields).reciprocal()
-    return one / types
+        shares = gather_windows(scatter_sum(shares, fields), fields).reciprocal()
+    return shares / types
 
 
 def _m_step(
     votes: Float[Tensor, "B P K J D"],
     shares: Float[Tensor, "B P K J"],
     before: Float[Tensor, "B P J D"] | None,
-    smoothing: float,
-    floor: float,
+    smoothing: int | float,
+    floor: int | float,
 ) -> Gaussians:
-    # Matrix products over K, on memory in the order [B, P, J, K, D], which `window_votes` makes: no tensor of
-    # the votes' size is written but the squared differences.
+    # Matrix products over K, on memory in the order [B, P, J, K, D], which `window_votes` makes: the only
+    # tensor of the votes' size that is written is that of the squared differences.
     mass = shares.sum(2)
-    # Clamped: a number added to the divisor would pull the mean towards 0.
+    # Clamped: adding a number to the divisor would pull the mean towards 0.
     weights = (shares / mass.clamp_min(SMALLEST_MASS).unsqueeze(2)).permute(0, 1, 3, 2).unsqueeze(3)
     by_parent = votes.permute(0, 1, 3, 2, 4)
     mean = torch.matmul(weights, by_parent)
     if smoothing:
         mean = (1 - smoothing) * mean + (0 if before is None else smoothing * before.unsqueeze(3))
-    # The same as (by_parent - mean).square(), in one pass forward and two backward instead of two and six.
+    # The same as (by_parent - mean).square(), with one pass forward and two backward instead of two and six.
     squared = F.mse_loss(by_parent, mean.expand_as(by_parent), reduction="none")
     variance = torch.matmul(weights, squared).squeeze(3) + floor
     return Gaussians(mean.squeeze(3), squared.permute(0, 1, 3, 2, 4), variance, mass)
@@ -153,10 +224,10 @@ def _e_step(
     if fields is None or normalisation == "types":
         return logits.softmax(3)
     if normalisation == "paper":
-        shares = (logits - of_places(largest_of_children(logits.amax(3), fields), fields).unsqueeze(3)).exp()
-        return shares / of_places(of_children(shares.sum(3), fields), fields).unsqueeze(3)
-    shares = (logits - of_places(largest_of_children(logits, fields), fields)).exp()
-    return shares / of_places(of_children(shares, fields), fields)
+        shares = (logits - gather_windows(scatter_max(logits.amax(3), fields), fields).unsqueeze(3)).exp()
+        return shares / gather_windows(scatter_sum(shares.sum(3), fields), fields).unsqueeze(3)
+    shares = (logits - gather_windows(scatter_max(logits, fields), fields)).exp()
+    return shares / gather_windows(scatter_sum(shares, fields), fields)
 
 
 def _log_shares(mass: Float[Tensor, "B P J"]) -> Float[Tensor, "B P J"]:
@@ -175,22 +246,23 @@ class EMRouting(nn.Module):
         in_caps, out_caps, pose_dim: I, J, D of the votes; J is the number of parent types.
         fields: windows of a convolutional layer; None where every parent sees every child.
         iterations: T >= 1.
-        inverse_temperature: schedule over the iterations of one pass; a number is the same for all.
-        inverse_temperature_ramp: schedule over the training, of a factor.
+        inverse_temperature: schedule over the iterations; a number is the same for all.
+        inverse_temperature_ramp: factor, a schedule over the training.
         class_factor: factor on lambda in the class layer, > 0.
-        beta_u: where it starts.
-        beta_a: where it starts: a number, or "balanced": at the median cost of a type's capsules on one
-            batch, so that half of them are active (see `balance`).
+        beta_u: initial value.
+        beta_a: initial value: a number, or "balanced": the median cost of a type's capsules on one batch, so
+            that half of them are active (see `balance`).
         beta_a_gain: beta_a = gain / class_factor * parameter (the factor in the class layer only). lambda is
             about 0.001, so without a gain no optimiser could move beta_a.
         cost_norm: None for the paper's cost; a number: the cost is multiplied by cost_norm / (children per
             parent), so that one lambda fits layers with different amounts of data (Gritzman 2019, 2.2).
         variance_floor, normalisation, initial_coupling, activation, mean_smoothing, detach: see `em_routing`.
-        implementation: "reference": `em_routing`, on votes that a layer has made; "fused": the same by an
-            operator that makes them itself (capsexp/ops/kernels/em.py); "auto": fused where it is to be had.
-    Raises: ValueError: a number out of its range; an option that does not exist.
+        implementation: "reference": `em_routing` on votes that the layer makes; "fused": an operator that
+            makes the votes itself (capsexp/ops/kernels/em.py); "auto": fused where available.
+    Raises: ValueError: a number out of its range; a wrong word.
     """
 
+    fused_votes = MatrixVotes
     inverse_temperatures: Tensor
     ramp: Tensor
     windows: Tensor | None
@@ -207,56 +279,47 @@ class EMRouting(nn.Module):
         inverse_temperature_ramp: Schedule | int | float,
         class_factor: int | float,
         beta_u: int | float,
-        beta_a: str | int | float,
+        beta_a: Literal["balanced"] | int | float,
         beta_a_gain: int | float,
         cost_norm: int | float | None,
         variance_floor: int | float,
-        normalisation: str,
-        initial_coupling: str,
-        activation: str,
+        normalisation: Normalisation,
+        initial_coupling: InitialCoupling,
+        activation: Activation,
         mean_smoothing: int | float,
         detach: bool,
-        implementation: str,
+        implementation: Implementation,
     ) -> None:
         super().__init__()
         require_at_least_1(iterations=iterations)
-        require_one_of(IMPLEMENTATIONS, implementation=implementation)
-        require_one_of(NORMALISATIONS, normalisation=normalisation)
-        require_one_of(INITIAL_COUPLINGS, initial_coupling=initial_coupling)
-        require_one_of(ACTIVATIONS, activation=activation)
-        _require_positive(class_factor=class_factor, beta_a_gain=beta_a_gain)
-        if cost_norm is not None:
-            _require_positive(cost_norm=cost_norm)
-        if not 0 <= variance_floor < math.inf:
-            raise ValueError(f"variance_floor must be >= 0, got {variance_floor}")
-        if not 0 <= mean_smoothing < 1:
-            raise ValueError(f"mean_smoothing must be in [0, 1), got {mean_smoothing}")
+        require_literal(Implementation, implementation=implementation)
+        _require_positive(class_factor=class_factor, beta_a_gain=beta_a_gain, cost_norm=cost_norm)
         if isinstance(beta_a, str) and beta_a != BALANCED:
             raise ValueError(f"beta_a must be a number or {BALANCED}, got {beta_a}")
         if implementation == "fused" and activation != FUSED_ACTIVATION:
             raise ValueError(f"implementation fused is for activation {FUSED_ACTIVATION}, got {activation}")
-        self.implementation = implementation
-        self.options: dict[str, Any] = {
-            "variance_floor": float(variance_floor),
-            "cost_scale": _cost_scale(cost_norm, in_caps, out_caps, fields),
-            "normalisation": normalisation,
-            "initial_coupling": initial_coupling,
-            "activation": activation,
-            "mean_smoothing": float(mean_smoothing),
-            "detach": detach,
-        }
-        self.iterations, self.pose_dim = iterations, pose_dim
-        self.factor = class_factor if fields is None else 1.0
-        self.gain = beta_a_gain / self.factor
+        self.in_caps, self.out_caps, self.pose_dim = in_caps, out_caps, pose_dim
+        self.iterations, self.implementation = iterations, implementation
+        self.options = _checked_options(
+            variance_floor=float(variance_floor),
+            cost_scale=_cost_scale(cost_norm, in_caps, out_caps, fields),
+            normalisation=normalisation,
+            initial_coupling=initial_coupling,
+            activation=activation,
+            mean_smoothing=float(mean_smoothing),
+            detach=detach,
+        )
+        factor = class_factor if fields is None else 1.0
+        self.gain = beta_a_gain / factor
         self.schedule = as_schedule(inverse_temperature_ramp)
-        self.starts_balanced = beta_a == BALANCED
+        self.starts_balanced = isinstance(beta_a, str)
         start = 0.0 if isinstance(beta_a, str) else beta_a / self.gain
         self.beta_u = nn.Parameter(torch.full((out_caps,), float(beta_u)))
         self.beta_a = nn.Parameter(torch.full((out_caps,), start))  # in units of the gain
         within_pass = as_schedule(inverse_temperature)
-        temperatures = [self.factor * within_pass(Step(number, iterations)) for number in range(iterations)]
+        temperatures = [factor * within_pass(Step(number, iterations)) for number in range(iterations)]
         self.last_temperature = temperatures[-1]
-        # Tensors, because torch.compile would take a number that changes for a new program.
+        # Tensors, because torch.compile would recompile for every new value of a number.
         self.register_buffer("inverse_temperatures", torch.tensor(temperatures), persistent=False)
         self.register_buffer("ramp", torch.tensor(float(self.schedule(Step(0, 1)))))
         self.register_buffer("windows", None if fields is None else fields.children, persistent=False)
@@ -266,34 +329,35 @@ class EMRouting(nn.Module):
         """Route votes [B, I, J, D], or [B, P, K, J, D] in a convolutional layer."""
         return self._fit(votes, activations)[0]
 
+    def extra_repr(self) -> str:
+        """The sizes of the layer, and the iterations."""
+        sizes = f"in_caps={self.in_caps}, out_caps={self.out_caps}, pose_dim={self.pose_dim}"
+        return f"{sizes}, iterations={self.iterations}"
+
     @torch.no_grad()
     def trace(self, votes: Float[Tensor, "B *I J D"], activations: Float[Tensor, "B I"]) -> list[Routed]:
         """The state after each iteration 1 … T, by plain PyTorch.
 
-        lambda of an iteration does not depend on how many follow. Beyond T no lambda was ever trained with.
+        lambda of an iteration does not depend on how many follow. There is none for iterations after T.
         """
         return [self._fit(votes, activations, count)[0] for count in range(1, self.iterations + 1)]
 
-    def why_plain(self, weight: Float[Tensor, "W J n n"]) -> str | None:
-        """Why a layer with these matrices takes the plain path; None where it takes the fused one."""
+    def fused_reason(self, weight: Float[Tensor, "W J n n"]) -> str | None:
+        """Why a layer with these matrices takes the reference path; None where it takes the fused one.
+
+        Raises: UserError: the implementation is "fused", and there is none for these matrices.
+        """
         if self.implementation == "reference":
             return "routing.implementation=reference"
         if self.options["activation"] != FUSED_ACTIVATION:
             return f"there is no fused EM routing with activation {self.options['activation']}"
         side = weight.shape[2]
-        return why_not_fused(weight.device.type, weight.dtype, self.pose_dim // side, side)
-
-    def makes_votes(self, weight: Float[Tensor, "W J n n"]) -> bool:
-        """Whether a layer with these matrices should call `route_unmade`.
-
-        Raises: UserError: the implementation is "fused", and that is not to be had here.
-        """
-        reason = self.why_plain(weight)
+        reason = fused_reason(weight.device.type, weight.dtype, self.pose_dim // side, side)
         if reason is not None and self.implementation == "fused":
             raise UserError(f"routing.implementation=fused: {reason}")
-        return reason is None
+        return reason
 
-    def route_unmade(self, votes: MatrixVotes, activations: Float[Tensor, "B I"]) -> Routed:
+    def route_fused(self, votes: MatrixVotes, activations: Float[Tensor, "B I"]) -> Routed:
         """Make the votes and route them."""
         positions = 1 if votes.fields is None else len(votes.fields.children)
         like = votes.poses.new_empty(1, positions, len(votes.matrices))
@@ -309,7 +373,7 @@ class EMRouting(nn.Module):
         )
 
     def advance(self, step: Step) -> dict[str, float]:
-        """Bring the ramp to a step of the training. Returns lambda of the last iteration, for the record."""
+        """Move the ramp to a step of the training. Return lambda of the last iteration."""
         factor = self.schedule(step)
         self.ramp.fill_(factor)
         return {"inverse_temperature": factor * self.last_temperature}
@@ -320,22 +384,18 @@ class EMRouting(nn.Module):
 
     @torch.no_grad()
     def balance(self, cost: Float[Tensor, "B P J"]) -> None:
-        """Set beta_a of each type to the median of its costs, if it is to start "balanced"."""
+        """Set beta_a of each type to the median of its costs, if it starts "balanced"."""
         if self.starts_balanced:
             ordered = cost.flatten(0, 1).sort(0).values
-            # torch.median takes the lower of the two in the middle; with few capsules that is not half.
+            # torch.median takes the lower of the two in the middle, which is off with few capsules.
             middle = ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]
             self.beta_a.copy_(0.5 * middle / self.gain)
 
     def _fit(
         self, votes: Tensor, activations: Tensor, iterations: int | None = None
     ) -> tuple[Routed, Tensor]:
-        fields = None
-        if self.windows is None:
-            votes = votes.unsqueeze(1)
-        else:
-            fields = ReceptiveFields(self.windows, *self.counts)
-        return em_routing(
+        fields = None if self.windows is None else ReceptiveFields(self.windows, *self.counts)
+        return em_routing_and_cost(
             votes,
             activations,
             fields=fields,
@@ -356,7 +416,20 @@ def _cost_scale(
     return cost_norm * len(fields.children) * out_caps / fields.connected
 
 
-def _require_positive(**given: int | float) -> None:
-    for name, value in given.items():
-        if not 0 < value < math.inf:
+def _checked_options(**options: Any) -> dict[str, Any]:
+    """The switches of `em_routing`, if they are in their ranges."""
+    require_literal(Normalisation, normalisation=options["normalisation"])
+    require_literal(InitialCoupling, initial_coupling=options["initial_coupling"])
+    require_literal(Activation, activation=options["activation"])
+    floor, smoothing = options["variance_floor"], options["mean_smoothing"]
+    if not 0 <= floor < math.inf:
+        raise ValueError(f"variance_floor must be >= 0, got {floor}")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"mean_smoothing must be in [0, 1), got {smoothing}")
+    return options
+
+
+def _require_positive(**values: int | float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be > 0, got {value}")

@@ -1,4 +1,4 @@
-"""Whether the pose of a class capsule moves as its picture moves."""
+"""Whether the pose of a class capsule changes as its image is moved."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,39 +9,40 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import InterpolationMode, rotate
 
-from capsexp.analyze import Findings, Subject
+from capsexp.analysis.findings import Findings
+from capsexp.analysis.trained_run import TrainedRun
 from capsexp.capsules import Routed
-from capsexp.data import Split
+from capsexp.data.preprocess import RESIZE_CHUNK
+from capsexp.data.split import Split
 from capsexp.errors import UserError
-from capsexp.preprocess import RESIZE_CHUNK
 
 Move = Callable[[UInt8[Tensor, "N C H W"], int | float], UInt8[Tensor, "N C H W"]]
 
 
-class Seen(NamedTuple):
-    """What the network makes of all pictures."""
+class ClassPoses(NamedTuple):
+    """Poses and predictions for all images."""
 
     poses: Float[Tensor, "N D"]
-    """Of the capsule of each picture's own class."""
+    """Of the capsule of each image's label."""
     labels: Tensor
-    right: Bool[Tensor, " N"]
+    correct: Bool[Tensor, " N"]
 
 
 class Equivariance:
     """The class capsule's pose before and after known shifts and rotations of the input.
 
     Sabour et al., "Dynamic routing between capsules" (NIPS 2017), and Hinton et al., "Matrix capsules with EM
-    routing" (ICLR 2018), claim that poses change as the viewpoint does, and measure it in no number. Ours: a
-    pose is equivariant where a linear map tells from its change by how much the picture was moved.
+    routing" (ICLR 2018), claim that poses change with the viewpoint, but do not measure it. Our definition: a
+    pose is equivariant if a linear map predicts from its change by how much the image was moved.
 
-    The pictures in memory are moved, before any crop and standardisation; what comes in is black, and further
-    picture where there was a crop. Poses are those of pictures that are classified right unmoved: the capsule
-    of a class that is not seen has nothing to say.
+    Stored images are moved, before any crop and standardisation. The area that moves in is black, or more of
+    the image if there is a crop. Only images that are classified correctly unmoved count: the pose of an
+    absent class means nothing.
 
     Args:
-        shifts: in pixels, down and to the right; 0 is left out.
-        rotations: in degrees, anticlockwise about the middle, bilinear; 0 is left out.
-        seed: of the halves: maps are fitted to one half of the pictures and judged on the other.
+        shifts: in pixels, down and to the right; 0 is dropped.
+        rotations: in degrees, counterclockwise around the center, bilinear; 0 is dropped.
+        seed: of the halves: maps are fitted to one half of the images and evaluated on the other.
 
     Raises:
         ValueError: no shift and no rotation.
@@ -51,70 +52,71 @@ class Equivariance:
         self.moves: dict[str, tuple[Move, list[int | float]]] = {
             "down": (_down, [by for by in shifts if by]),
             "right": (_right, [by for by in shifts if by]),
-            "rotation": (_rotated, [by for by in rotations if by]),
+            "rotation": (rotated, [by for by in rotations if by]),
         }
-        self.moves = {name: one for name, one in self.moves.items() if one[1]}
+        self.moves = {name: move for name, move in self.moves.items() if move[1]}
         if not self.moves:
             raise ValueError("shifts and rotations must not both be empty or 0")
         self.seed = seed
 
-    def __call__(self, subject: Subject) -> Findings:
-        """Accuracy, change and R² for each kind of move; as scalars the R² of one map for each class."""
-        subject.single()
-        split = subject.parts.dataset.read("test")
-        split = split.take(subject.chosen(split.size))
-        self._require_in_sight(split)
-        unmoved = _seen(subject, split, "unmoved")
-        if unmoved.right.sum() < 2:
-            raise UserError("fewer than 2 pictures are classified right: there are no poses to follow")
+    def __call__(self, run: TrainedRun) -> Findings:
+        """Return accuracy, change and R² for each kind of move; as scalars the R² of one map per class."""
+        run.require_single_label()
+        split = run.dataset.read("test")
+        split = split.take(run.sampled(split.size))
+        self._check_shifts(split)
+        unmoved = _class_poses(run, split, "unmoved")
+        if unmoved.correct.sum() < 2:
+            raise UserError("fewer than 2 images are classified correctly: there are no poses to follow")
         numbers: dict[str, Any] = {
             "pictures": split.size,
-            "accuracy": unmoved.right.double().mean().item(),
+            "accuracy": unmoved.correct.double().mean().item(),
             "moves": {},
         }
         changes = {}
         for name, (move, amounts) in self.moves.items():
-            accuracies, moved = [], []
+            accuracies, differences = [], []
             for by in amounts:
-                there = _seen(subject, split._replace(images=move(split.images, by)), f"{name} {by:+g}")
-                accuracies.append(there.right.double().mean().item())
-                moved.append((there.poses - unmoved.poses)[unmoved.right])
-            change = torch.stack(moved, 1).double()  # [N, M, D]
-            told = self._told(change, unmoved, amounts)
-            told |= {"by": amounts, "accuracy": accuracies, **_slopes(subject, name, change, amounts)}
-            numbers["moves"][name], changes[name] = told, change.mean(0)
-            numbers[f"r2/{name}"] = told["r2"]["each_class"]
+                moved = _class_poses(run, split._replace(images=move(split.images, by)), f"{name} {by:+g}")
+                accuracies.append(moved.correct.double().mean().item())
+                differences.append((moved.poses - unmoved.poses)[unmoved.correct])
+            change = torch.stack(differences, 1).double()  # [N, M, D]
+            metrics = self._metrics(change, unmoved, amounts)
+            metrics |= {"by": amounts, "accuracy": accuracies, **_slopes(run, name, change, amounts)}
+            numbers["moves"][name], changes[name] = metrics, change.mean(0)
+            numbers[f"r2/{name}"] = metrics["r2"]["each_class"]
         figures = {
-            "equivariance": _drawn(numbers["moves"], numbers["accuracy"]),
-            "equivariance-poses": _changes(changes, numbers["moves"]),
+            "equivariance": _figure(numbers["moves"], numbers["accuracy"]),
+            "equivariance-poses": _pose_figure(changes, numbers["moves"]),
         }
         return Findings(numbers, figures)
 
-    def _require_in_sight(self, split: Split) -> None:
+    def _check_shifts(self, split: Split) -> None:
         height, width = split.images.shape[2:]
         for name in self.moves.keys() - {"rotation"}:
             farthest = max(self.moves[name][1], key=abs)
             if abs(farthest) >= min(height, width):
-                raise UserError(f"study.shifts: must be < the picture's {height}x{width}, got {farthest}")
+                raise UserError(f"study.shifts: must be < the image's {height}x{width}, got {farthest}")
 
-    def _told(
-        self, change: Float[Tensor, "N M D"], unmoved: Seen, amounts: Sequence[int | float]
+    def _metrics(
+        self, change: Float[Tensor, "N M D"], unmoved: ClassPoses, amounts: Sequence[int | float]
     ) -> dict[str, Any]:
-        labels, size = unmoved.labels[unmoved.right], unmoved.poses[unmoved.right].double().norm(dim=1)
+        labels = unmoved.labels[unmoved.correct]
+        size = unmoved.poses[unmoved.correct].double().norm(dim=1)
         order = torch.randperm(len(change), generator=torch.Generator().manual_seed(self.seed))
         fitted = torch.zeros(len(change), dtype=torch.bool)
         fitted[order[: len(change) // 2]] = True
         by = torch.tensor(amounts, dtype=torch.float64).expand(len(change), -1).unsqueeze(2)  # [N, M, 1]
-        everything = torch.zeros_like(labels)
+        one_group = torch.zeros_like(labels)
         smallest = torch.finfo(size.dtype).tiny
         return {
             "relative_change": (change.norm(dim=2) / size.clamp_min(smallest)[:, None]).mean(0).tolist(),
             "r2": {
-                "one_map": held_out_r2(change, by, everything, fitted),
+                "one_map": held_out_r2(change, by, one_group, fitted),
                 "each_class": held_out_r2(change, by, labels, fitted),
             },
             "explained": {
-                "one_map": held_out_r2(by, change, everything, fitted),
+                "one_map": held_out_r2(by, change, one_group, fitted),
                 "each_class": held_out_r2(by, change, labels, fitted),
             },
         }
@@ -126,25 +128,29 @@ def held_out_r2(
     groups: Tensor,
     fitted: Bool[Tensor, " N"],
 ) -> float | None:
-    """R² of linear least squares with a constant, one fit for each group.
+    """Return R² of linear least squares with a constant, with one fit per group.
 
     Args:
-        inputs: P numbers for each of N pictures and M moves.
-        outputs: Q numbers to be told from them.
-        groups: of each picture.
-        fitted: pictures to fit to; R² is over the others.
-    Returns: 1 is perfect, 0 no better than the mean of what is told, below 0 worse. None if no group has more
-        rows to fit to than coefficients and others to be judged by.
+        inputs: P numbers for each of N images and M moves.
+        outputs: Q numbers to predict from them.
+        groups: of each image.
+        fitted: images to fit to; R² is over the others.
+
+    Returns:
+        1 is perfect, 0 no better than the mean of the outputs, below 0 worse. None if no group has both more
+        rows to fit to than coefficients and other rows to evaluate on.
     """
     truths, errors = [], []
     for group in groups.unique():
-        here = groups == group
-        train, test = here & fitted, here & ~fitted
+        in_group = groups == group
+        train, test = in_group & fitted, in_group & ~fitted
         if train.sum() * inputs.shape[1] <= inputs.shape[2] + 1 or not test.any():
             continue
-        weights = torch.linalg.lstsq(_with_one(inputs[train]), outputs[train].flatten(0, 1), driver="gelsd")
+        weights = torch.linalg.lstsq(
+            _with_constant(inputs[train]), outputs[train].flatten(0, 1), driver="gelsd"
+        )
         truths.append(outputs[test].flatten(0, 1))
-        errors.append(truths[-1] - _with_one(inputs[test]) @ weights.solution)
+        errors.append(truths[-1] - _with_constant(inputs[test]) @ weights.solution)
     if not truths:
         return None
     truth = torch.cat(truths)
@@ -152,27 +158,27 @@ def held_out_r2(
     return (1 - torch.cat(errors).square().sum() / total).item() if total else None
 
 
-def _with_one(inputs: Float[Tensor, "N M P"]) -> Float[Tensor, "R P1"]:
+def _with_constant(inputs: Float[Tensor, "N M P"]) -> Float[Tensor, "R P1"]:
     return F.pad(inputs.flatten(0, 1), [0, 1], value=1.0)
 
 
-def _seen(subject: Subject, split: Split, what: str) -> Seen:
-    poses, right = [], []
-    for batch, output in subject.outputs(split, what=what):
+def _class_poses(run: TrainedRun, split: Split, description: str) -> ClassPoses:
+    poses, correct = [], []
+    for batch, output in run.outputs(split, description=description):
         top = [*output.layers.values()][-1:]
         if not top or not isinstance(top[0], Routed):
             raise UserError("this network has no capsules, so there are no poses to follow")
         rows = torch.arange(len(batch.labels), device=batch.labels.device)
         poses.append(top[0].poses[rows, batch.labels].cpu())
-        right.append((output.scores.argmax(1) == batch.labels).cpu())
-    return Seen(torch.cat(poses), split.labels, torch.cat(right))
+        correct.append((output.scores.argmax(1) == batch.labels).cpu())
+    return ClassPoses(torch.cat(poses), split.labels, torch.cat(correct))
 
 
 def _slopes(
-    subject: Subject, name: str, change: Float[Tensor, "N M D"], amounts: Sequence[int | float]
+    run: TrainedRun, name: str, change: Float[Tensor, "N M D"], amounts: Sequence[int | float]
 ) -> dict[str, Any]:
-    """How fast the two coordinates of a pose follow a shift; 1 is as fast as coordinate addition says."""
-    layer = getattr(subject.model, "class_caps", None)
+    """Return how fast the two coordinates of a pose follow a shift; 1 is the rate of coordinate addition."""
+    layer = getattr(run.model, "class_caps", None)
     elements = getattr(layer, "coordinate_elements", None)
     if layer is None or elements is None or name == "rotation":
         return {}
@@ -189,54 +195,61 @@ def _right(images: UInt8[Tensor, "N C H W"], by: int | float) -> UInt8[Tensor, "
     return F.pad(images, [int(by), -int(by), 0, 0])
 
 
-def _rotated(images: UInt8[Tensor, "N C H W"], by: int | float) -> UInt8[Tensor, "N C H W"]:
+def rotated(images: UInt8[Tensor, "N C H W"], by: int | float) -> UInt8[Tensor, "N C H W"]:
+    """Rotate images by degrees, counterclockwise around the center."""
     chunks = images.split(RESIZE_CHUNK)
     return torch.cat([rotate(chunk, float(by), InterpolationMode.BILINEAR) for chunk in chunks])
 
 
-def _drawn(moves: Mapping[str, Mapping[str, Any]], accuracy: float) -> Any:
+def _figure(moves: Mapping[str, Mapping[str, Any]], accuracy: float) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(moves) + 1, 5.5), layout="constrained")
     plots = figure.subplots(2, len(moves), squeeze=False, sharex="col", sharey="row")
-    for column, (name, one) in enumerate(moves.items()):
-        by = sorted([*one["by"], 0])
-        for row, (key, there) in enumerate((("accuracy", accuracy), ("relative_change", 0.0))):
-            value = dict(zip(one["by"], one[key], strict=True)) | {0: there}
+    for column, (name, metrics) in enumerate(moves.items()):
+        by = sorted([*metrics["by"], 0])
+        for row, (key, unmoved) in enumerate((("accuracy", accuracy), ("relative_change", 0.0))):
+            value = dict(zip(metrics["by"], metrics[key], strict=True)) | {0: unmoved}
             plots[row][column].plot(by, [value[amount] for amount in by], ".-", color=f"C{row}")
             plots[row][column].grid(alpha=0.3)
-        r2, explained = one["r2"]["each_class"], one["explained"]["each_class"]
-        title = f"R²: move from pose {_figure(r2)}, pose from move {_figure(explained)}"
-        if "slope_of_row" in one:
-            title += f"\nslope of row {one['slope_of_row']:.2f}, of column {one['slope_of_column']:.2f}"
+        r2, explained = metrics["r2"]["each_class"], metrics["explained"]["each_class"]
+        title = f"R²: move from pose {_number(r2)}, pose from move {_number(explained)}"
+        if "slope_of_row" in metrics:
+            title += (
+                f"\nslope of row {metrics['slope_of_row']:.2f}, of column {metrics['slope_of_column']:.2f}"
+            )
         plots[0][column].set_title(title, fontsize=9)
-        plots[1][column].set_xlabel("rotation, degrees" if name == "rotation" else f"{name}, pixels")
-    highest = max(value for one in moves.values() for value in one["relative_change"])
+        plots[1][column].set_xlabel(_axis_label(name))
+    highest = max(value for metrics in moves.values() for value in metrics["relative_change"])
     plots[0][0].set(ylabel="accuracy", ylim=(0, 1.02))
     plots[1][0].set_ylim(0, 1.1 * highest or 1)
     plots[1][0].set_ylabel("|change of the pose| / |pose|")
     return figure
 
 
-def _figure(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.2f}"
 
 
-def _changes(changes: Mapping[str, Float[Tensor, "M D"]], moves: Mapping[str, Mapping[str, Any]]) -> Any:
-    """The mean change of each dimension by each move, on one scale."""
+def _axis_label(move: str) -> str:
+    return "rotation, degrees" if move == "rotation" else f"{move}, pixels"
+
+
+def _pose_figure(changes: Mapping[str, Float[Tensor, "M D"]], moves: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Return a heat map per kind of move: the mean change of each dimension of the pose, on one scale."""
     from matplotlib.figure import Figure
 
     size = next(iter(changes.values())).shape[1]
     figure = Figure(figsize=(3.5 * len(changes) + 1, 0.22 * size + 1.5), layout="constrained")
     plots = figure.subplots(1, len(changes), squeeze=False, sharey=True)[0]
-    reach = max(one.abs().max().item() for one in changes.values()) or 1.0
+    largest = max(change.abs().max().item() for change in changes.values()) or 1.0
     for plot, (name, change) in zip(plots, changes.items(), strict=True):
         by = moves[name]["by"]
         order = sorted(range(len(by)), key=by.__getitem__)
-        shown = plot.imshow(change[order].T.numpy(), cmap="bwr", vmin=-reach, vmax=reach, aspect="auto")
+        image = plot.imshow(change[order].T.numpy(), cmap="bwr", vmin=-largest, vmax=largest, aspect="auto")
         plot.set_xticks(range(len(by)), [f"{by[place]:+g}" for place in order], fontsize=8)
         plot.set_yticks(range(size), [str(dimension) for dimension in range(size)], fontsize=7)
-        plot.set_xlabel("rotation, degrees" if name == "rotation" else f"{name}, pixels")
+        plot.set_xlabel(_axis_label(name))
     plots[0].set_ylabel("dimension of the pose")
-    figure.colorbar(shown, ax=plots, label="mean change")
+    figure.colorbar(image, ax=plots, label="mean change")
     return figure

@@ -1,31 +1,32 @@
-"""Pictures above what the decoder makes of them, with failures chosen on purpose."""
+"""Images and their reconstructions, misclassified ones included."""
 
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 
-from capsexp.analyze import Findings, Subject, visible
+from capsexp.analysis.findings import Findings, displayable
+from capsexp.analysis.trained_run import TrainedRun
 
 
 class Triple(NamedTuple):
-    """A picture, and its reconstruction from the capsule of one class."""
+    """An image, and its reconstruction from the capsule of one class."""
 
     label: int
     prediction: int
     decoded: int
-    picture: Float[Tensor, "C H W"]
+    image: Float[Tensor, "C H W"]
     reconstruction: Float[Tensor, "C H W"]
 
 
 class Reconstructions:
     """(label, prediction, reconstruction) as in figure 3 of Sabour et al., "Dynamic routing" (NIPS 2017).
 
-    Differs from it in: which pictures are shown is not left to taste, but the first ones of the test part.
+    Differs from it in: the images are not hand-picked, but the first ones of the test split.
 
     Args:
-        correct: pictures that are classified right, of different classes as far as possible.
-        wrong: pictures that are classified wrong; each is decoded from its label and from the prediction.
+        correct: correctly classified images, of different classes as far as possible.
+        wrong: misclassified images; each is decoded from its label and from the prediction.
 
     Raises:
         ValueError: a number below 0, or nothing to show.
@@ -36,56 +37,57 @@ class Reconstructions:
             raise ValueError(f"correct and wrong must be >= 0 and not both 0, got {correct} and {wrong}")
         self.correct, self.wrong = correct, wrong
 
-    def __call__(self, subject: Subject) -> Findings:
-        """The figure, and over all pictures that were read the error and the squared error per pixel."""
-        subject.single()
-        decoder = subject.decoder()
-        right: list[Triple] = []
-        spare: list[Triple] = []
+    def __call__(self, run: TrainedRun) -> Findings:
+        """Return the figure, and the error and the squared error per pixel over all images."""
+        run.require_single_label()
+        decoder = run.decoder()
+        correct: list[Triple] = []
+        spare: list[Triple] = []  # correct ones of classes that are shown already
         failures: list[Triple] = []
-        mistakes = pictures = 0
+        mistakes = images = 0
         squared = 0.0
-        for batch, output in subject.outputs():
+        for batch, output in run.outputs():
             poses, predictions = output.layers["class_caps"].poses, output.scores.argmax(1)
             from_label = decoder(poses, batch.labels)
             from_prediction = decoder(poses, predictions)
             squared += (from_label - batch.pixels).square().flatten(1).mean(1).sum().item()
-            pictures += len(batch.labels)
-            for place, (label, guess) in enumerate(
+            images += len(batch.labels)
+            for place, (label, prediction) in enumerate(
                 zip(batch.labels.tolist(), predictions.tolist(), strict=True)
             ):
-                mistakes += label != guess
-                triple = Triple(label, guess, label, batch.pixels[place].cpu(), from_label[place].cpu())
-                if label != guess and len(failures) < 2 * self.wrong:
-                    other = triple._replace(decoded=guess, reconstruction=from_prediction[place].cpu())
+                mistakes += label != prediction
+                triple = Triple(label, prediction, label, batch.pixels[place].cpu(), from_label[place].cpu())
+                if label != prediction and len(failures) < 2 * self.wrong:
+                    other = triple._replace(decoded=prediction, reconstruction=from_prediction[place].cpu())
                     failures += [triple, other]
-                elif label == guess and len(right) < self.correct:
-                    new = label not in {one.label for one in right}
-                    (right if new else spare).append(triple)
+                elif label == prediction and len(correct) < self.correct:
+                    is_new = label not in {shown.label for shown in correct}
+                    (correct if is_new else spare).append(triple)
                     spare = spare[: self.correct]
-        right += spare[: self.correct - len(right)]
+        correct += spare[: self.correct - len(correct)]
+        triples = correct + failures
         numbers = {
-            "pictures": pictures,
-            "error": mistakes / pictures,
-            "squared_error": squared / pictures,
-            "shown": [[one.label, one.prediction, one.decoded] for one in right + failures],
+            "pictures": images,
+            "error": mistakes / images,
+            "squared_error": squared / images,
+            "shown": [[triple.label, triple.prediction, triple.decoded] for triple in triples],
         }
-        return Findings(numbers, {"reconstructions": _drawn(right, failures)})
+        return Findings(numbers, {"reconstructions": _figure(triples)})
 
 
-def _drawn(right: list[Triple], failures: list[Triple]) -> Any:
+def _figure(triples: list[Triple]) -> Any:
     from matplotlib.figure import Figure
 
-    shown = right + failures
-    figure = Figure(figsize=(1.1 * len(shown), 2.6), layout="constrained")
-    for column, one in enumerate(shown):
-        for row, picture in enumerate((one.picture, one.reconstruction)):
-            plot = figure.add_subplot(2, len(shown), row * len(shown) + column + 1)
-            plot.imshow(visible(picture), cmap="gray", vmin=0, vmax=1)
+    figure = Figure(figsize=(1.1 * len(triples), 2.6), layout="constrained")
+    for column, triple in enumerate(triples):
+        for row, image in enumerate((triple.image, triple.reconstruction)):
+            plot = figure.add_subplot(2, len(triples), row * len(triples) + column + 1)
+            plot.imshow(displayable(image), cmap="gray", vmin=0, vmax=1)
             plot.set_xticks([])
             plot.set_yticks([])
             if row == 0:
-                colour = "black" if one.label == one.prediction else "tab:red"
-                plot.set_title(f"({one.label}, {one.prediction}, {one.decoded})", fontsize=8, color=colour)
-    figure.supxlabel("(label, prediction, class decoded)", fontsize=8)
+                color = "black" if triple.label == triple.prediction else "tab:red"
+                title = f"({triple.label}, {triple.prediction}, {triple.decoded})"
+                plot.set_title(title, fontsize=8, color=color)
+    figure.supxlabel("(label, prediction, decoded class)", fontsize=8)
     return figure

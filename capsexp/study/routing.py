@@ -1,46 +1,47 @@
-"""Inside the routing: where the votes lie, what the couplings become, which parents take which children."""
+"""Inside the routing: distances of the votes, changes of the couplings, and the parent of each child."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from capsexp import routing_figures
-from capsexp.analyze import Findings, Subject
-from capsexp.capsules import Batch, Capsules, Output
-from capsexp.errors import UserError, require_at_least_1, require_one_of
-from capsexp.ops.receptive_fields import Grid
-from capsexp.routing_figures import Shown
-from capsexp.trace import (
+from capsexp.analysis.findings import Findings
+from capsexp.analysis.routing import figures as routing_figures
+from capsexp.analysis.routing.figures import Example
+from capsexp.analysis.routing.trace import (
     RoutedLayer,
     excess,
-    measured,
     own_iterations,
     routed_layers,
     shares_and_means,
-    traced,
+    trace_layer,
+    trace_metrics,
     vote_distances,
 )
+from capsexp.analysis.trained_run import TrainedRun
+from capsexp.capsules import Batch, Capsules, Output
+from capsexp.errors import UserError, require_at_least_1, require_one_of
+from capsexp.ops.receptive_fields import Grid
 
 DISTANCES = ("l2", "squared")
 
 
 class Routing:
-    """Votes about their means, changes and entropies of the couplings, and the choices of the children.
+    """Distances of votes from their means, changes and entropies of the couplings, and maps of the couplings.
 
     Figures 2 and B.2 of Hinton, Sabour, Frosst, "Matrix capsules with EM routing" (ICLR 2018); figure A.1 of
-    Sabour, Frosst, Hinton, "Dynamic routing between capsules" (NIPS 2017). That children decide, as a parse
-    tree would have it, is what Mitterreiter et al. (AAAI 2023) dispute, and what the entropy tells.
+    Sabour, Frosst, Hinton, "Dynamic routing between capsules" (NIPS 2017). In a parse tree each child chooses
+    one parent; Mitterreiter et al. (AAAI 2023) dispute that, and the entropy of the couplings measures it.
     Differs from them in: the means of dynamic routing, which are those of the votes by coupling, since v_j is
-    squashed; and figure A.1 at the end of training alone.
+    squashed; and figure A.1 only at the end of training.
 
     Args:
-        iterations: passes that are followed, of a routing that can go on beyond its own number.
-        pictures: how many are shown, the first ones of different classes that are classified right; the first
-            one that is classified wrong comes on top.
-        layer: whose couplings are followed, by name; None is all that route.
+        iterations: to trace, of a routing that can run more than its own number.
+        pictures: how many images to show: the first correctly classified ones, of different classes; and
+            in addition the first misclassified one.
+        layer: whose couplings to trace, by name; None for all routed layers.
         bins: of a histogram.
-        near: end of the histogram of the votes near the mean.
+        near: end of the histogram of the small distances.
         distance: "l2" or "squared".
 
     Raises:
@@ -64,106 +65,110 @@ class Routing:
         self.iterations, self.pictures, self.layer = iterations, pictures, layer
         self.bins, self.near, self.squared = bins, near, distance == "squared"
 
-    def __call__(self, subject: Subject) -> Findings:
-        """Curves by layer over all pictures; histograms and maps of a few."""
-        subject.single()
+    def __call__(self, run: TrainedRun) -> Findings:
+        """Return curves by layer over all images; histograms and maps of a few."""
+        run.require_single_label()
         curves: dict[str, dict[str, Tensor]] = {}
         own: dict[str, int] = {}
-        votes: dict[str, Tensor] = {}
-        shown: list[Shown] = []
+        vote_sums: dict[str, Tensor] = {}
+        examples: list[Example] = []
         count = 0
-        for batch, output in subject.outputs():
-            layers = routed_layers(subject.model, output.layers)
-            for name, layer, children in self._followed(layers):
+        for batch, output in run.outputs():
+            layers = routed_layers(run.model, output.layers)
+            for name, layer, children in self._selected(layers):
                 own[name] = own_iterations(layer)
-                for piece in traced(layer, children, iterations=self.iterations):
-                    _add(curves.setdefault(name, {}), measured(layer, piece), len(piece.votes))
-            self._add_votes(votes, layers[-1], batch, output)
-            for place in self._wanted(shown, batch, output):
-                shown.append(self._shown(place, layers[-1], _grid(subject.model), batch, output))
+                for trace in trace_layer(layer, children, iterations=self.iterations):
+                    _add(curves.setdefault(name, {}), trace_metrics(layer, trace), len(trace.votes))
+            self._add_votes(vote_sums, layers[-1], batch, output)
+            for place in self._places_to_show(examples, batch, output):
+                examples.append(self._example(place, layers[-1], _grid(run.model), batch, output))
             count += len(batch.labels)
-        told = {
-            name: {"iterations": own[name], **{key: (one / count).tolist() for key, one in sums.items()}}
+        layer_numbers = {
+            name: {"iterations": own[name], **{key: (total / count).tolist() for key, total in sums.items()}}
             for name, sums in curves.items()
         }
         numbers = {
             "pictures": count,
-            **{f"entropy/{name}": curves[name]["entropy"][own[name] - 1].item() / count for name in told},
-            "layers": told,
-            "class_capsules": {key: (one / count).tolist() for key, one in votes.items()},
-            "shown": [_told(one) for one in shown],
+            **{
+                f"entropy/{name}": sums["entropy"][own[name] - 1].item() / count
+                for name, sums in curves.items()
+            },
+            "layers": layer_numbers,
+            "class_capsules": {key: (total / count).tolist() for key, total in vote_sums.items()},
+            "shown": [_example_numbers(example) for example in examples],
         }
-        return Findings(numbers, self._figures(subject, told, shown))
+        return Findings(numbers, self._figures(run, layer_numbers, examples))
 
-    def _followed(self, layers: list[RoutedLayer]) -> list[RoutedLayer]:
-        names = [one.name for one in layers]
+    def _selected(self, layers: list[RoutedLayer]) -> list[RoutedLayer]:
+        names = [layer.name for layer in layers]
         if self.layer is not None and self.layer not in names:
             raise UserError(f"study.layer: must be null or one of {', '.join(names)}, got {self.layer}")
-        return [one for one in layers if self.layer in (None, one.name)]
+        return [layer for layer in layers if self.layer in (None, layer.name)]
 
     def _add_votes(self, sums: dict[str, Tensor], top: RoutedLayer, batch: Batch, output: Output) -> None:
-        """Add what the class capsules of these pictures get, and from how far, in each iteration."""
-        truths, guesses = batch.labels, output.scores.argmax(1)
-        for votes, states in traced(top.layer, top.children, iterations=None):
-            pictures = torch.arange(len(votes), device=votes.device)
-            labels, truths = truths[: len(votes)], truths[len(votes) :]
-            predictions, guesses = guesses[: len(votes)], guesses[len(votes) :]
+        """Add each iteration's shares of coupling and vote distances of the class capsules."""
+        start, all_predictions = 0, output.scores.argmax(1)
+        for votes, states in trace_layer(top.layer, top.children, iterations=None):
+            chunk = slice(start, start + len(votes))
+            start += len(votes)
+            images = torch.arange(len(votes), device=votes.device)
+            labels, predictions = batch.labels[chunk], all_predictions[chunk]
             rows: dict[str, list[float]] = {}
             for state in states:
                 distances = vote_distances(top.layer, votes, state, squared=self.squared)
                 shares, means = shares_and_means(state.coupling, distances)
-                for name, value in {
-                    "share_of_label": shares[pictures, labels],
-                    "share_of_prediction": shares[pictures, predictions],
-                    "distance_from_label": means[pictures, labels],
+                for name, values in {
+                    "share_of_label": shares[images, labels],
+                    "share_of_prediction": shares[images, predictions],
+                    "distance_from_label": means[images, labels],
                     "distance_from_all": (means * shares).sum(1),
                 }.items():
-                    rows.setdefault(name, []).append(value.mean().item())
+                    rows.setdefault(name, []).append(values.mean().item())
             _add(sums, rows, len(votes))
 
-    def _wanted(self, shown: list[Shown], batch: Batch, output: Output) -> list[int]:
-        """Places in the batch of pictures that are still to be shown."""
-        right = {one.label for one in shown if one.label == one.prediction}
-        wrong = len(shown) > len(right)
-        wanted = []
+    def _places_to_show(self, examples: list[Example], batch: Batch, output: Output) -> list[int]:
+        """Return the places in the batch of images to show beside the examples so far."""
+        correct = {example.label for example in examples if example.label == example.prediction}
+        has_wrong = len(examples) > len(correct)
+        places = []
         pairs = zip(batch.labels.tolist(), output.scores.argmax(1).tolist(), strict=True)
         for place, (label, prediction) in enumerate(pairs):
-            if label != prediction and not wrong:
-                wrong = True
-                wanted.append(place)
-            elif label == prediction and label not in right and len(right) < self.pictures:
-                right.add(label)
-                wanted.append(place)
-        return wanted
+            if label != prediction and not has_wrong:
+                has_wrong = True
+                places.append(place)
+            elif label == prediction and label not in correct and len(correct) < self.pictures:
+                correct.add(label)
+                places.append(place)
+        return places
 
-    def _shown(self, place: int, top: RoutedLayer, grid: Grid, batch: Batch, output: Output) -> Shown:
+    def _example(self, place: int, top: RoutedLayer, grid: Grid, batch: Batch, output: Output) -> Example:
         children = Capsules(*(tensor[place : place + 1] for tensor in top.children))
-        ((votes, states),) = traced(top.layer, children, iterations=None)
-        distances = [vote_distances(top.layer, votes, one, squared=self.squared) for one in states]
-        maps = [excess(one, children.activations, grid.positions) for one in states]
-        return Shown(
+        ((votes, states),) = trace_layer(top.layer, children, iterations=None)
+        distances = [vote_distances(top.layer, votes, state, squared=self.squared) for state in states]
+        maps = [excess(state, children.activations, grid.positions) for state in states]
+        return Example(
             number=int(batch.indices[place]),
             label=int(batch.labels[place]),
             prediction=int(output.scores[place].argmax()),
-            picture=batch.pixels[place].cpu(),
+            image=batch.pixels[place].cpu(),
             distances=torch.cat(distances).cpu(),
-            coupling=torch.cat([one.coupling for one in states]).cpu(),
+            coupling=torch.cat([state.coupling for state in states]).cpu(),
             excess=torch.cat(maps).cpu(),
         )
 
     def _figures(
-        self, subject: Subject, told: dict[str, dict[str, Any]], shown: list[Shown]
+        self, run: TrainedRun, layers: dict[str, dict[str, Any]], examples: list[Example]
     ) -> dict[str, Any]:
         figures = {
-            "routing-entropy": routing_figures.entropies(told),
-            "routing-change": routing_figures.changes(told),
+            "routing-entropy": routing_figures.entropies(layers),
+            "routing-change": routing_figures.changes(layers),
         }
-        for one in shown:
-            figures[f"routing-votes-{one.number}"] = routing_figures.histograms(
-                one, subject.classes, bins=self.bins, near=self.near, squared=self.squared
+        for example in examples:
+            figures[f"routing-votes-{example.number}"] = routing_figures.histograms(
+                example, run.classes, bins=self.bins, near=self.near, squared=self.squared
             )
-            figures[f"routing-parents-{one.number}"] = routing_figures.parents(
-                one, _grid(subject.model), subject.classes
+            figures[f"routing-parents-{example.number}"] = routing_figures.parents(
+                example, _grid(run.model), run.classes
             )
         return figures
 
@@ -171,23 +176,23 @@ class Routing:
 def _grid(model: nn.Module) -> Grid:
     grid = getattr(model, "grid", None)
     if not isinstance(grid, Grid):
-        raise UserError("this network has no `grid`, so nobody knows where the children of its classes look")
+        raise UserError("this network has no `grid`, so its capsules cannot be mapped to image positions")
     return grid
 
 
-def _add(sums: dict[str, Tensor], means: dict[str, list[float]], pictures: int) -> None:
+def _add(sums: dict[str, Tensor], means: dict[str, list[float]], images: int) -> None:
     for name, values in means.items():
-        here = pictures * torch.tensor(values, dtype=torch.float64)
-        sums[name] = here + sums[name] if name in sums else here
+        total = images * torch.tensor(values, dtype=torch.float64)
+        sums[name] = total + sums[name] if name in sums else total
 
 
-def _told(one: Shown) -> dict[str, Any]:
-    """By iteration and class: the share of all assignment, and the mean distance under it."""
-    shares, means = shares_and_means(one.coupling, one.distances)
+def _example_numbers(example: Example) -> dict[str, Any]:
+    """Return, by iteration and class, the share of all coupling, and the mean distance weighted by it."""
+    shares, means = shares_and_means(example.coupling, example.distances)
     return {
-        "picture": one.number,
-        "label": one.label,
-        "prediction": one.prediction,
+        "picture": example.number,
+        "label": example.label,
+        "prediction": example.prediction,
         "share": shares.tolist(),
         "distance": means.tolist(),
     }

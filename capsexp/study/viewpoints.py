@@ -1,4 +1,4 @@
-"""Familiar and novel viewpoints: where a network errs as the camera moves round smallNORB's toys."""
+"""Familiar and novel viewpoints: a network's errors as the camera moves around smallNORB's toys."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,28 +9,30 @@ from jaxtyping import Bool, Int64
 from rich.table import Table
 from torch import Tensor
 
-from capsexp.analyze import Findings, Subject
+from capsexp.analysis.findings import Findings
+from capsexp.analysis.trained_run import TrainedRun
 from capsexp.dataset.smallnorb import FACTORS, FAMILIAR, SmallNORB
 from capsexp.errors import UserError
 
 DEGREES = {"azimuth": (0, 10), "elevation": (30, 5)}
-"""Degrees of the code 0, and of a step of 1."""
+"""Degrees of code 0, and of a step of 1."""
 
 
-class Seen(NamedTuple):
-    """What one network makes of the test toys."""
+class ViewResults(NamedTuple):
+    """Which test images one network classifies correctly, and their viewpoints."""
 
     name: str
     parameters: int
-    right: Bool[Tensor, " N"]
+    correct: Bool[Tensor, " N"]
     factors: Int64[Tensor, "N 4"]
+    """Codes of each image, in the order of `FACTORS`."""
 
-    def error(self, chosen: Bool[Tensor, " N"]) -> float:
-        """Share of these pictures that it gets wrong."""
-        return 1 - self.right[chosen].double().mean().item()
+    def error(self, mask: Bool[Tensor, " N"]) -> float:
+        """Return the error on the images of the mask."""
+        return 1 - self.correct[mask].double().mean().item()
 
     def accuracy_by(self, factor: str) -> dict[int, float]:
-        """Share of the pictures that it gets right, by the degrees of a factor."""
+        """Return the accuracy by the degrees of a factor."""
         start, step = DEGREES[factor]
         codes = self.factors[:, FACTORS.index(factor)]
         return {start + step * code: 1 - self.error(codes == code) for code in codes.unique().tolist()}
@@ -39,14 +41,15 @@ class Seen(NamedTuple):
 class Viewpoints:
     """Errors on familiar and novel views: Table 2 of Hinton et al., "Matrix capsules" (ICLR 2018).
 
-    Each picture is its centre crop. Both kinds of views are of toys that no training has seen.
-    Differs from it in: nothing, if the runs compared have the same error on familiar views; their difference
-    is told. That comparison looks at familiar test pictures, in the paper as here.
+    Each image is its center crop. Familiar and novel views are both of toys that are not in the training
+    split. Differs from it in: nothing, if the compared runs have the same error on familiar views. The study
+    reports the largest difference of that error. It is over test images, in the paper as here.
 
     Args:
         others: directories of runs to compare with.
         published: rows of others' tables: a name, and for `azimuth` and `elevation` the errors in % on
             familiar and novel views.
+
     Raises:
         ValueError: a row of another form.
     """
@@ -57,57 +60,59 @@ class Viewpoints:
                 raise ValueError(f"published must give name, azimuth: [., .], elevation: [., .], got {row}")
         self.others, self.published = others, published
 
-    def __call__(self, subject: Subject) -> Findings:
-        """The errors, and accuracy by azimuth and elevation, of the run and the others."""
-        subjects = [subject, *map(subject.another, self.others)]
-        split_by = {_viewpoint(one) for one in subjects}
-        if len(split_by) > 1:
-            names = " and ".join(sorted(f"dataset.viewpoint={one or 'null'}" for one in split_by))
+    def __call__(self, run: TrainedRun) -> Findings:
+        """Return the errors, and accuracy by azimuth and elevation, of the run and the others."""
+        runs = [run, *map(run.other_run, self.others)]
+        viewpoints = {_smallnorb(run).viewpoint for run in runs}
+        if len(viewpoints) > 1:
+            names = " and ".join(sorted(f"dataset.viewpoint={name or 'null'}" for name in viewpoints))
             raise UserError(f"study.others: the runs must be trained on the same views, got {names}")
-        (viewpoint,) = split_by
-        seen = [_seen(one) for one in subjects]
-        runs = [_numbers(one, viewpoint) for one in seen]
-        numbers = {**{key: value for key, value in runs[0].items() if key != "run"}, "runs": runs}
+        (viewpoint,) = viewpoints
+        results = [_results(run) for run in runs]
+        rows = [_numbers(result, viewpoint) for result in results]
+        numbers = {**{key: value for key, value in rows[0].items() if key != "run"}, "runs": rows}
         if viewpoint is not None:
             numbers["published"] = [
                 {"name": row["name"], viewpoint: row[viewpoint]} for row in self.published
             ]
-            differences = [abs(run["familiar_error"] - runs[0]["familiar_error"]) for run in runs[1:]]
+            differences = [abs(row["familiar_error"] - rows[0]["familiar_error"]) for row in rows[1:]]
             numbers |= {"largest_familiar_difference": max(differences)} if differences else {}
-        table = _table(runs, self.published, viewpoint)
-        return Findings(numbers, {"viewpoints": _drawn(seen, viewpoint)}, table)
+        table = _table(rows, self.published, viewpoint)
+        return Findings(numbers, {"viewpoints": _figure(results, viewpoint)}, table)
 
 
-def _viewpoint(subject: Subject) -> str | None:
-    dataset = subject.parts.dataset
-    if not isinstance(dataset, SmallNORB):
+def _smallnorb(run: TrainedRun) -> SmallNORB:
+    if not isinstance(run.dataset, SmallNORB):
         raise UserError(
-            f"study=viewpoints is for runs on smallnorb, whose views are known; {subject.path} is one on "
-            f"{dataset.name}"
+            f"study=viewpoints is for runs on smallnorb, whose views are known; {run.path} is one on "
+            f"{run.dataset.name}"
         )
-    return dataset.viewpoint
+    return run.dataset
 
 
-def _seen(subject: Subject) -> Seen:
-    everything = subject.parts.dataset.with_test_views("all")
-    split, factors = everything.read("test"), everything.factors("test")
-    right = [
+def _results(run: TrainedRun) -> ViewResults:
+    all_views = _smallnorb(run).with_test_views("all")
+    split, factors = all_views.read("test"), all_views.factors("test")
+    correct = [
         (output.scores.argmax(1) == batch.labels).cpu()
-        for batch, output in subject.outputs(split, what=subject.path.name)
+        for batch, output in run.outputs(split, description=run.path.name)
     ]
-    parameters = sum(parameter.numel() for parameter in subject.model.parameters())
-    return Seen(subject.path.name, parameters, torch.cat(right), factors[subject.chosen(split.size)])
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    return ViewResults(run.path.name, parameters, torch.cat(correct), factors[run.sampled(split.size)])
 
 
-def _numbers(seen: Seen, viewpoint: str | None) -> dict[str, Any]:
-    everywhere = torch.ones_like(seen.right)
-    numbers: dict[str, Any] = {"run": seen.name, "parameters": seen.parameters, "pictures": len(seen.right)}
-    numbers["error"] = seen.error(everywhere)
+def _numbers(result: ViewResults, viewpoint: str | None) -> dict[str, Any]:
+    numbers: dict[str, Any] = {
+        "run": result.name,
+        "parameters": result.parameters,
+        "pictures": len(result.correct),
+        "error": result.error(torch.ones_like(result.correct)),
+    }
     if viewpoint is not None:
-        codes = seen.factors[:, FACTORS.index(viewpoint)]
+        codes = result.factors[:, FACTORS.index(viewpoint)]
         familiar = torch.isin(codes, torch.tensor(FAMILIAR[viewpoint]))
-        numbers |= {"familiar_error": seen.error(familiar), "novel_error": seen.error(~familiar)}
-    return numbers | {f"accuracy_by_{factor}": seen.accuracy_by(factor) for factor in DEGREES}
+        numbers |= {"familiar_error": result.error(familiar), "novel_error": result.error(~familiar)}
+    return numbers | {f"accuracy_by_{factor}": result.accuracy_by(factor) for factor in DEGREES}
 
 
 def _table(
@@ -127,28 +132,29 @@ def _table(
     return table
 
 
-def _drawn(seen: Sequence[Seen], viewpoint: str | None) -> Any:
+def _figure(results: Sequence[ViewResults], viewpoint: str | None) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     polar, line = figure.add_subplot(121, projection="polar"), figure.add_subplot(122)
-    for one in seen:
-        around = one.accuracy_by("azimuth")
-        closed = [*around.items(), *list(around.items())[:1]]
-        polar.plot([math.radians(at) for at, _ in closed], [value for _, value in closed], "o-", ms=3)
-        up = one.accuracy_by("elevation")
-        line.plot([*up], [*up.values()], "o-", ms=3, label=f"{one.name} ({one.parameters:,} parameters)")
-    lowest = min(value for one in seen for factor in DEGREES for value in one.accuracy_by(factor).values())
+    for result in results:
+        azimuths = result.accuracy_by("azimuth")
+        closed = [*azimuths.items(), *list(azimuths.items())[:1]]
+        polar.plot([math.radians(angle) for angle, _ in closed], [value for _, value in closed], "o-", ms=3)
+        elevations = result.accuracy_by("elevation")
+        label = f"{result.name} ({result.parameters:,} parameters)"
+        line.plot([*elevations], [*elevations.values()], "o-", ms=3, label=label)
+    lowest = min(min(result.accuracy_by(factor).values()) for result in results for factor in DEGREES)
     floor = max(0.0, math.floor(10 * lowest - 0.5) / 10)
     polar.set_ylim(floor, 1)
     polar.tick_params(axis="y", labelsize=7)
     polar.set_title("accuracy by azimuth, degrees")
     line.set(title="accuracy by elevation", xlabel="degrees above the horizon", ylim=(floor, 1.01))
-    shaded: dict[str, Any] = {"color": "tab:green", "alpha": 0.12, "lw": 0}
+    shaded: dict[str, Any] = {"color": "tab:green", "alpha": 0.12, "lw": 0, "label": "training views"}
     if viewpoint == "azimuth":
-        polar.bar(math.radians(350), 1 - floor, math.radians(120), floor, label="views of training", **shaded)
+        polar.bar(math.radians(350), 1 - floor, math.radians(120), floor, **shaded)
         polar.legend(loc="lower left", bbox_to_anchor=(-0.3, -0.12), fontsize=8)
     elif viewpoint == "elevation":
-        line.axvspan(27.5, 42.5, label="views of training", **shaded)
+        line.axvspan(27.5, 42.5, **shaded)
     line.legend(fontsize=8)
     return figure

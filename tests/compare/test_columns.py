@@ -1,8 +1,8 @@
 import pytest
 
-from capsexp import config
 from capsexp.compare.columns import distinct_keys, frozen, resolve, setting_columns, short_titles, text
 from capsexp.compare.runs import read
+from capsexp.config.compose import GROUPS, compose, to_plain
 from capsexp.errors import Notes, UserError
 
 
@@ -53,10 +53,10 @@ def test_where_the_choice_differs_it_stands_for_the_settings_that_come_with_it(r
     """With the configs that users have: forty keys and more differ."""
     runs = []
     for model in ("em_routing", "dynamic_routing_small", "cnn_sabour"):
-        composed = config.compose("train", [f"model={model}"], config_dir=None)
-        choices = {group: composed.hydra.runtime.choices.get(group) for group in config.GROUPS}
+        composed = compose("train", [f"model={model}"], config_dir=None)
+        choices = {group: composed.hydra.runtime.choices.get(group) for group in GROUPS}
         told = {group: choice for group, choice in choices.items() if choice}
-        runs.append(run(config=config.plain(composed), choices=told))
+        runs.append(run(config=to_plain(composed), choices=told))
     assert titles(*runs) == ["model", "routing", "loss", "optimizer"]
 
 

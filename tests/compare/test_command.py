@@ -9,7 +9,7 @@ import sys
 import matplotlib.image
 import pytest
 
-from capsexp import cli
+from capsexp.cli import main as cli
 from capsexp.compare import selection
 
 
@@ -166,7 +166,7 @@ def test_all_mistakes_are_told_at_once(sweep, capsexp):
     [
         ("compare", ["--sortby", "x"], "unrecognized arguments: --sortby"),
         ("runs", ["--csv"], "unrecognized arguments: --csv"),
-        ("compare", ["--plot", "a.xyz"], "--plot: must be a picture file"),
+        ("compare", ["--plot", "a.xyz"], "--plot: must be an image file"),
         ("compare", ["--plot", "none/a.png"], "--plot: there is no folder"),
         ("report", ["-o", "none/a.html"], "--output: none/a.html cannot be written"),
         ("report", ["-o", "."], "--output: . cannot be written"),

@@ -174,7 +174,7 @@ def test_failed_and_died_runs_can_be_hidden(sweep, write_run, notes, tmp_path):
 )
 def test_a_wish_that_cannot_be_met_is_told_and_the_rest_is_done(wishes, message, sweep, notes):
     found = compare(sweep, notes, **wishes)
-    assert notes.mistakes == [message]
+    assert notes.errors == [message]
     assert len(found.rows) == (2 if wishes.get("group_by") == ["seed"] else 6)
     assert found.order.title == "validation"
 
@@ -255,4 +255,4 @@ def test_a_damaged_figure_is_named_and_the_rest_is_shown(write_run, notes, tmp_p
     write_run("a", {"paper": {"error": "low"}}, test=0.5)
     (run,) = read_all(find_all([tmp_path], notes), notes)
     assert (run.paper, run.test) == (None, 0.5)
-    assert "paper must be null or {error: PERCENT" in notes.blemishes[0]
+    assert "paper must be null or {error: PERCENT" in notes.warnings[0]

@@ -85,7 +85,7 @@ def test_values_that_are_not_finite_are_left_out(write_run, tmp_path, notes):
 def test_a_figure_that_no_run_has_is_told_and_the_others_are_drawn(comparison, notes):
     assert len(curves(by_setting(comparison), [ACCURACY, "train/los"], notes)) == 2
     assert curves(by_setting(comparison), ["train/los"], notes) == []
-    assert notes.mistakes == ["--metric: no run has the figure 'train/los': did you mean 'train/loss'?"]
+    assert notes.errors == ["--metric: no run has the figure 'train/los': did you mean 'train/loss'?"]
 
 
 def test_long_curves_are_means_of_neighbours():

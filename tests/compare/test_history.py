@@ -47,7 +47,7 @@ def test_a_run_that_has_logged_nothing_has_no_figures(tmp_path, notes):
 def test_a_half_written_last_line_is_left_out_and_told(half, run, notes):
     append(run, half)
     assert history.last_values(run, ["train/loss"], notes) == {"train/loss": 0.25}
-    assert notes.blemishes == [f"{run}/metrics.jsonl: the last line is half written and left out"]
+    assert notes.warnings == [f"{run}/metrics.jsonl: the last line is half written and left out"]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_a_half_written_last_line_is_left_out_and_told(half, run, notes):
 def test_damaged_lines_are_left_out_and_told_once(line, run, notes):
     append(run, line + b"\n" + line + b"\n" + b'{"step": 4, "train/loss": 0.125}\n')
     assert history.series(run, ["train/loss"], notes)["train/loss"] == {1: 0.5, 2: 0.25, 4: 0.125}
-    assert notes.blemishes == [f"{run}/metrics.jsonl: damaged lines are left out"]
+    assert notes.warnings == [f"{run}/metrics.jsonl: damaged lines are left out"]
 
 
 def test_only_lines_that_are_needed_are_parsed(run, notes, monkeypatch):
@@ -77,4 +77,4 @@ def test_values_that_are_no_numbers_are_no_figures(run, notes):
 def test_a_file_that_cannot_be_read_is_told(tmp_path, notes):
     (tmp_path / "metrics.jsonl").mkdir()
     assert history.last_values(tmp_path, ["train/loss"], notes) == {}
-    assert "Is a directory" in notes.blemishes[0]
+    assert "Is a directory" in notes.warnings[0]

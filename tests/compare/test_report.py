@@ -135,7 +135,7 @@ def test_what_is_no_picture_is_told_and_left_out(runs, page, notes):
     (runs[0].path / "figures" / "b.png").mkdir()
     assert "<img" not in page(runs)
     told = [f"{runs[0].path}/figures/{name}.png cannot be shown: it is no PNG file" for name in "ab"]
-    assert notes.blemishes == told
+    assert notes.warnings == told
 
 
 def test_a_large_picture_is_not_enlarged(runs, page):

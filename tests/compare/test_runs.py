@@ -8,7 +8,7 @@ import pytest
 from capsexp.compare import runs
 from capsexp.compare.runs import find_all, newest_first, read, read_all
 from capsexp.errors import Notes
-from capsexp.run_dir import RunDir
+from capsexp.training.run_dir import RunDir
 
 
 @pytest.fixture
@@ -49,12 +49,12 @@ def test_every_folder_without_runs_is_told_and_the_others_are_read(write_run, tm
     (tmp_path / "sweep" / "sweep.json").write_text("{}")
     asked = [tmp_path / name for name in ("none", "empty", "file", "sweep")]
     assert find_all([*asked, write_run("one")], notes) == [tmp_path / "one"]
-    assert notes.mistakes == [
+    assert notes.errors == [
         f"{tmp_path}/none: there is no such directory",
         f"{tmp_path}/empty is no run and holds none",
         f"{tmp_path}/file is a file; runs are directories",
     ]
-    assert notes.blemishes == [f"{tmp_path}/sweep: this sweep has no runs yet"]
+    assert notes.warnings == [f"{tmp_path}/sweep: this sweep has no runs yet"]
 
 
 def test_a_folder_that_must_not_be_read_is_told(write_run, tmp_path, notes, monkeypatch):
@@ -69,7 +69,7 @@ def test_a_folder_that_must_not_be_read_is_told(write_run, tmp_path, notes, monk
 
     monkeypatch.setattr(os, "scandir", refuse)
     assert len(find_all([tmp_path], notes)) == 1
-    assert notes.blemishes == [f"[Errno 13] Permission denied: '{tmp_path}/shut'"]
+    assert notes.warnings == [f"[Errno 13] Permission denied: '{tmp_path}/shut'"]
 
 
 def test_a_run_is_what_its_files_say(write_run, notes):
@@ -105,7 +105,7 @@ def test_how_a_run_ended(told, shown, write_run, notes):
 
 def test_a_run_without_an_owner_has_died(write_run, notes):
     path = write_run("one", status="running", host=socket.gethostname(), heartbeat=time.time())
-    with RunDir(path).owned():
+    with RunDir(path).locked():
         assert read(path, notes).status == "running"
     assert read(path, notes).status == "died"
 
@@ -124,7 +124,7 @@ def test_a_run_that_ends_while_it_is_read_has_not_died(write_run, notes, monkeyp
         write_run("one", status="completed")
         return False
 
-    monkeypatch.setattr(RunDir, "is_owned", ends)
+    monkeypatch.setattr(RunDir, "is_locked", ends)
     assert read(path, notes).status == "finished"
 
 
@@ -132,7 +132,7 @@ def test_a_run_that_was_killed_before_it_said_anything_has_died(write_run, notes
     path = write_run("one")
     (path / "status.json").unlink()
     assert read(path, notes).status == "died"
-    with RunDir(path).owned():
+    with RunDir(path).locked():
         assert read(path, notes).status == "running"
     assert notes == Notes()
 
@@ -143,7 +143,7 @@ def test_a_damaged_status_is_told_and_the_settings_are_still_read(content, write
     (path / "status.json").write_bytes(content)
     run = read(path, notes)
     assert (run.status, run.best, run.settings["seed"]) == ("unknown", None, 5)
-    (line,) = notes.blemishes
+    (line,) = notes.warnings
     assert line.startswith(f"{path}/status.json cannot be read: ")
     assert "\n" not in line
 
@@ -154,7 +154,7 @@ def test_a_damaged_config_is_told_and_the_figures_are_still_read(content, write_
     (path / "resolved_config.yaml").write_bytes(content)
     run = read(path, notes)
     assert (run.status, run.best, run.settings) == ("finished", 0.5, {})
-    (line,) = notes.blemishes
+    (line,) = notes.warnings
     assert line.startswith(f"{path}/resolved_config.yaml cannot be read: ")
     assert "\n" not in line
 
@@ -178,7 +178,7 @@ def test_runs_of_other_versions_are_told_once_for_each_version(write_run, notes,
     monkeypatch.setattr(runs.importlib.metadata, "version", lambda name: "2.0")
     versions = ("1.0", "2.0", "1.0", "1.5", None)
     read_all([write_run(str(number), version=version) for number, version in enumerate(versions)], notes)
-    assert notes.blemishes == [
+    assert notes.warnings == [
         "capsexp 1.0 wrote 2 of 5 runs, this is 2.0: settings may be missing from them",
         "capsexp 1.5 wrote 1 of 5 runs, this is 2.0: settings may be missing from them",
     ]

@@ -65,19 +65,19 @@ def test_a_null_is_a_value_and_a_missing_setting_is_none(write_run, tmp_path, no
 )
 def test_a_filter_that_cannot_be_understood_is_told_and_lets_all_runs_pass(word, message, root, notes):
     assert len(select([str(root), word], notes)) == 3
-    assert notes.mistakes == [f"{word}: {message}"]
+    assert notes.errors == [f"{word}: {message}"]
 
 
 def test_a_value_that_no_run_has_is_told(root, notes):
     assert select([str(root), "seed=7"], notes) == []
     assert select([str(root), "status=died"], notes) == []
     assert select([str(root), "seed=0", "model=large"], notes) == []
-    assert notes.blemishes == [
+    assert notes.warnings == [
         "no run has seed=7; there is 0, 1, 2",
         "no run has status=died",
         "no run has seed=0 and model=large",
     ]
-    assert notes.mistakes == []
+    assert notes.errors == []
 
 
 def test_a_word_with_an_equals_sign_may_be_a_directory(write_run, notes, monkeypatch, tmp_path):
@@ -94,5 +94,5 @@ def test_without_a_directory_the_output_root_is_meant(root, notes, monkeypatch, 
     assert notes == Notes()
     monkeypatch.delenv("CAPSEXP_OUTPUTS")
     assert select(["iterations=3"], notes) == []
-    assert notes.blemishes == ["outputs: no runs yet; `capsexp train` makes one"]
-    assert notes.mistakes == []
+    assert notes.warnings == ["outputs: no runs yet; `capsexp train` makes one"]
+    assert notes.errors == []

@@ -6,13 +6,12 @@ import pytest
 import torch
 from scipy.io import savemat
 
-from capsexp import config
-from capsexp.build import build
-from capsexp.data import Split
+from capsexp.config.build import build
+from capsexp.config.compose import compose, to_plain
+from capsexp.data.prepare import prepare, verify
+from capsexp.data.split import Split
 from capsexp.dataset.affnist import FILE, URL, AffNIST, class_means, upright
-from capsexp.download import DataError
-from capsexp.errors import UserError
-from capsexp.prepare import prepare, verify
+from capsexp.errors import DataError, UserError
 
 DIGITS = ("dataset@dataset.source=digits", "dataset.canvas=12", "dataset.preprocess.shift=2")
 ORIGINALS, TRANSFORMS = 359, 2
@@ -20,11 +19,11 @@ ORIGINALS, TRANSFORMS = 359, 2
 
 def make(name, root, *overrides):
     words = [f"dataset={name}", f"data_root={root}", *overrides]
-    return build(config.plain(config.compose("train", words, config_dir=None))["dataset"], at="dataset")
+    return build(to_plain(compose("train", words, config_dir=None))["dataset"], at="dataset")
 
 
 @pytest.fixture(scope="module")
-def transformed(tmp_path_factory):
+def apply_affine(tmp_path_factory):
     """Affine transforms of the embedded digits: what the file of a small world holds."""
     return make(
         "mnist_affine",
@@ -36,16 +35,16 @@ def transformed(tmp_path_factory):
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch, transformed):
+def world(tmp_path, monkeypatch, apply_affine):
     """`world(FIELD=VALUE, …)`: affNIST of the embedded digits, whose file has some fields otherwise."""
     monkeypatch.setattr(AffNIST, "originals", ORIGINALS)
     monkeypatch.setattr(AffNIST, "transforms", TRANSFORMS)
 
     def publish(*overrides, without=(), **fields):
-        labels = transformed.labels.numpy().astype(np.uint8)
+        labels = apply_affine.labels.numpy().astype(np.uint8)
         right = {
             "affine_transforms": np.zeros((6, len(labels))),
-            "image": transformed.images.reshape(-1, 144).numpy().T,
+            "image": apply_affine.images.reshape(-1, 144).numpy().T,
             "label_int": labels[None],
             "label_one_of_n": (np.arange(10)[:, None] == labels).astype(np.uint8),
         }
@@ -58,19 +57,19 @@ def world(tmp_path, monkeypatch, transformed):
     return publish
 
 
-def test_pictures_and_labels_of_the_file_are_read_in_its_order(world, transformed):
+def test_pictures_and_labels_of_the_file_are_read_in_its_order(world, apply_affine):
     dataset = world()
     test = dataset.read("test")
-    assert torch.equal(test.images, transformed.images)
-    assert torch.equal(test.labels, transformed.labels)
+    assert torch.equal(test.images, apply_affine.images)
+    assert torch.equal(test.labels, apply_affine.labels)
     assert test.images.is_contiguous()
-    assert dataset.missing() == []
+    assert dataset.missing_files() == []
     dataset.require_files()
 
 
-def test_pictures_that_run_down_the_columns_are_set_upright(world, transformed):
-    columns = transformed.images.mT.reshape(-1, 144).numpy().T
-    assert torch.equal(world(image=columns).read("test").images, transformed.images)
+def test_pictures_that_run_down_the_columns_are_set_upright(world, apply_affine):
+    columns = apply_affine.images.mT.reshape(-1, 144).numpy().T
+    assert torch.equal(world(image=columns).read("test").images, apply_affine.images)
 
 
 def changed(array, place, value):
@@ -137,7 +136,7 @@ def test_the_official_count_is_320000():
 
 def test_without_the_file_one_line_says_what_to_get_and_where_to_put_it(tmp_path):
     dataset = make("affnist", tmp_path, *DIGITS)
-    assert dataset.missing() == [FILE]
+    assert dataset.missing_files() == [FILE]
     told = rf"test\.mat is missing: get {re.escape(URL)} by hand and unpack it into"
     for ask in (dataset.require_files, lambda: dataset.prepare(print), lambda: dataset.read("test")):
         with pytest.raises(DataError, match=told):
@@ -155,7 +154,7 @@ def test_training_and_the_expanded_test_pictures_need_no_file(tmp_path):
     assert dataset.read_training()[0].size + dataset.read_training()[1].size == 1438
     assert dataset.familiar().size == ORIGINALS
     expanded = make("affnist", tmp_path, *DIGITS, "dataset.test_pictures=expanded")
-    assert expanded.missing() == expanded.problems() == expanded.remarks() == []
+    assert expanded.missing_files() == expanded.problems() == expanded.caveats() == []
     expanded.require_files()
     assert torch.equal(expanded.read("test").images, dataset.familiar().images)
 
@@ -165,7 +164,7 @@ def test_a_whole_file_is_never_called_verified(world):
     assert verify(dataset, say=lines.append) == 1
     assert len(lines) == 1
     assert "no checksum is published to compare it with (sha256 " in lines[0]
-    assert dataset.remarks() == [
+    assert dataset.caveats() == [
         f"affnist: no checksum of {FILE} is published; its structure alone was checked"
     ]
 
@@ -181,7 +180,7 @@ def test_a_source_of_another_kind_is_refused(tmp_path):
 @pytest.fixture
 def real_root(tmp_path):
     root = os.environ.get("CAPSEXP_DATA", str(tmp_path))
-    if make("mnist_affine", root).missing():
+    if make("mnist_affine", root).missing_files():
         pytest.skip("MNIST is not under CAPSEXP_DATA")
     return root
 
@@ -198,7 +197,7 @@ def test_mirrored_pictures_are_known_from_the_means_of_their_classes(real_root):
 
 def test_the_official_file_holds_32_transforms_of_each_mnist_test_picture(real_root):
     dataset = make("affnist", real_root)
-    if dataset.missing():
+    if dataset.missing_files():
         pytest.skip("affNIST is not under CAPSEXP_DATA")
     test, originals = dataset.read("test"), dataset.source.read("test")
     assert test.labels.bincount().tolist() == (32 * originals.labels.bincount()).tolist()

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from capsexp.data.preprocess import Preprocess
 from capsexp.dataset.cifar10 import CHECKSUMS, CIFAR10, FOLDER
-from capsexp.download import DataError
-from capsexp.preprocess import Preprocess
+from capsexp.errors import DataError
 
 
 def cifar10(root):
@@ -34,7 +34,7 @@ class Hostile:
 
 def test_the_published_set_is_read():
     root = os.environ.get("CAPSEXP_DATA")
-    if root is None or cifar10(root).missing():
+    if root is None or cifar10(root).missing_files():
         pytest.skip("CIFAR-10 is not under CAPSEXP_DATA")
     assert cifar10(root).problems() == []
     train, test = cifar10(root).read("train"), cifar10(root).read("test")

@@ -1,8 +1,8 @@
 import torch
 from sklearn.datasets import load_digits
 
+from capsexp.data.preprocess import Preprocess
 from capsexp.dataset.digits import Digits
-from capsexp.preprocess import Preprocess
 
 
 def digits():

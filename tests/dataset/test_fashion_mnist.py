@@ -1,9 +1,9 @@
 import pytest
 from torchvision import datasets
 
+from capsexp.data.preprocess import Preprocess
 from capsexp.dataset.fashion_mnist import FOLDER, FashionMNIST
-from capsexp.download import DataError
-from capsexp.preprocess import Preprocess
+from capsexp.errors import DataError
 
 
 def fashion_mnist(root):
@@ -31,7 +31,7 @@ def test_names_and_files_are_those_of_torchvision():
 def test_mnist_under_its_name_is_refused(tmp_path):
     (tmp_path / FOLDER).mkdir(parents=True)
     for remote in FashionMNIST.files:
-        (tmp_path / remote.holds[0].name).write_bytes(b"something else")
+        (tmp_path / remote.contents[0].name).write_bytes(b"something else")
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte is damaged or .*: expected md5 f4a8"):
         fashion_mnist(tmp_path).read("train")
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from capsexp.data.preprocess import Preprocess
 from capsexp.dataset.image_folder import ImageFolder
-from capsexp.download import DataError
-from capsexp.preprocess import Preprocess
+from capsexp.errors import DataError
 
 
 def picture(path, *, mode="RGB", size=(6, 8), value=None):

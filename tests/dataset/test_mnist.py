@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from capsexp.data.preprocess import Preprocess
 from capsexp.dataset.mnist import FOLDER, MNIST
-from capsexp.download import DataError
-from capsexp.preprocess import Preprocess
+from capsexp.errors import DataError
 
 
 def mnist(root, *, download=False):
@@ -28,7 +28,7 @@ def mnist(root, *, download=False):
 @pytest.fixture
 def real():
     root = os.environ.get("CAPSEXP_DATA")
-    if root is None or mnist(root).missing():
+    if root is None or mnist(root).missing_files():
         pytest.skip("MNIST is not under CAPSEXP_DATA")
     return Path(root)
 
@@ -65,7 +65,7 @@ def test_gz_files_alone_are_enough(real, tmp_path):
         (tmp_path / FOLDER / path.name).symlink_to(path)
     dataset = mnist(tmp_path)
     assert torch.equal(dataset.read("test").images, mnist(real).read("test").images)
-    assert dataset.missing() == []
+    assert dataset.missing_files() == []
     name = "t10k-labels-idx1-ubyte"
     packed_labels = (real / FOLDER / f"{name}.gz").read_bytes()
     assert (tmp_path / FOLDER / name).read_bytes() == gzip.decompress(packed_labels)
@@ -95,7 +95,7 @@ def test_reading_one_part_does_not_need_the_other_to_be_whole(copy):
 def test_missing_and_offline_says_what_to_do(tmp_path):
     with pytest.raises(DataError, match=r"data set mnist is not complete under .*train-images-idx3-ubyte"):
         mnist(tmp_path).read("train")
-    assert len(mnist(tmp_path).missing()) == 4
+    assert len(mnist(tmp_path).missing_files()) == 4
     assert len(mnist(tmp_path).problems()) == 4
 
 

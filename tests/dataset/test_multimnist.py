@@ -5,28 +5,30 @@ import pytest
 import torch
 from PIL import Image
 
-from capsexp.build import build, components
+from capsexp.analysis.evaluate_run import evaluate_run
+from capsexp.analysis.predict import predict
+from capsexp.analysis.speed.measure import random_batches
+from capsexp.analysis.trained_run import load_model
 from capsexp.capsules import Batch
-from capsexp.config import compose, plain
-from capsexp.data import Batches
+from capsexp.config.build import build, build_components
+from capsexp.config.compose import compose, to_plain
+from capsexp.data.batches import Batches
+from capsexp.data.pairs import OverlaidPairs
 from capsexp.dataset.digits import Digits
 from capsexp.errors import RunStopped, UserError
-from capsexp.evaluate import evaluate, evaluate_run, load_model
-from capsexp.gradients import gradients
-from capsexp.measure import random_batches
-from capsexp.pairs import Pairs
-from capsexp.parallel import Processes
-from capsexp.predict import predict
-from capsexp.run_dir import RunDir
 from capsexp.schedule import Step
-from capsexp.train import _refuse_non_finite
+from capsexp.training.evaluate import evaluate
+from capsexp.training.gradients import accumulate_gradients
+from capsexp.training.non_finite import refuse_non_finite
+from capsexp.training.parallel import ProcessGroup
+from capsexp.training.run_dir import RunDir
 
 SMALL = ("dataset=multimnist", "dataset@dataset.source=digits", "dataset.shift=2", "dataset.pad=2")
 
 
 def of_digits(*overrides):
     words = [*SMALL, *overrides]
-    return build(plain(compose("train", words, config_dir=None))["dataset"], at="dataset")
+    return build(to_plain(compose("train", words, config_dir=None))["dataset"], at="dataset")
 
 
 def joined(batches):
@@ -34,12 +36,12 @@ def joined(batches):
 
 
 def test_it_is_made_of_mnist_unless_another_set_is_named():
-    node = plain(compose("train", ["dataset=multimnist", "data_root=nowhere"], config_dir=None))["dataset"]
+    node = to_plain(compose("train", ["dataset=multimnist", "data_root=nowhere"], config_dir=None))["dataset"]
     assert node["source"]["_target_"] == "capsexp.dataset.mnist.MNIST"
     dataset = build(node, at="dataset")
     assert dataset.image_shape == dataset.raw_shape == (1, 36, 36)
     assert (dataset.targets, dataset.classes) == (2, tuple("0123456789"))
-    assert len(dataset.missing()) == 4
+    assert len(dataset.missing_files()) == 4
     assert isinstance(of_digits().source, Digits)
     assert of_digits().image_shape == (1, 12, 12)
     assert of_digits("dataset.source.preprocess.resize=10").image_shape == (1, 14, 14)
@@ -57,7 +59,7 @@ def test_pictures_and_splits_are_the_sources():
         assert ours.images.sum() == theirs.images.sum()
     assert (dataset.validation, dataset.split_seed) == (100, 3)
     assert dataset.folder is dataset.familiar() is None
-    assert dataset.missing() == dataset.problems() == []
+    assert dataset.missing_files() == dataset.problems() == []
 
 
 def test_the_sources_augmentation_changes_nothing(tiny_parts):
@@ -72,14 +74,14 @@ def test_the_sources_augmentation_changes_nothing(tiny_parts):
 
 
 def test_training_has_one_pair_for_each_picture_and_figures_have_as_many_as_are_asked_for(tiny_parts):
-    parts = tiny_parts(*SMALL, "dataset.test_partners=3")
-    training, validation = parts.dataset.read_training()
-    assert parts.batches(training, limit=None, training=True).count == training.size
-    assert parts.batches(validation, limit=None).count == 3 * validation.size
-    assert isinstance(parts.batches(validation, limit=None), Pairs)
-    (remark,) = parts.dataset.remarks()
+    components = tiny_parts(*SMALL, "dataset.test_partners=3")
+    training, validation = components.dataset.read_training()
+    assert components.batches(training, limit=None, training=True).count == training.size
+    assert components.batches(validation, limit=None).count == 3 * validation.size
+    assert isinstance(components.batches(validation, limit=None), OverlaidPairs)
+    (remark,) = components.dataset.caveats()
     assert remark == "multimnist of digits, pairs for each test picture: 3; in the paper 1,000"
-    assert of_digits("dataset.test_partners=1000").remarks() == []
+    assert of_digits("dataset.test_partners=1000").caveats() == []
 
 
 @pytest.mark.parametrize(
@@ -87,8 +89,8 @@ def test_training_has_one_pair_for_each_picture_and_figures_have_as_many_as_are_
 )
 def test_the_test_set_is_the_same_in_every_run(run, tiny_parts):
     first, other = (
-        joined(parts.batches(parts.dataset.read("test"), limit=None).in_order())
-        for parts in (tiny_parts(*SMALL), tiny_parts(*SMALL, *run))
+        joined(components.batches(components.dataset.read("test"), limit=None).in_order())
+        for components in (tiny_parts(*SMALL), tiny_parts(*SMALL, *run))
     )
     assert len(first[1]) == 359
     assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
@@ -128,7 +130,7 @@ def test_what_cannot_be_is_one_line_before_any_work(overrides, message, tiny_con
     key = overrides[0].partition("=")[0]
     words = [word for word in SMALL if not word.startswith(f"{key}=")]
     with pytest.raises(UserError) as told:
-        components(tiny_config(*words, *overrides), plugins=[])
+        build_components(tiny_config(*words, *overrides), plugins=[])
     assert told.value.problems == (message,)
 
 
@@ -136,7 +138,7 @@ def test_a_run_trains_and_is_evaluated(tmp_path, train_tiny, tiny_parts, capsys)
     results = train_tiny(tmp_path, *SMALL)
     assert "multimnist of digits, pairs for each test picture: 1; in" in capsys.readouterr().out
     assert 0 <= results["test/accuracy"] <= results["test/digit_accuracy"] <= 1
-    values = evaluate_run(tiny_parts(*SMALL), {"run": str(tmp_path), "weights": "best", "part": "test"})
+    values = evaluate_run(tiny_parts(*SMALL), {"run": str(tmp_path), "weights": "best", "split": "test"})
     for name in ("accuracy", "digit_accuracy", "margin", "reconstruction"):
         assert values[name] == results[f"test/{name}"]
     with Image.open(tmp_path / "figures" / "reconstruction.png") as shown:
@@ -148,12 +150,12 @@ def test_predictions_list_the_likeliest_classes_and_decode_as_many_as_a_picture_
     tmp_path, train_tiny, tiny_parts, capsys
 ):
     train_tiny(tmp_path, *SMALL, "trainer.max_steps=2", "trainer.test=none")
-    parts = tiny_parts(*SMALL)
-    overlay = next(parts.batches(parts.dataset.read("test"), limit=1).in_order()).images[0, 0]
+    components = tiny_parts(*SMALL)
+    overlay = next(components.batches(components.dataset.read("test"), limit=1).in_order()).images[0, 0]
     Image.fromarray((overlay * 255).byte().numpy()).save(tmp_path / "seen.png")
     told = {"run": str(tmp_path), "weights": "last", "top": 2, "reconstructions": True}
-    predict(parts, told, [str(tmp_path / "seen.png")])
-    model, _ = load_model(parts, tmp_path, weights="last")
+    predict(components, told, [str(tmp_path / "seen.png")])
+    model, _ = load_model(components, tmp_path, weights="last")
     best = model(overlay[None, None]).scores.topk(2)
     listed = capsys.readouterr().out
     for label, score in zip(best.indices[0].tolist(), best.values[0].tolist(), strict=True):
@@ -168,8 +170,8 @@ def test_both_pictures_of_a_bad_pair_are_named(tmp_path):
     indices = torch.tensor([[1, 2], [3, 40]])
     pixels = torch.zeros(2, 2, 1, 4, 4)
     batch = Batch(pixels[:, 0], torch.tensor([[0, 1], [2, 3]]), pixels, indices)
-    with pytest.raises(RunStopped, match=r"loss is nan, with training pictures 1 \+ 2, 3 \+ 40, … "):
-        _refuse_non_finite({"loss": float("nan")}, batch, 7, RunDir(tmp_path))
+    with pytest.raises(RunStopped, match=r"loss is nan, with training images 1 \+ 2, 3 \+ 40, … "):
+        refuse_non_finite({"loss": float("nan")}, batch, 7, RunDir(tmp_path))
     assert json.loads((tmp_path / "non_finite.json").read_text())["indices"] == [[1, 2], [3, 40]]
 
 
@@ -177,16 +179,20 @@ def test_the_parts_of_an_accumulated_batch_add_up(tiny_parts):
     values = []
     for accumulate in (1, 3):
         torch.manual_seed(0)
-        parts = tiny_parts(*SMALL, f"trainer.accumulate={accumulate}")
-        batch = next(parts.batches(parts.dataset.read("train"), limit=1, training=True).training(0))
-        values.append(gradients(parts.new_model(), parts.loss, batch, Step(0, 1), parts.trainer))
+        components = tiny_parts(*SMALL, f"trainer.accumulate={accumulate}")
+        batch = next(components.batches(components.dataset.read("train"), limit=1, training=True).training(0))
+        values.append(
+            accumulate_gradients(
+                components.new_model(), components.loss, batch, Step(0, 1), components.trainer
+            )
+        )
     assert values[1] == pytest.approx(values[0], rel=1e-4)
 
 
 def test_processes_share_a_batch_of_pairs(tiny_parts):
-    parts = tiny_parts(*SMALL)
-    batch = next(parts.batches(parts.dataset.read("test"), limit=1).in_order())
-    slices, shares = zip(*(Processes(rank, 3).slice_of(batch) for rank in range(3)), strict=True)
+    components = tiny_parts(*SMALL)
+    batch = next(components.batches(components.dataset.read("test"), limit=1).in_order())
+    slices, shares = zip(*(ProcessGroup(rank, 3).slice_of(batch) for rank in range(3)), strict=True)
     assert sum(shares) == pytest.approx(1)
     assert all(map(torch.equal, joined(slices), batch))
 
@@ -208,10 +214,12 @@ def test_every_kind_of_network_learns_from_pairs(model, em_config):
     name, *words = model.split()
     shallow = ["model.conv_types=[4]", "model.conv_kernels=[2]", "model.conv_strides=[1]", "loss=margin"]
     words = words or [*shallow, "model.primary_types=2"]
-    parts = components(em_config(f"model={name}", *SMALL, *words), plugins=[])
-    batch = next(parts.batches(parts.dataset.read("test"), limit=1, training=True).training(0))
-    told = gradients(parts.new_model(), parts.loss, batch, Step(0, 1), parts.trainer)
-    assert 0 <= told["accuracy"] <= told["digit_accuracy"] <= 1
+    components = build_components(em_config(f"model={name}", *SMALL, *words), plugins=[])
+    batch = next(components.batches(components.dataset.read("test"), limit=1, training=True).training(0))
+    metrics = accumulate_gradients(
+        components.new_model(), components.loss, batch, Step(0, 1), components.trainer
+    )
+    assert 0 <= metrics["accuracy"] <= metrics["digit_accuracy"] <= 1
 
 
 def test_overfitting_takes_the_first_pairs(tmp_path, train_tiny, metrics_of):
@@ -226,29 +234,29 @@ def test_overfitting_takes_the_first_pairs(tmp_path, train_tiny, metrics_of):
 
 
 def test_accuracy_wants_both_digits_and_digit_accuracy_each(tiny_parts):
-    parts = tiny_parts(*SMALL)
-    model = parts.new_model()
-    batches = parts.batches(parts.dataset.read("test"), limit=None)
+    components = tiny_parts(*SMALL)
+    model = components.new_model()
+    batches = components.batches(components.dataset.read("test"), limit=None)
     both = each = 0
     for batch in batches.in_order():
         best = model(batch.images).scores.topk(2).indices.tolist()
         found = [len({*a} & {*b}) for a, b in zip(best, batch.labels.tolist(), strict=True)]
         both, each = both + found.count(2), each + sum(found)
-    values = evaluate(model, batches, parts.loss, Step(0, 1))
+    values = evaluate(model, batches, components.loss, Step(0, 1))
     assert values["accuracy"] == pytest.approx(both / 359)
     assert values["digit_accuracy"] == pytest.approx(each / 718)
 
 
 def test_a_split_of_one_class_is_refused(tiny_parts):
-    parts = tiny_parts(*SMALL)
-    test = parts.dataset.read("test")
+    components = tiny_parts(*SMALL)
+    test = components.dataset.read("test")
     with pytest.raises(UserError, match=r"^pairs need pictures of two classes, and all"):
-        parts.batches(test.take((test.labels == 3).nonzero().flatten()), limit=None)
+        components.batches(test.take((test.labels == 3).nonzero().flatten()), limit=None)
 
 
 def test_other_sets_have_one_class_in_each_picture(tiny_parts):
-    parts = tiny_parts()
-    assert parts.dataset.targets == 1
-    batches = parts.batches(parts.dataset.read("test"), limit=None, training=True)
+    components = tiny_parts()
+    assert components.dataset.targets == 1
+    batches = components.batches(components.dataset.read("test"), limit=None, training=True)
     assert type(batches) is Batches
     assert next(batches.in_order()).labels.shape == (100,)

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from capsexp.data import Batches
+from capsexp.data.batches import Batches
+from capsexp.data.download import RemoteFile, StoredFile
+from capsexp.data.prepare import prepare, verify
+from capsexp.data.preprocess import Preprocess, resized
 from capsexp.dataset.smallnorb import FACTORS, FOLDER, STEM, Setup, SmallNORB
-from capsexp.download import DataError, RemoteFile, StoredFile
-from capsexp.prepare import prepare, verify
-from capsexp.preprocess import Preprocess, resized
+from capsexp.errors import DataError
 
 SETUP = Setup(
     instances={"train": (4, 9), "test": (0, 5)},
@@ -101,7 +102,7 @@ def world(tmp_path):
 @pytest.fixture
 def real():
     root = os.environ.get("CAPSEXP_DATA")
-    if root is None or build(SmallNORB, root, preprocess=OF_THE_PAPER).missing():
+    if root is None or build(SmallNORB, root, preprocess=OF_THE_PAPER).missing_files():
         pytest.skip("smallNORB is not under CAPSEXP_DATA")
     return lambda **changes: build(SmallNORB, root, preprocess=OF_THE_PAPER, **changes)
 
@@ -257,35 +258,35 @@ def test_a_folder_that_cannot_be_written_to_is_read_all_the_same(world, monkeypa
     def refuse(path, write):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr("capsexp.cache.write_whole", refuse)
+    monkeypatch.setattr("capsexp.data.cache.write_atomic", refuse)
     for dataset in (world(), world()):
         assert dataset.read("train").size == COUNT
-        assert dataset.remarks() == []
+        assert dataset.caveats() == []
     assert not list(world().folder.glob("cache-*"))
 
 
 def test_published_pictures_need_no_remark_and_others_do(world):
     dataset = world()
-    assert dataset.remarks() == []
+    assert dataset.caveats() == []
     path_of(dataset, "test").write_bytes(norb(255 - pictures_of(rows_of("test"))))
     remark = (
         r"smallnorb: the test pictures are not the published ones \(checksum differs: a converted copy\?\)"
     )
-    assert [bool(re.match(remark, line)) for line in dataset.remarks()] == [True]
+    assert [bool(re.match(remark, line)) for line in dataset.caveats()] == [True]
     path_of(dataset, "train").write_bytes(norb(255 - pictures_of(rows_of("train"))))
-    assert "the training and test pictures are not" in world().remarks()[0]
+    assert "the training and test pictures are not" in world().caveats()[0]
     assert dataset.read("train").size == COUNT
 
 
 def test_what_the_pictures_are_is_found_once(world, monkeypatch):
     path_of(world(), "test").write_bytes(norb(255 - pictures_of(rows_of("test"))))
-    first = world().remarks()
+    first = world().caveats()
 
     def hashed_again(*arguments):
         raise AssertionError("the pictures were hashed again")
 
     monkeypatch.setattr("capsexp.dataset.smallnorb.digest", hashed_again)
-    assert world().remarks() == first != []
+    assert world().caveats() == first != []
 
 
 def test_prepare_makes_the_caches_and_says_that_all_is_as_published(world, monkeypatch):
@@ -363,9 +364,9 @@ def test_a_combination_that_is_there_twice_is_told(tmp_path):
 
 def test_gz_files_alone_are_enough(tmp_path):
     dataset = build(publish(tmp_path, packed=True), tmp_path)
-    assert len(dataset.missing()) == 6
+    assert len(dataset.missing_files()) == 6
     assert dataset.read("train").size == COUNT
-    assert dataset.missing() == dataset.problems() == []
+    assert dataset.missing_files() == dataset.problems() == []
 
 
 @pytest.mark.parametrize("kind", ["dat", "cat", "info"])
@@ -384,7 +385,7 @@ def test_the_published_files_come_over_https_from_their_authors():
     for remote in SmallNORB.files:
         assert remote.url.startswith("https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/smallnorb-5x")
         assert remote.url.endswith(".mat.gz")
-        assert remote.name == f"{remote.holds[0].name}.gz"
+        assert remote.name == f"{remote.contents[0].name}.gz"
 
 
 def test_the_published_set_is_read(real):
@@ -397,7 +398,7 @@ def test_the_published_set_is_read(real):
     mine, aside = real().training_factors()
     assert (mine[:, 0].unique().tolist(), aside[:, 0].unique().tolist()) == ([4, 6, 7, 8], [9])
     assert real().factors("test")[:, 0].unique().tolist() == [0, 1, 2, 3, 5]
-    assert all("smallnorb: the " in remark for remark in real().remarks())
+    assert all("smallnorb: the " in remark for remark in real().caveats())
 
 
 @pytest.mark.parametrize("viewpoint", ["azimuth", "elevation"])

@@ -5,9 +5,10 @@ import pytest
 import scipy.io
 from torchvision import datasets
 
+from capsexp.data.download import RemoteFile, StoredFile
+from capsexp.data.preprocess import Preprocess
 from capsexp.dataset.svhn import FOLDER, SVHN
-from capsexp.download import DataError, RemoteFile, StoredFile
-from capsexp.preprocess import Preprocess
+from capsexp.errors import DataError
 
 
 def svhn(root):

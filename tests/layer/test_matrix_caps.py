@@ -15,7 +15,7 @@ from capsexp.routing.uniform import UniformRouting
 from capsexp.schedule import Saturating
 
 MIB = 2**20
-MATRICES = {"pose_dim": 16, "pose": "matrix", "identity": 1.0, "noise": 0.5, "votes_mib": None}
+MATRICES = {"pose_dim": 16, "pose": "matrix", "init_identity": 1.0, "init_noise": 0.5, "votes_mib": None}
 MATRICES["shared_transformations"] = False
 PAPERS_GRID = Grid(4, 4, (8.0, 8.0), 4)  # that of ConvCaps2 for 32x32
 POSE = pytest.mark.parametrize("pose", ["matrix", "vector"])
@@ -213,9 +213,9 @@ def test_autocast_makes_and_routes_votes_in_float32(make):
 
 def test_matrices_start_as_identity_and_noise():
     poses = capsules(32).poses
-    votes = classes(identity=1.0, noise=0.0, coordinates=None).votes(poses)
+    votes = classes(init_identity=1.0, init_noise=0.0, coordinates=None).votes(poses)
     torch.testing.assert_close(votes, poses.unsqueeze(2).expand_as(votes))
-    weight = conv(5, 5, 8, types=8, identity=2.0, noise=0.1).weight.detach()
+    weight = conv(5, 5, 8, types=8, init_identity=2.0, init_noise=0.1).weight.detach()
     torch.testing.assert_close(weight.mean((0, 1)), 2 * torch.eye(4).double(), rtol=0, atol=0.02)
     assert weight.std((0, 1)).mean().item() == pytest.approx(0.1, rel=0.05)
 
@@ -236,7 +236,7 @@ def test_class_votes_are_those_of_the_loops_over_positions_and_types(pose):
 def test_votes_carry_the_centre_of_the_receptive_field(placement, elements, pose):
     poses = capsules(32).poses
     votes, without = (
-        classes(coordinates=one, pose=pose, noise=0.1).votes(poses) for one in (placement, None)
+        classes(coordinates=one, pose=pose, init_noise=0.1).votes(poses) for one in (placement, None)
     )
     added = (votes - without).view(2, 4, 4, 2, 3, 16)
     along = torch.tensor([-0.08, -0.04, 0.0, 0.04], dtype=torch.float64)
@@ -247,7 +247,7 @@ def test_votes_carry_the_centre_of_the_receptive_field(placement, elements, pose
 
 
 def test_coordinates_are_those_of_a_picture_that_is_not_square():
-    grid = Grid(32, 48).seen_through((5, 5), 2).seen_through((3, 3), 2).seen_through((3, 3), 1)
+    grid = Grid(32, 48).after_convolution((5, 5), 2).after_convolution((3, 3), 2).after_convolution((3, 3), 1)
     offsets = classes(grid, image_size=(32, 48)).coordinates.view(4, 8, 16)
     assert offsets[:, 0, 3].tolist() == pytest.approx([-0.08, -0.04, 0, 0.04])
     assert offsets[0, :, 7].tolist() == pytest.approx([-0.16, -0.12, -0.08, -0.04, 0, 0.04, 0.08, 0.12])
@@ -304,6 +304,7 @@ def test_windows_are_routed_by_an_algorithm_that_knows_them_only():
         ({"votes_mib": 0}, "votes_mib must be > 0 or null, got 0"),
     ],
 )
+@pytest.mark.usefixtures("no_type_checks")
 def test_wrong_settings_are_refused(make, wrong, message):
     with pytest.raises(ValueError, match=message):
         both(make, **wrong)
@@ -312,10 +313,11 @@ def test_wrong_settings_are_refused(make, wrong, message):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"coordinates": "left"}, "coordinates must be null or one of paper, official, got left"),
+        ({"coordinates": "left"}, "coordinates must be one of paper, official, got left"),
         ({"pose_dim": 1}, "pose_dim must be >= 4 for coordinates, got 1"),
     ],
 )
+@pytest.mark.usefixtures("no_type_checks")
 def test_wrong_coordinates_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         classes(**wrong)
@@ -364,14 +366,14 @@ def test_a_fused_layer_routes_in_full_precision_under_autocast(make):
 
 def test_mixing_takes_the_plain_path_unless_the_fused_one_is_asked_for():
     layer, given = both("conv", routing=em(implementation="auto", activation="mixing"))
-    assert not layer.routing.makes_votes(layer.weight)
+    assert layer.fused_reason() == "there is no fused EM routing with activation mixing"
     assert layer(given).activations.sum(1).tolist() == pytest.approx([1.0] * 5)
     with pytest.raises(ValueError, match="implementation fused is for activation logistic, got mixing"):
         em(implementation="fused", activation="mixing")(6, 4, 16)
 
 
 def test_where_there_is_no_fused_path_asking_for_it_is_an_error(monkeypatch):
-    monkeypatch.setattr("capsexp.routing.em.why_not_fused", lambda *given_: "no compiler")
+    monkeypatch.setattr("capsexp.routing.em.fused_reason", lambda *given_: "no compiler")
     layer, given = both("conv", routing=em(implementation="fused"))
     with pytest.raises(UserError, match=r"routing\.implementation=fused: no compiler"):
         layer(given)

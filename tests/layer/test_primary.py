@@ -83,6 +83,7 @@ def test_autocast_squashes_in_float32():
     assert {one.dtype for one in capsules} == {torch.float32}
 
 
+@pytest.mark.usefixtures("no_type_checks")
 def test_unknown_padding_is_refused():
     with pytest.raises(ValueError, match="padding must be one of valid, same, got full"):
         PrimaryCaps(2, **{**SMALL, "padding": "full"})

@@ -3,18 +3,18 @@ import math
 import pytest
 import torch
 
-from capsexp.build import build
 from capsexp.capsules import Batch, Output
-from capsexp.config import compose, plain
+from capsexp.config.build import build
+from capsexp.config.compose import compose, to_plain
 from capsexp.loss.spread import Spread
 from capsexp.schedule import Linear, Step
 
-PAPER = {"margin": 0.5, "average": False, "weight_decay": 0.0, "reconstruction_weight": 0.0005}
+PAPER = {"margin": 0.5, "mean_over_classes": False, "weight_decay": 0.0, "reconstruction_weight": 0.0005}
 START = Step(0, 100)
 
 
 def configured(*overrides):
-    node = plain(compose("train", ["model=em_routing", *overrides], config_dir=None))["loss"]
+    node = to_plain(compose("train", ["model=em_routing", *overrides], config_dir=None))["loss"]
     return build(node, at="loss")
 
 
@@ -43,7 +43,7 @@ def test_spread_is_the_squared_shortfall_of_every_wrong_class(margin, classes):
     ]
     loss = spread_of(activations, labels, margin=margin)
     assert loss.item() == pytest.approx(sum(pictures) / 6, rel=1e-12)
-    average = spread_of(activations, labels, margin=margin, average=True)
+    average = spread_of(activations, labels, margin=margin, mean_over_classes=True)
     assert average.item() == pytest.approx(loss.item() / classes, rel=1e-12)
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from capsexp.build import build
 from capsexp.capsules import Batch
-from capsexp.config import compose, plain
+from capsexp.config.build import build
+from capsexp.config.compose import compose, to_plain
 from capsexp.errors import UserError
 from capsexp.model.dynamic_routing import CapsNet
 from capsexp.ops.squash import squash
@@ -18,7 +18,7 @@ MNIST = (1, 28, 28)
 
 
 def parts(*overrides):
-    return plain(compose("train", list(overrides), config_dir=None))
+    return to_plain(compose("train", list(overrides), config_dir=None))
 
 
 def network(*overrides, image_shape=MNIST, classes=10):
@@ -79,7 +79,7 @@ def test_black_pictures_without_biases_give_finite_values_and_gradients():
 
 
 @pytest.mark.parametrize(
-    ("mask", "labels", "decoded"),
+    ("decode", "labels", "decoded"),
     [
         ("label", [3, 4], [3, 4]),
         ("label", None, "longest"),
@@ -89,8 +89,8 @@ def test_black_pictures_without_biases_give_finite_values_and_gradients():
         ("0", None, [0, 0]),
     ],
 )
-def test_mask_chooses_the_capsule_to_decode(mask, labels, decoded):
-    net = network(*THIN, f"model.mask={mask}")
+def test_decode_chooses_the_class_capsule(decode, labels, decoded):
+    net = network(*THIN, f"model.decode={decode}")
     output = net(pictures(2, *MNIST), None if labels is None else torch.tensor(labels))
     classes = output.scores.argmax(1) if decoded == "longest" else torch.tensor(decoded)
     expected = net.decoder(output.layers["class_caps"].poses, classes)
@@ -128,13 +128,14 @@ def test_too_small_a_picture_is_refused_with_the_smallest_size(image_shape):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("mask=longest", "mask must be one of label, prediction, or a class 0 ... 9, got longest"),
-        ("mask=10", "mask must be one of label, prediction, or a class 0 ... 9, got 10"),
+        ("decode=longest", "decode must be one of label, prediction, or a class 0 ... 9, got longest"),
+        ("decode=10", "decode must be one of label, prediction, or a class 0 ... 9, got 10"),
         ("initialisation=xavier", "initialisation must be one of default, official, got xavier"),
         ("padding=full", "padding must be one of valid, same, got full"),
         ("votes_mib=0", "votes_mib must be > 0 or null, got 0"),
     ],
 )
+@pytest.mark.usefixtures("no_type_checks")
 def test_wrong_settings_are_refused(wrong, message):
     with pytest.raises(UserError, match=message):
         network(*THIN, f"model.{wrong}")

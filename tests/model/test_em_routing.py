@@ -3,13 +3,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from capsexp.build import build
 from capsexp.capsules import Batch, Capsules, Routed
-from capsexp.config import compose, plain
+from capsexp.config.build import build
+from capsexp.config.compose import compose, to_plain
 from capsexp.errors import UserError
 from capsexp.model.em_routing import MatrixCapsNet
+from capsexp.routing import advance
 from capsexp.schedule import Step
-from capsexp.train import _moving_average, advance
+from capsexp.training.start import moving_average
 
 SMALL = ["model=em_routing", "model.conv_channels=8", "model.primary_types=2", "model.conv_types=[3,4]"]
 DECODER = "model.decoder={_target_: capsexp.layer.decoder.Decoder, _partial_: true, hidden: [8]}"
@@ -21,7 +22,7 @@ LAYERS = ["primary_caps", "conv_caps_1", "conv_caps_2", "class_caps"]
 
 
 def parts(*overrides):
-    return plain(compose("train", list(overrides), config_dir=None))
+    return to_plain(compose("train", list(overrides), config_dir=None))
 
 
 def network(*overrides, image_shape=STEREO, classes=5):
@@ -132,7 +133,7 @@ def test_black_pictures_give_finite_values_and_gradients():
 
 
 @pytest.mark.parametrize(
-    ("mask", "labels", "decoded"),
+    ("decode", "labels", "decoded"),
     [
         ("label", [3, 4], [3, 4]),
         ("label", None, "most active"),
@@ -140,8 +141,8 @@ def test_black_pictures_give_finite_values_and_gradients():
         ("2", [3, 4], [2, 2]),
     ],
 )
-def test_mask_chooses_the_capsule_to_decode(mask, labels, decoded):
-    net = network(*SMALL, DECODER, f"model.mask={mask}")
+def test_decode_chooses_the_class_capsule(decode, labels, decoded):
+    net = network(*SMALL, DECODER, f"model.decode={decode}")
     output = net(pictures(2, *STEREO), None if labels is None else torch.tensor(labels))
     classes = output.scores.argmax(1) if decoded == "most active" else torch.tensor(decoded)
     expected = net.decoder(output.layers["class_caps"].poses, classes)
@@ -214,7 +215,7 @@ def test_advance_tells_the_inverse_temperature_of_each_layer():
 
 def test_a_moving_average_sees_the_same_windows():
     net, images = network(*SMALL), pictures(2, *STEREO)
-    average = _moving_average(net, 0.9)
+    average = moving_average(net, 0.9)
     for _ in range(2):
         average.update_parameters(net)
     assert all(torch.equal(*both) for both in zip(net.buffers(), average.module.buffers(), strict=True))
@@ -275,11 +276,12 @@ def test_too_small_a_picture_is_refused_with_the_smallest_size(image_shape):
         ("padding=full", "padding must be one of valid, same, got full"),
         ("pose_dim=15", "pose_dim must be a square for matrix poses, got 15"),
         ("pose=tensor", "pose must be one of matrix, vector, got tensor"),
-        ("coordinates=left", "coordinates must be null or one of paper, official, got left"),
-        ("mask=longest", "mask must be one of label, prediction, or a class 0 ... 4, got longest"),
+        ("coordinates=left", "coordinates must be one of paper, official, got left"),
+        ("decode=longest", "decode must be one of label, prediction, or a class 0 ... 4, got longest"),
         ("votes_mib=0", "votes_mib must be > 0 or null, got 0"),
     ],
 )
+@pytest.mark.usefixtures("no_type_checks")
 def test_wrong_settings_are_refused(wrong, message):
     with pytest.raises(UserError, match=message):
         network(*SMALL, f"model.{wrong}")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from capsexp.ops.entropy import coupling_entropy
-from capsexp.ops.receptive_fields import Grid, of_children, of_places, receptive_fields
+from capsexp.ops.receptive_fields import Grid, gather_windows, receptive_fields, scatter_sum
 
 
 def test_undecided_is_1_and_decided_is_0():
@@ -27,7 +27,7 @@ def test_windows_count_each_child_over_all_its_positions():
     fields = receptive_fields(Grid(5, 5), 2, (3, 3), 2)
     torch.manual_seed(0)
     shares = torch.rand(2, *fields.children.shape, 3, dtype=torch.float64)
-    mass = of_places(of_children(shares.sum(-1), fields), fields)
+    mass = gather_windows(scatter_sum(shares.sum(-1), fields), fields)
     coupling = shares / mass[..., None]
     expected = []
     for picture in range(2):

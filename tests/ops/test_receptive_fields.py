@@ -3,12 +3,12 @@ import torch
 
 from capsexp.ops.receptive_fields import (
     Grid,
-    largest_of_children,
+    gather_windows,
     margins,
-    of_children,
-    of_places,
     padded,
     receptive_fields,
+    scatter_max,
+    scatter_sum,
 )
 
 # rows, columns, types, kernel, stride
@@ -58,7 +58,7 @@ def test_the_papers_strides_leave_one_row_and_column_without_parents():
 def test_sums_and_maxima_of_children_are_those_of_the_loops(grid):
     fields = fields_of(*grid)
     values = torch.randn(2, *fields.children.shape, 3, dtype=torch.float64)
-    total, largest = of_children(values, fields), largest_of_children(values, fields)
+    total, largest = scatter_sum(values, fields), scatter_max(values, fields)
     for child in range(fields.in_caps):
         seen = values[:, fields.children == child]
         torch.testing.assert_close(total[:, child], seen.sum(1))
@@ -71,7 +71,7 @@ def test_sums_and_maxima_of_children_are_those_of_the_loops(grid):
 def test_places_hold_what_their_children_hold():
     fields = fields_of(5, 7, 2, (3, 2), 2)
     values = torch.randn(2, fields.in_caps, 4)
-    torch.testing.assert_close(of_places(values, fields), values[:, fields.children])
+    torch.testing.assert_close(gather_windows(values, fields), values[:, fields.children])
 
 
 @pytest.mark.parametrize(
@@ -79,15 +79,15 @@ def test_places_hold_what_their_children_hold():
 )
 def test_same_padding_is_that_of_tensorflow(size, kernel, stride, expected):
     assert margins(size, kernel, stride, "same") == expected
-    grid = Grid(size, size).seen_through((kernel, kernel), stride, "same")
+    grid = Grid(size, size).after_convolution((kernel, kernel), stride, "same")
     assert (grid.rows, grid.columns) == (-(-size // stride),) * 2
     assert padded(torch.zeros(1, 1, size, size), kernel, stride, "same").shape[2] == size + sum(expected)
 
 
 def test_grids_of_the_paper_are_14_6_4_and_their_centres_the_true_ones():
-    conv = Grid(32, 32).seen_through((5, 5), 2)
-    first = conv.seen_through((3, 3), 2)
-    second = first.seen_through((3, 3), 1)
+    conv = Grid(32, 32).after_convolution((5, 5), 2)
+    first = conv.after_convolution((3, 3), 2)
+    second = first.after_convolution((3, 3), 1)
     assert [grid.rows for grid in (conv, first, second)] == [14, 6, 4]
     assert second.centres()[:4].tolist() == [[8, 8], [8, 12], [8, 16], [8, 20]]
 
@@ -100,7 +100,7 @@ def test_centres_are_where_a_symmetric_input_is_seen(padding):
     image = torch.zeros(1, 1, 17, 21, requires_grad=True)
     features = image
     for kernel, stride in zip(kernels, strides, strict=True):
-        grid = grid.seen_through((kernel, kernel), stride, padding)
+        grid = grid.after_convolution((kernel, kernel), stride, padding)
         features = torch.nn.functional.conv2d(
             padded(features, kernel, stride, padding), torch.ones(1, 1, kernel, kernel), stride=stride
         )

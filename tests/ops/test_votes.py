@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from capsexp.capsules import Routed
-from capsexp.ops.votes import MIB, images_per_piece, in_pieces, make_votes, window_votes
+from capsexp.ops.votes import MIB, chunked, images_per_chunk, make_votes, window_votes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MATRIX_OR_VECTOR = pytest.mark.parametrize("side", [3, 9], ids=["matrix", "vector"])
@@ -55,19 +55,19 @@ def test_votes_of_a_window_pass_gradcheck(side):
     [(None, CPU, 12), (None, CUDA, 1024), (3 * MIB, CPU, 3), (3 * MIB - 1, CUDA, 2), (1, CPU, 1)],
 )
 def test_pieces_fit_the_budget_and_hold_at_least_one_picture(budget, device, images):
-    assert images_per_piece(MIB, budget=budget, device=device) == images
+    assert images_per_chunk(MIB, budget=budget, device=device) == images
 
 
 def test_a_batch_that_fits_is_routed_in_one_call():
     sizes = []
-    in_pieces(spy(sizes), torch.randn(4, 3, 2), torch.randn(4, 3), images=4)
+    chunked(spy(sizes), torch.randn(4, 3, 2), torch.randn(4, 3), images=4)
     assert sizes == [4]
 
 
 def test_a_larger_batch_is_routed_in_pieces_once_forward_and_once_backward():
     sizes = []
     poses = torch.randn(7, 3, 2, requires_grad=True)
-    routed = in_pieces(spy(sizes), poses, torch.randn(7, 3), images=3)
+    routed = chunked(spy(sizes), poses, torch.randn(7, 3), images=3)
     assert sizes == [3, 3, 1]
     assert [len(field) for field in routed[:3]] == [7, 7, 7]
     routed.poses.sum().backward()
@@ -85,7 +85,7 @@ def test_pieces_give_the_same_values_and_gradients():
     results = []
     for images in (7, 2):
         poses.requires_grad_()
-        routed = in_pieces(route, poses, activations, images=images)
+        routed = chunked(route, poses, activations, images=images)
         loss = sum((field**2).sum() for field in routed[:3])
         results.append((*routed[:3], *torch.autograd.grad(loss, [poses, *layer.parameters()])))
     for whole, pieces in zip(*results, strict=True):

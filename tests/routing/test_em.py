@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal
 
-from capsexp.build import build
-from capsexp.config import compose, plain
-from capsexp.ops.receptive_fields import Grid, of_children, receptive_fields
+from capsexp.config.build import build
+from capsexp.config.compose import compose, to_plain
+from capsexp.ops.receptive_fields import Grid, receptive_fields, scatter_sum
 from capsexp.routing import em
 from capsexp.routing.em import EMRouting, em_routing
 from capsexp.schedule import Linear, Saturating, Step
@@ -254,7 +254,7 @@ def test_coupling_of_a_child_sums_to_one_over_all_its_parents(
     votes, *others = example(layer)
     coupling = route(layer, scale * votes, *others, temperatures=STRONG[:iterations])[2]
     fields = fields_of(layer)
-    total = of_children(coupling.sum(3), fields)
+    total = scatter_sum(coupling.sum(3), fields)
     connected = torch.tensor([any(i in window for window in seen_by(layer)) for i in range(fields.in_caps)])
     torch.testing.assert_close(total, connected.to(total).expand_as(total))
 
@@ -268,7 +268,7 @@ def test_types_that_compete_at_each_position_apart_give_a_child_one_for_each_pos
 @EVERY_WINDOW
 def test_positions_that_compete_for_each_type_apart_give_a_child_one_for_each_type(layer):
     coupling = route(layer, *example(layer), normalisation="official_v1")[2]
-    total = of_children(coupling, fields_of(layer))
+    total = scatter_sum(coupling, fields_of(layer))
     torch.testing.assert_close(total[total > 0], torch.ones_like(total[total > 0]))
 
 
@@ -478,7 +478,7 @@ def votes_for(layer, **options):
 
 
 def test_lambda_is_that_of_the_authors():
-    node = plain(compose("train", ["routing=em", "routing.iterations=5"], config_dir=None))["routing"]
+    node = to_plain(compose("train", ["routing=em", "routing.iterations=5"], config_dir=None))["routing"]
     make = build(node, at="routing")
     expected = [5.0e-4, 9.75e-4, 1.426e-3, 1.855e-3, 2.262e-3]
     conv, classes = make(25, 2, 16, fields_of((5, 5, 1, (3, 3), 1, 2))), make(25, 2, 16)
@@ -608,7 +608,7 @@ def test_every_setting_acts(name):
 
 
 def test_no_setting_of_the_config_is_left_out():
-    node = plain(compose("train", ["routing=em"], config_dir=None))["routing"]
+    node = to_plain(compose("train", ["routing=em"], config_dir=None))["routing"]
     assert set(node) - {"_target_", "_partial_"} == set(MODULE) == {*SETTINGS, "implementation"}
 
 

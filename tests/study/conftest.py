@@ -1,26 +1,22 @@
-"""A trained subject, small enough to be made for each file of tests."""
+"""A small trained run, one for each test."""
 
 import pytest
 
-from capsexp.analyze import Subject
-from capsexp.evaluate import load_model
+from capsexp.analysis.trained_run import TrainedRun
 
 
 @pytest.fixture
-def subject(tmp_path, train_tiny, tiny_parts):
-    """`subject(*OVERRIDES, limit=…)`: a network after two epochs on embedded digits."""
+def trained_run(tmp_path, train_tiny, tiny_parts):
+    """`trained_run(*OVERRIDES, limit=…)`: a run after two epochs on embedded digits."""
 
-    def make(*overrides, limit=None):
-        words = [
+    def train(*overrides, limit=None):
+        settings = [
             "trainer.max_epochs=2",
             "trainer.limit_train_batches=40",
             "trainer.batch_size=32",
             *overrides,
         ]
-        train_tiny(tmp_path / "run", *words)
-        parts = tiny_parts(*words)
-        path = tmp_path / "run"
-        model, step = load_model(parts, path, weights="best")
-        return Subject(model, parts, path=path, step=step, limit=limit)
+        train_tiny(tmp_path / "run", *settings)
+        return TrainedRun.restore(tiny_parts(*settings), tmp_path / "run", weights="best", limit=limit)
 
-    return make
+    return train

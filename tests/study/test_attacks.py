@@ -4,9 +4,11 @@ import pytest
 import torch
 import yaml
 
-from capsexp.analyze import Subject
-from capsexp.attack.sweep import predicted
-from capsexp.config import conf_dir
+from capsexp.analysis.attack import examples
+from capsexp.analysis.attack.attacker import classify
+from capsexp.analysis.attack.methods import gradient
+from capsexp.analysis.attack.objective import own_loss
+from capsexp.config.compose import conf_dir
 from capsexp.errors import UserError
 from capsexp.study.attacks import Attacks
 
@@ -18,7 +20,7 @@ QUICK = {
     "restarts": 1,
     "pictures": 3,
 }
-SHORT = ("trainer.max_epochs=1", "trainer.limit_train_batches=5")  # where nothing need be learnt
+SHORT = ("trainer.max_epochs=1", "trainer.limit_train_batches=5")  # where accuracy does not matter
 STANDARDISED = ("dataset.preprocess.standardise=last",)
 
 
@@ -33,13 +35,13 @@ def study(**changes):
     return Attacks(**settings(**changes))
 
 
-def test_curves_begin_at_clean_accuracy_and_the_worst_is_at_most_every_other(subject):
-    one = subject(limit=60)
-    numbers, figures, _ = study(targeted=["bim"])(one)
-    right = torch.cat([output.scores.argmax(1) == batch.labels for batch, output in one.outputs()])
-    counted = torch.cat([output.scores.argmax(1).bincount(minlength=10) for _, output in one.outputs()])
-    assert (numbers["pictures"], counted.sum()) == (60, 60)
-    clean = right.float().mean().item()
+def test_curves_begin_at_clean_accuracy_and_the_worst_is_at_most_every_other(trained_run):
+    run = trained_run(limit=60)
+    numbers, figures, _ = study(targeted=["bim"])(run)
+    correct = torch.cat([output.scores.argmax(1) == batch.labels for batch, output in run.outputs()])
+    counts = torch.cat([output.scores.argmax(1).bincount(minlength=10) for _, output in run.outputs()])
+    assert (numbers["pictures"], counts.sum()) == (60, 60)
+    clean = correct.float().mean().item()
     assert 0.3 < clean < 1
     lines = numbers["untargeted"]
     assert set(lines) == {"epsilons", "fgsm", "bim", "pgd own", "pgd difference", "worst"}
@@ -52,51 +54,51 @@ def test_curves_begin_at_clean_accuracy_and_the_worst_is_at_most_every_other(sub
     assert lines["epsilons"] == {"input": [0, 0.1, 0.3], "pixel": pytest.approx([0, 25.5, 76.5])}
 
 
-def test_success_without_an_attack_is_the_share_predicted_as_each_class(subject):
-    one = subject(limit=60)
-    numbers, *_ = study(attacks=["fgsm"], targeted=["fgsm", "pgd"])(one)
+def test_success_without_an_attack_is_the_share_predicted_as_each_class(trained_run):
+    run = trained_run(limit=60)
+    numbers, *_ = study(attacks=["fgsm"], targeted=["fgsm", "pgd"])(run)
     wrong = (
-        sum((output.scores.argmax(1) != batch.labels).sum().item() for batch, output in one.outputs()) / 60
+        sum((output.scores.argmax(1) != batch.labels).sum().item() for batch, output in run.outputs()) / 60
     )
     for attack in ("fgsm", "pgd own", "pgd difference"):
         line, others = numbers["targeted"][attack], numbers["targeted"]["wrong_classes"][attack]
-        assert line[0] == pytest.approx(0.1)  # each picture is predicted as one of ten
+        assert line[0] == pytest.approx(0.1)  # each picture is predicted as run of ten
         assert others[0] == pytest.approx(wrong / 9)
         assert line[1] > line[0]
-        assert line[1] - others[1] * 0.9 <= 0.1 + 1e-9  # what is left are pictures sent to their own class
-    # A radius of the other list: what an aimed attack broke counts for the worst.
+        assert line[1] - others[1] * 0.9 <= 0.1 + 1e-9  # the rest are images of the target class
+    # Images that a targeted attack broke count for the worst, too.
     assert numbers["untargeted"]["worst"][2] <= numbers["untargeted"]["fgsm"][2]
 
 
-def test_numbers_do_not_depend_on_the_batch_size_and_hang_on_the_seed(subject):
-    one, found = subject(limit=60), []
+def test_numbers_depend_on_the_seed_and_not_on_the_batch_size(trained_run):
+    run, results = trained_run(limit=60), []
     for batch_size, seed in ((32, 0), (7, 0), (32, 1)):
-        one.parts.trainer.batch_size = batch_size
+        run.components.trainer.batch_size = batch_size
         numbers, *_ = study(targeted=[], epsilons=[0.04, 0.08], seed=seed, pgd_steps=1, pgd_step_size=0.01)(
-            one
+            run
         )
-        found.append(numbers)
-    for name, line in found[0]["untargeted"].items():
+        results.append(numbers)
+    for name, line in results[0]["untargeted"].items():
         if name != "epsilons":
-            assert found[1]["untargeted"][name] == pytest.approx(line)
-    assert found[0]["gradients"]["own"]["mean_size"] == pytest.approx(
-        found[1]["gradients"]["own"]["mean_size"]
+            assert results[1]["untargeted"][name] == pytest.approx(line)
+    assert results[0]["gradients"]["own"]["mean_size"] == pytest.approx(
+        results[1]["gradients"]["own"]["mean_size"]
     )
-    assert found[0]["untargeted"] != found[2]["untargeted"]
+    assert results[0]["untargeted"] != results[2]["untargeted"]
 
 
-def test_gradients_at_the_pictures_are_told(subject):
-    one = subject(*SHORT, limit=20)
-    numbers, *_ = study(attacks=["fgsm"], targeted=[])(one)
-    lively = numbers["gradients"]
+def test_statistics_of_the_gradients_at_the_clean_images(trained_run):
+    run = trained_run(*SHORT, limit=20)
+    numbers, *_ = study(attacks=["fgsm"], targeted=[])(run)
+    gradients = numbers["gradients"]
     for name in ("own", "difference"):
-        assert lively[name]["pictures_without_gradient"] == 0
-        assert lively[name]["share_exactly_zero"] < 0.5
-        assert lively[name]["mean_size"] > 0
-    # Capsules of length 0 pass nothing on.
+        assert gradients[name]["pictures_without_gradient"] == 0
+        assert gradients[name]["share_exactly_zero"] < 0.5
+        assert gradients[name]["mean_size"] > 0
+    # Capsules of length 0 have no gradient.
     with torch.no_grad():
-        one.model.class_caps.weight.zero_()
-    numbers, *_ = study(attacks=["fgsm", "bim"], targeted=[])(one)
+        run.model.class_caps.weight.zero_()
+    numbers, *_ = study(attacks=["fgsm", "bim"], targeted=[])(run)
     for name in ("own", "difference"):
         assert numbers["gradients"][name] == {
             "share_exactly_zero": 1,
@@ -106,113 +108,111 @@ def test_gradients_at_the_pictures_are_told(subject):
     assert numbers["untargeted"]["bim"] == [numbers["accuracy"]] * 3
 
 
-def test_units_of_pixels_are_those_of_the_input_at_the_pictures_scale(subject):
-    one = subject(*SHORT, *STANDARDISED, limit=40)
-    pictures = torch.cat([batch.pixels.flatten(1).double() for batch in one.batches()])
-    deviation = pictures.std(1, correction=0)
-    numbers, *_ = study(attacks=["fgsm"], targeted=[], clip=False)(one)
-    wanted = [epsilon * 255 * deviation.mean().item() for epsilon in (0, 0.1, 0.3)]
-    assert numbers["untargeted"]["epsilons"]["pixel"] == pytest.approx(wanted)
-    numbers, *_ = study(attacks=["fgsm"], targeted=[], units="pixel", epsilons=[0, 8, 32])(one)
-    wanted = [epsilon / 255 / (1 / (1 / deviation).mean().item()) for epsilon in (0, 8, 32)]
-    assert numbers["untargeted"]["epsilons"]["input"] == pytest.approx(wanted)
+def test_units_of_pixels_are_those_of_the_input_at_the_scale_of_each_image(trained_run):
+    run = trained_run(*SHORT, *STANDARDISED, limit=40)
+    pixels = torch.cat([batch.pixels.flatten(1).double() for batch in run.batches()])
+    deviation = pixels.std(1, correction=0)
+    numbers, *_ = study(attacks=["fgsm"], targeted=[], clip=False)(run)
+    expected = [epsilon * 255 * deviation.mean().item() for epsilon in (0, 0.1, 0.3)]
+    assert numbers["untargeted"]["epsilons"]["pixel"] == pytest.approx(expected)
+    numbers, *_ = study(attacks=["fgsm"], targeted=[], units="pixel", epsilons=[0, 8, 32])(run)
+    expected = [epsilon / 255 / (1 / (1 / deviation).mean().item()) for epsilon in (0, 8, 32)]
+    assert numbers["untargeted"]["epsilons"]["input"] == pytest.approx(expected)
     assert numbers["untargeted"]["epsilons"]["pixel"] == [0, 8, 32]
     assert numbers["pictures_without_scale"] == 0
 
 
-def test_the_papers_curves_are_drawn_beside_its_own_data_and_units_only(subject):
-    one = subject(*SHORT, *STANDARDISED, limit=10)
+def test_the_papers_curves_are_drawn_beside_its_own_data_and_units_only(trained_run):
+    run = trained_run(*SHORT, *STANDARDISED, limit=10)
     only = {"attacks": ["fgsm"], "targeted": [], "epsilons": [0, 0.1]}
-    numbers, figures, _ = study(**only)(one)
+    numbers, figures, _ = study(**only)(run)
     assert numbers["paper"] == "left out: it is on smallnorb, standardised"
     assert len(figures["attacks-untargeted"].axes[0].lines) == 3
-    mine = settings()["paper"] | {"dataset": "digits"}
-    numbers, figures, _ = study(**only, paper=mine)(one)
+    paper = settings()["paper"] | {"dataset": "digits"}
+    numbers, figures, _ = study(**only, paper=paper)(run)
     assert numbers["paper"]["untargeted"]["capsules"]["bim"][-1] == 0.545
     assert len(figures["attacks-untargeted"].axes[0].lines) == 7
-    numbers, *_ = study(**only, paper=mine, units="pixel")(one)
+    numbers, *_ = study(**only, paper=paper, units="pixel")(run)
     assert numbers["paper"] == "left out: its unit is most likely that of the network's input"
-    assert study(**only, paper=None)(one).numbers["paper"] is None
+    assert study(**only, paper=None)(run).numbers["paper"] is None
 
 
-def other_run(path, train_tiny, *words):
-    train_tiny(path, *words)
+def other_run(path, train_tiny, *overrides):
+    train_tiny(path, *overrides)
     (path / ".hydra").mkdir()
     shutil.copy(path / "resolved_config.yaml", path / ".hydra" / "config.yaml")
     return str(path)
 
 
-def test_examples_of_a_run_on_itself_are_those_of_the_white_box(subject, tmp_path, train_tiny):
-    one = subject(limit=40)
-    (one.path / ".hydra").mkdir()
-    shutil.copy(one.path / "resolved_config.yaml", one.path / ".hydra" / "config.yaml")
-    numbers, figures, _ = study(targeted=[], source=str(one.path))(one)
+def test_examples_of_a_run_on_itself_are_those_of_the_white_box(trained_run, tmp_path, train_tiny):
+    run = trained_run(limit=40)
+    (run.path / ".hydra").mkdir()
+    shutil.copy(run.path / "resolved_config.yaml", run.path / ".hydra" / "config.yaml")
+    numbers, figures, _ = study(targeted=[], source=str(run.path))(run)
     for attack in ("fgsm", "bim"):
         assert numbers["transfer"][f"{attack} on run"] == numbers["untargeted"][attack]
         assert numbers["transfer"][f"{attack} on source"] == numbers["untargeted"][attack]
     assert len(figures["attacks-transfer"].axes[0].lines) == 7
     other = other_run(tmp_path / "other", train_tiny, "seed=1")
-    numbers, *_ = study(targeted=[], source=other)(one)
-    source = Subject(one.another(other).model, one.parts, path=one.path, step=one.step, limit=40)
-    alone, *_ = study(targeted=[], attacks=["fgsm", "bim"])(source)
+    numbers, *_ = study(targeted=[], source=other)(run)
+    source = run.other_run(other)
+    white_box, *_ = study(targeted=[], attacks=["fgsm", "bim"])(source)
     for attack in ("fgsm", "bim"):
-        assert numbers["transfer"][f"{attack} on source"] == alone["untargeted"][attack]
+        assert numbers["transfer"][f"{attack} on source"] == white_box["untargeted"][attack]
         assert numbers["transfer"][f"{attack} on run"][-1] >= numbers["untargeted"]["worst"][-1]
         assert numbers["transfer"][f"{attack} on run"] != numbers["transfer"][f"{attack} on source"]
 
 
-def test_a_source_that_takes_other_pictures_is_refused(subject, tmp_path, train_tiny):
-    one = subject(*SHORT, limit=5)
-    for name, words, told in (
+def test_a_source_that_takes_other_images_is_refused(trained_run, tmp_path, train_tiny):
+    run = trained_run(*SHORT, limit=5)
+    for name, overrides, message in (
         ("standardised", STANDARDISED, r"its standardise must be None, as here, got last"),
         (
             "large",
             ("dataset.preprocess.resize=10",),
-            r"its picture shape must be \(1, 8, 8\), as here, got \(1, 10",
+            r"its image shape must be \(1, 8, 8\), as here, got \(1, 10",
         ),
     ):
-        run = other_run(tmp_path / name, train_tiny, "trainer.max_epochs=1", *words)
-        with pytest.raises(UserError, match=rf"^study\.source: {told}"):
-            study(source=run)(one)
-    run = other_run(tmp_path / "same", train_tiny, "trainer.max_epochs=1")
-    one.parts.dataset.classes = tuple("abcdefghij")
+        path = other_run(tmp_path / name, train_tiny, "trainer.max_epochs=1", *overrides)
+        with pytest.raises(UserError, match=rf"^study\.source: {message}"):
+            study(source=path)(run)
+    path = other_run(tmp_path / "same", train_tiny, "trainer.max_epochs=1")
+    run.components.dataset.classes = tuple("abcdefghij")
     with pytest.raises(
         UserError, match=r"^study\.source: its classes must be a, b, c, d, e, f, g, h, i, j, as"
     ):
-        study(source=run)(one)
-    one.parts.dataset.classes = ("a", "b")
+        study(source=path)(run)
+    run.components.dataset.classes = ("a", "b")
     with pytest.raises(UserError, match=r"^study\.source: its number of classes must be 2, as here, got 10$"):
-        study(source=run)(one)
+        study(source=path)(run)
 
 
-def test_pictures_of_several_classes_are_refused(subject):
-    one = subject(*SHORT, limit=5)
-    one.parts.dataset.targets = 2
+def test_images_of_several_classes_are_refused(trained_run):
+    run = trained_run(*SHORT, limit=5)
+    run.components.dataset.targets = 2
     with pytest.raises(
-        UserError, match=r"^this study needs pictures of one class each; those of digits have 2$"
+        UserError, match=r"^this study needs images of one class each; those of digits have 2$"
     ):
-        study()(one)
+        study()(run)
 
 
-def test_shown_pictures_are_right_of_different_classes_and_attacked_as_told(subject):
-    one = subject(limit=60)
-    made = study(attacks=["fgsm"], targeted=[], pictures=4, shown=[0.1, 0.4])
-    attacker = made._attacker(one)
-    batch = next(one.batches())
-    picked = {}
-    right = predicted(one.model, batch.images) == batch.labels
-    made._pick(batch, right, attacker.slope(batch), picked)
-    assert len(picked) == 4
-    for label, (alone, slope) in picked.items():
-        shown = made._attacked(attacker, alone, slope)
-        assert (shown.label, shown.predictions[0]) == (label, label)
-        torch.testing.assert_close(shown.pixels[:1], alone.pixels)
-        moved = (shown.pixels - alone.pixels).abs().amax((1, 2, 3))
+def test_examples_are_correct_of_different_classes_and_attacked_with_the_given_radii(trained_run):
+    run = trained_run(limit=60)
+    batch = next(run.batches())
+    input_gradient = gradient(own_loss(run.model, run.components.loss, run.step)(batch, None), batch.images)
+    images = {}
+    examples.pick(images, batch, classify(run.model, batch.images) == batch.labels, input_gradient, count=4)
+    assert len(images) == 4
+    for label, image in images.items():
+        example = examples.attack_image(run.model, image, [0.1, 0.4], units="input", clip=True)
+        assert (example.label, example.predictions[0]) == (label, label)
+        torch.testing.assert_close(example.pixels[:1], image.batch.pixels)
+        moved = (example.pixels - image.batch.pixels).abs().amax((1, 2, 3))
         torch.testing.assert_close(moved, torch.tensor([0, 0.1, 0.4]))
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"attacks": ["fgsn"]}, r"^attacks must be one of fgsm, bim, pgd, got fgsn$"),
         ({"attacks": []}, r"^attacks must name at least one of fgsm, bim, pgd$"),
@@ -235,6 +235,6 @@ def test_shown_pictures_are_right_of_different_classes_and_attacked_as_told(subj
         ),
     ],
 )
-def test_wrong_settings_are_refused(changes, told):
-    with pytest.raises(ValueError, match=told):
+def test_wrong_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
         study(**changes)

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from capsexp.analyze import Subject
+from capsexp.analysis.trained_run import TrainedRun
 from capsexp.capsules import Output, Routed
-from capsexp.data import Dataset, Split, epoch_order
+from capsexp.data.dataset import Dataset
+from capsexp.data.preprocess import Preprocess
+from capsexp.data.seeds import epoch_order
+from capsexp.data.split import Split
 from capsexp.errors import UserError
-from capsexp.preprocess import Preprocess
 from capsexp.schedule import Step
 from capsexp.study import equivariance
 from capsexp.study.equivariance import Equivariance, held_out_r2
@@ -30,7 +32,7 @@ MOVES = {"shifts": [-2, -1, 1, 2], "rotations": [-90, 90], "seed": 0}
 
 
 class Blobs(Dataset):
-    """Random pictures that are black near the border, so that nothing of them is lost."""
+    """Random images with a black border, so that moving them loses nothing."""
 
     name = "blobs"
     classes = ("a", "b", "c")
@@ -47,7 +49,7 @@ class Blobs(Dataset):
 
 
 class Network(nn.Module):
-    """Class capsules with poses that a function of the pictures gives; right wherever `right` says so."""
+    """Class capsules whose poses are a function of the images; `right` maps labels to predictions."""
 
     def __init__(self, poses, right=lambda labels: labels):
         super().__init__()
@@ -72,20 +74,20 @@ def study(poses, tiny_parts, right=lambda labels: labels, limit=None, moves=MOVE
     parts = tiny_parts("trainer.batch_size=32")._replace(dataset=Blobs(**changes))
     model = Network(poses, right)
     model.class_caps = SimpleNamespace(coordinate_elements=(0, 1), coordinate_scale=0.01)
-    subject = Subject(model, parts, path=Path("run"), step=Step(0, 1), limit=limit)
-    return Equivariance(**moves)(subject), model
+    run = TrainedRun(model, parts, path=Path("run"), step=Step(0, 1), limit=limit)
+    return Equivariance(**moves)(run), model
 
 
-def test_a_pose_that_says_where_the_picture_is_is_equivariant(tiny_parts):
+def test_a_pose_that_encodes_the_position_is_equivariant(tiny_parts):
     (numbers, figures, _), _ = study(lambda images: 0.01 * middle(images), tiny_parts)
     down, right = numbers["moves"]["down"], numbers["moves"]["right"]
-    for told, slopes in ((down, (1, 0)), (right, (0, 1))):
-        assert told["r2"]["one_map"] == pytest.approx(1, abs=1e-4)
-        assert told["r2"]["each_class"] == pytest.approx(1, abs=1e-4)
-        assert told["explained"]["one_map"] == pytest.approx(1, abs=1e-4)
-        assert (told["slope_of_row"], told["slope_of_column"]) == pytest.approx(slopes, abs=1e-3)
-        assert told["accuracy"] == [1, 1, 1, 1]
-        assert told["by"] == [-2, -1, 1, 2]
+    for metrics, slopes in ((down, (1, 0)), (right, (0, 1))):
+        assert metrics["r2"]["one_map"] == pytest.approx(1, abs=1e-4)
+        assert metrics["r2"]["each_class"] == pytest.approx(1, abs=1e-4)
+        assert metrics["explained"]["one_map"] == pytest.approx(1, abs=1e-4)
+        assert (metrics["slope_of_row"], metrics["slope_of_column"]) == pytest.approx(slopes, abs=1e-3)
+        assert metrics["accuracy"] == [1, 1, 1, 1]
+        assert metrics["by"] == [-2, -1, 1, 2]
     size = middle(Blobs().read("test").images.float()).norm(dim=1)
     assert down["relative_change"] == pytest.approx([(by / size).mean().item() for by in (2, 1, 1, 2)], 1e-3)
     assert "slope_of_row" not in numbers["moves"]["rotation"]
@@ -93,15 +95,15 @@ def test_a_pose_that_says_where_the_picture_is_is_equivariant(tiny_parts):
     assert set(figures) == {"equivariance", "equivariance-poses"}
 
 
-def test_noise_is_no_equivariance(tiny_parts):
+def test_random_poses_are_not_equivariant(tiny_parts):
     torch.manual_seed(0)
     (numbers, *_), _ = study(lambda images: torch.randn(len(images), 4), tiny_parts)
-    for told in numbers["moves"].values():
+    for metrics in numbers["moves"].values():
         for kind in ("r2", "explained"):
-            assert max(told[kind].values()) < 0.15
+            assert max(metrics[kind].values()) < 0.15
 
 
-def test_poses_that_classes_move_in_ways_of_their_own_need_a_map_for_each(tiny_parts):
+def test_poses_that_change_differently_for_each_class_need_a_map_per_class(tiny_parts):
     def poses(images):
         signs = torch.tensor([1.0, -1.0, 2.0])[torch.arange(len(images)) % 3]
         return signs[:, None] * middle(images)
@@ -114,11 +116,11 @@ def test_poses_that_classes_move_in_ways_of_their_own_need_a_map_for_each(tiny_p
     assert set(numbers["moves"]) == {"down", "right"}
 
 
-def test_the_stored_pictures_are_moved_and_then_preprocessed(tiny_parts):
+def test_the_stored_images_are_moved_and_then_preprocessed(tiny_parts):
     changes = {"crop": 12, "standardise": "last"}
     moves = {"shifts": [3], "rotations": [], "seed": 0}
-    words = {"limit": 7, "moves": moves, **changes}
-    (numbers, *_), model = study(lambda images: images.flatten(1)[:, :5], tiny_parts, **words)
+    options = {"limit": 7, "moves": moves, **changes}
+    (numbers, *_), model = study(lambda images: images.flatten(1)[:, :5], tiny_parts, **options)
     assert numbers["pictures"] == 7
     blobs = Blobs().read("test")
     images = blobs.images[epoch_order(blobs.size, seed=0, epoch=0)[:7].sort().values]
@@ -133,13 +135,13 @@ def test_the_stored_pictures_are_moved_and_then_preprocessed(tiny_parts):
     torch.testing.assert_close(right, preprocess.test(sideways).images)
 
 
-def test_rotations_are_anticlockwise_about_the_middle():
+def test_rotations_are_counterclockwise_around_the_center():
     images = torch.randint(0, 256, (3, 2, 8, 8), dtype=torch.uint8)
-    torch.testing.assert_close(equivariance._rotated(images, 90), images.rot90(1, (2, 3)))
-    torch.testing.assert_close(equivariance._rotated(images, 0), images)
+    torch.testing.assert_close(equivariance.rotated(images, 90), images.rot90(1, (2, 3)))
+    torch.testing.assert_close(equivariance.rotated(images, 0), images)
 
 
-def test_the_share_that_is_told_is_that_of_pictures_that_were_not_fitted_to():
+def test_r2_is_over_the_images_that_were_not_fitted_to():
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(30, 4, 3, dtype=torch.float64, generator=generator)
     outputs = inputs[..., :1] - 2 * inputs[..., 2:] + 0.5 + torch.randn(30, 4, 1, generator=generator)
@@ -149,7 +151,7 @@ def test_the_share_that_is_told_is_that_of_pictures_that_were_not_fitted_to():
         for group in groups.unique():
             train, test = ((groups == group) & half for half in (fitted, ~fitted))
             design, other = (
-                np.c_[inputs[one].reshape(-1, 3), np.ones(4 * one.sum())] for one in (train, test)
+                np.c_[inputs[rows].reshape(-1, 3), np.ones(4 * rows.sum())] for rows in (train, test)
             )
             weights = np.linalg.lstsq(design, outputs[train].reshape(-1, 1).numpy(), rcond=None)[0]
             truths.append(outputs[test].reshape(-1, 1).numpy())
@@ -160,40 +162,40 @@ def test_the_share_that_is_told_is_that_of_pictures_that_were_not_fitted_to():
         errors, truths = [], []
 
 
-def test_too_few_rows_and_outputs_that_are_all_the_same_have_no_share():
+def test_too_few_rows_and_constant_outputs_have_no_r2():
     inputs, labels = torch.randn(4, 1, 3).double(), torch.zeros(4)
     fitted = torch.tensor([True, True, False, False])
     assert held_out_r2(inputs, inputs[..., :1], labels, fitted) is None
     assert held_out_r2(inputs[..., :0], torch.ones(4, 1, 1).double(), labels, fitted) is None
 
 
-def test_a_trained_network_loses_accuracy_and_its_poses_change_as_it_is_moved(subject):
-    one = subject(limit=200)
-    numbers, *_ = Equivariance(shifts=[1, 3], rotations=[30], seed=0)(one)
-    right = sum((output.scores.argmax(1) == batch.labels).sum().item() for batch, output in one.outputs())
+def test_a_trained_network_loses_accuracy_and_its_poses_change_as_it_is_moved(trained_run):
+    run = trained_run(limit=200)
+    numbers, *_ = Equivariance(shifts=[1, 3], rotations=[30], seed=0)(run)
+    right = sum((output.scores.argmax(1) == batch.labels).sum().item() for batch, output in run.outputs())
     assert numbers["accuracy"] == pytest.approx(right / 200)
     down = numbers["moves"]["down"]
     assert down["accuracy"][1] < min(down["accuracy"][0], numbers["accuracy"])
     assert 0 < down["relative_change"][0] < down["relative_change"][1]
 
 
-def test_networks_and_pictures_without_a_pose_to_follow_are_refused(tiny_parts, subject):
-    with pytest.raises(UserError, match=r"^fewer than 2 pictures are classified right: there are no poses"):
+def test_networks_and_images_without_a_pose_to_follow_are_refused(tiny_parts, trained_run):
+    with pytest.raises(UserError, match=r"^fewer than 2 images are classified correctly: there are no poses"):
         study(middle, tiny_parts, right=lambda labels: (labels + 1) % 3)
-    with pytest.raises(UserError, match=r"^study\.shifts: must be < the picture's 20x20, got -20$"):
+    with pytest.raises(UserError, match=r"^study\.shifts: must be < the image's 20x20, got -20$"):
         study(middle, tiny_parts, moves={**MOVES, "shifts": [1, -20]})
     model = Network(middle)
     model.forward = lambda images, labels: Output(images.flatten(1), images.flatten(1))
     parts = tiny_parts()._replace(dataset=Blobs())
-    one = Subject(model, parts, path=Path("run"), step=Step(0, 1), limit=None)
+    run = TrainedRun(model, parts, path=Path("run"), step=Step(0, 1), limit=None)
     with pytest.raises(UserError, match=r"^this network has no capsules, so there are no poses to follow$"):
-        Equivariance(**MOVES)(one)
+        Equivariance(**MOVES)(run)
     parts.dataset.targets = 2
-    with pytest.raises(UserError, match=r"^this study needs pictures of one class each; those of "):
-        Equivariance(**MOVES)(one)
+    with pytest.raises(UserError, match=r"^this study needs images of one class each; those of "):
+        Equivariance(**MOVES)(run)
 
 
 @pytest.mark.parametrize("none", [[], [0]])
-def test_something_must_be_moved(none):
+def test_a_study_without_moves_is_refused(none):
     with pytest.raises(ValueError, match=r"^shifts and rotations must not both be empty or 0$"):
         Equivariance(shifts=none, rotations=none, seed=0)

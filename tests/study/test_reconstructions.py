@@ -4,33 +4,33 @@ from capsexp.errors import UserError
 from capsexp.study.reconstructions import Reconstructions
 
 
-def test_failures_are_shown_from_the_label_and_from_the_prediction(subject):
-    one = subject()
-    numbers, figures, _ = Reconstructions(correct=4, wrong=2)(one)
+def test_failures_are_shown_from_the_label_and_from_the_prediction(trained_run):
+    run = trained_run()
+    numbers, figures, _ = Reconstructions(correct=4, wrong=2)(run)
     shown = numbers["shown"]
-    right, wrong = shown[:4], shown[4:]
-    assert all(label == prediction == decoded for label, prediction, decoded in right)
-    assert len({label for label, _, _ in right}) > 1
-    assert [one[:2] for one in wrong[::2]] == [one[:2] for one in wrong[1::2]]
-    assert all(label != guess and decoded == label for label, guess, decoded in wrong[::2])
-    assert all(label != guess and decoded == guess for label, guess, decoded in wrong[1::2])
+    correct, wrong = shown[:4], shown[4:]
+    assert all(label == prediction == decoded for label, prediction, decoded in correct)
+    assert len({label for label, _, _ in correct}) > 1
+    assert [triple[:2] for triple in wrong[::2]] == [triple[:2] for triple in wrong[1::2]]
+    assert all(label != prediction and decoded == label for label, prediction, decoded in wrong[::2])
+    assert all(label != prediction and decoded == prediction for label, prediction, decoded in wrong[1::2])
     assert len(figures["reconstructions"].axes) == 2 * len(shown)
-    wrongly = sum((output.scores.argmax(1) != batch.labels).sum().item() for batch, output in one.outputs())
+    mistakes = sum((output.scores.argmax(1) != batch.labels).sum().item() for batch, output in run.outputs())
     assert numbers["pictures"] == 359
-    assert numbers["error"] == wrongly / 359
+    assert numbers["error"] == mistakes / 359
     assert 0 < numbers["squared_error"] < 1
 
 
-def test_a_limit_is_kept_to_the_picture(subject):
-    numbers, *_ = Reconstructions(correct=1, wrong=0)(subject(limit=37))
+def test_a_limit_is_exact(trained_run):
+    numbers, *_ = Reconstructions(correct=1, wrong=0)(trained_run(limit=37))
     assert numbers["pictures"] == 37
 
 
-def test_a_network_without_a_decoder_is_refused(subject):
-    one = subject()
-    one.model.decoder = None
+def test_a_network_without_a_decoder_is_refused(trained_run):
+    run = trained_run()
+    run.model.decoder = None
     with pytest.raises(UserError, match=r"^this run has no decoder, so there are no reconstructions"):
-        Reconstructions(correct=1, wrong=0)(one)
+        Reconstructions(correct=1, wrong=0)(run)
 
 
 @pytest.mark.parametrize(("correct", "wrong"), [(-1, 1), (1, -1), (0, 0)])

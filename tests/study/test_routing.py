@@ -4,14 +4,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from capsexp import routing_figures
-from capsexp.analyze import Subject
-from capsexp.build import components
+from capsexp.analysis.routing import figures as routing_figures
+from capsexp.analysis.trained_run import TrainedRun
+from capsexp.config.build import build_components
 from capsexp.errors import UserError
-from capsexp.evaluate import figures as told_about
 from capsexp.ops.receptive_fields import Grid
 from capsexp.schedule import Step
 from capsexp.study.routing import Routing
+from capsexp.training.metrics import figures as batch_metrics
 
 SETTINGS = {
     "iterations": 5,
@@ -25,24 +25,24 @@ EM = ["model=em_routing", "model.conv_channels=8", "model.primary_types=2", "mod
 
 
 def untrained(config, limit=40):
-    parts = components(config, plugins=[])
+    components = build_components(config, plugins=[])
     torch.manual_seed(0)
-    model = parts.new_model().eval()
-    return Subject(model, parts, path=Path("run"), step=Step(0, 1), limit=limit)
+    model = components.new_model().eval()
+    return TrainedRun(model, components, path=Path("run"), step=Step(0, 1), limit=limit)
 
 
-def drawn(axes):
-    """Heights of all bars of a plot."""
+def total_height(axes):
+    """Return the sum of the heights of all bars of a plot."""
     return sum(float(patch.get_data().values.sum()) for patch in axes.patches)
 
 
-def test_curves_are_those_of_the_network_over_all_pictures_and_go_on_beyond_its_iterations(subject):
-    one = subject(limit=150)
-    numbers, figures, _ = Routing(**SETTINGS)(one)
+def test_curves_are_those_of_the_network_over_all_images_and_continue_beyond_its_iterations(trained_run):
+    run = trained_run(limit=150)
+    numbers, figures, _ = Routing(**SETTINGS)(run)
     expected = 0.0
-    for batch, output in one.outputs():
-        told = told_about(output, batch, {"loss": torch.zeros(())})
-        expected += told["coupling_entropy/class_caps"] * len(batch.labels) / 150
+    for batch, output in run.outputs():
+        metrics = batch_metrics(output, batch, {"loss": torch.zeros(())})
+        expected += metrics["coupling_entropy/class_caps"] * len(batch.labels) / 150
     layer = numbers["layers"]["class_caps"]
     assert numbers["pictures"] == 150
     assert numbers["entropy/class_caps"] == pytest.approx(expected, rel=1e-5)
@@ -53,11 +53,11 @@ def test_curves_are_those_of_the_network_over_all_pictures_and_go_on_beyond_its_
     assert {"routing-entropy", "routing-change"} < set(figures)
 
 
-def test_pictures_are_the_first_right_ones_of_different_classes_and_the_first_wrong_one(subject):
-    one = subject(limit=200)
-    numbers, figures, _ = Routing(**{**SETTINGS, "pictures": 3})(one)
+def test_examples_are_the_first_correct_ones_of_different_classes_and_the_first_wrong_one(trained_run):
+    run = trained_run(limit=200)
+    numbers, figures, _ = Routing(**{**SETTINGS, "pictures": 3})(run)
     right, wrong = {}, []
-    for batch, output in one.outputs():
+    for batch, output in run.outputs():
         predictions = output.scores.argmax(1)
         for number, label, guess in zip(
             batch.indices.tolist(), batch.labels.tolist(), predictions.tolist(), strict=True
@@ -66,50 +66,52 @@ def test_pictures_are_the_first_right_ones_of_different_classes_and_the_first_wr
                 right[label] = number
             elif label != guess:
                 wrong.append(number)
-    shown = [told["picture"] for told in numbers["shown"]]
+    shown = [example["picture"] for example in numbers["shown"]]
     assert sorted(shown) == sorted([*right.values(), wrong[0]])
     named = {f"routing-{kind}-{number}" for kind in ("votes", "parents") for number in shown}
     assert named | {"routing-entropy", "routing-change"} == set(figures)
-    for told in numbers["shown"]:
-        assert len(told["share"]) == len(told["distance"]) == 3
-        assert told["share"][0] == pytest.approx([0.1] * 10)
-        assert [sum(row) for row in told["share"]] == pytest.approx([1] * 3)
+    for example in numbers["shown"]:
+        assert len(example["share"]) == len(example["distance"]) == 3
+        assert example["share"][0] == pytest.approx([0.1] * 10)
+        assert [sum(row) for row in example["share"]] == pytest.approx([1] * 3)
 
 
 def test_histograms_hold_every_vote_with_the_weight_of_its_assignment():
     generator = torch.Generator().manual_seed(0)
     distances = torch.rand(2, 50, 4, generator=generator)
     coupling = torch.rand(2, 50, 4, generator=generator).softmax(2)
-    picture = torch.rand(1, 8, 8, generator=generator)
-    one = routing_figures.Shown(3, 1, 1, picture, distances, coupling, torch.zeros(2, 4, 4))
-    figure = routing_figures.histograms(one, "abcd", bins=10, near=0.25, squared=False)
+    image = torch.rand(1, 8, 8, generator=generator)
+    example = routing_figures.Example(3, 1, 1, image, distances, coupling, torch.zeros(2, 4, 4))
+    figure = routing_figures.histograms(example, "abcd", bins=10, near=0.25, squared=False)
     for row, (everything, near) in enumerate(zip(figure.axes[::2], figure.axes[1::2], strict=True)):
-        assert drawn(everything) == pytest.approx(50, rel=1e-4)
-        assert drawn(near) == pytest.approx(coupling[row][distances[row] < 0.25].sum().item(), rel=1e-4)
+        assert total_height(everything) == pytest.approx(50, rel=1e-4)
+        assert total_height(near) == pytest.approx(
+            coupling[row][distances[row] < 0.25].sum().item(), rel=1e-4
+        )
     assert not figure.axes[1].texts
-    far = routing_figures.histograms(one, "abcd", bins=10, near=1e-9, squared=False)
-    assert far.axes[1].texts[0].get_text() == "no vote is nearer than 1e-09"
+    far = routing_figures.histograms(example, "abcd", bins=10, near=1e-9, squared=False)
+    assert far.axes[1].texts[0].get_text() == "no distance below 1e-09"
 
 
 @pytest.mark.parametrize("grid", [Grid(2, 3, (3.5, 1.5), 2), Grid(3, 1, (2.0, 4.0), 3), Grid(1, 1)])
-def test_a_place_is_drawn_about_the_centre_of_what_it_sees(grid):
-    picture = torch.zeros(1, 12, 10)
+def test_a_position_is_drawn_around_the_center_of_its_receptive_field(grid):
+    image = torch.zeros(1, 12, 10)
     for place, centre in enumerate(grid.centres()):
         values = torch.zeros(1, grid.positions, 2)
         values[0, place, 1] = 5
-        canvas = routing_figures._on_the_picture(values, grid, picture)
-        assert canvas.shape == (1, 2, 2 * (12 + 2 * grid.step), 2 * (10 + 2 * grid.step))
-        there = canvas[0, 1].nonzero().double()
-        assert len(there) == (2 * grid.step) ** 2
-        # The middle of pixel 0 is a half pixel from the picture's edge, which is a step from the canvas's.
-        middle = (there.mean(0) + 0.5 - 1) / 2 - grid.step
+        maps = routing_figures._excess_maps(values, grid, image)
+        assert maps.shape == (1, 2, 2 * (12 + 2 * grid.step), 2 * (10 + 2 * grid.step))
+        square = maps[0, 1].nonzero().double()
+        assert len(square) == (2 * grid.step) ** 2
+        # The center of pixel 0 is half a pixel from the image's edge, which is one step from the map's edge.
+        middle = (square.mean(0) + 0.5 - 1) / 2 - grid.step
         torch.testing.assert_close(middle, centre.double())
-        assert not canvas[0, 0].any()
+        assert not maps[0, 0].any()
 
 
-def test_every_layer_of_a_network_with_em_routing_is_followed_or_the_one_that_is_named(em_config):
-    one = untrained(em_config(*EM))
-    numbers, figures, _ = Routing(**SETTINGS)(one)
+def test_every_layer_of_a_network_with_em_routing_is_traced_or_only_the_named_one(em_config):
+    run = untrained(em_config(*EM))
+    numbers, figures, _ = Routing(**SETTINGS)(run)
     layers = numbers["layers"]
     assert list(layers) == ["conv_caps_1", "conv_caps_2", "class_caps"]
     for layer in layers.values():
@@ -119,31 +121,36 @@ def test_every_layer_of_a_network_with_em_routing_is_followed_or_the_one_that_is
         assert "logit_change" not in layer
     assert numbers["class_capsules"]["share_of_label"][0] == pytest.approx(0.1)
     assert any(name.startswith("routing-votes-") for name in figures)
-    named, *_ = Routing(**{**SETTINGS, "layer": "conv_caps_2"})(one)
+    named, *_ = Routing(**{**SETTINGS, "layer": "conv_caps_2"})(run)
     assert list(named["layers"]) == ["conv_caps_2"]
     assert named["layers"]["conv_caps_2"]["entropy"] == pytest.approx(layers["conv_caps_2"]["entropy"])
     with pytest.raises(UserError, match=r"^study\.layer: must be null or one of conv_caps_1, conv_caps_2, "):
-        Routing(**{**SETTINGS, "layer": "conv_caps_3"})(one)
+        Routing(**{**SETTINGS, "layer": "conv_caps_3"})(run)
 
 
 def test_the_control_without_routing_has_one_iteration_in_which_nothing_changes(em_config):
-    words = ["model=dynamic_routing_small", "model.conv_channels=8", "model.decoder=null", "routing=uniform"]
-    numbers, figures, _ = Routing(**SETTINGS)(untrained(em_config(*words)))
+    overrides = [
+        "model=dynamic_routing_small",
+        "model.conv_channels=8",
+        "model.decoder=null",
+        "routing=uniform",
+    ]
+    numbers, figures, _ = Routing(**SETTINGS)(untrained(em_config(*overrides)))
     layer = numbers["layers"]["class_caps"]
     assert layer == {"iterations": 1, "entropy": [pytest.approx(1)], "coupling_change": []}
     for name in ("routing-change", "routing-entropy"):
         figures[name].savefig(io.BytesIO())
 
 
-def test_distances_of_all_pictures_are_the_mean_of_those_of_each(em_config):
-    one = untrained(em_config(*EM), limit=3)
-    numbers, *_ = Routing(**SETTINGS)(one)
+def test_distances_of_all_images_are_the_mean_of_those_of_each(em_config):
+    run = untrained(em_config(*EM), limit=3)
+    numbers, *_ = Routing(**SETTINGS)(run)
     expected = 0.0
-    test = one.parts.dataset.read("test")
-    for number in one.chosen(test.size):
+    test = run.components.dataset.read("test")
+    for number in run.sampled(test.size):
         split = test.take(number[None])
-        (batch, output), *_ = one.outputs(split)
-        layer = one.model.class_caps
+        (batch, output), *_ = run.outputs(split)
+        layer = run.model.class_caps
         below = output.layers["conv_caps_2"]
         votes, routed = layer.votes(below.poses)[0], output.layers["class_caps"]
         squares = (votes - routed.poses[0]).square().sum(2)
@@ -153,19 +160,19 @@ def test_distances_of_all_pictures_are_the_mean_of_those_of_each(em_config):
     assert got == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_a_network_that_routes_nothing_and_pictures_of_several_classes_are_refused(em_config):
+def test_a_network_that_routes_nothing_and_images_of_several_classes_are_refused(em_config):
     cnn = untrained(em_config("model=cnn_sabour", "model.conv_channels=[2]", "model.hidden=[4]"))
     with pytest.raises(UserError, match=r"^this network has no capsules, so there is no routing to study$"):
         Routing(**SETTINGS)(cnn)
-    one = untrained(em_config(*EM))
-    one.model.grid = None
-    with pytest.raises(UserError, match=r"^this network has no `grid`, so nobody knows where the children"):
-        Routing(**SETTINGS)(one)
-    one.parts.dataset.targets = 2
+    run = untrained(em_config(*EM))
+    run.model.grid = None
+    with pytest.raises(UserError, match=r"^this network has no `grid`, so its capsules cannot be mapped to"):
+        Routing(**SETTINGS)(run)
+    run.components.dataset.targets = 2
     with pytest.raises(
-        UserError, match=r"^this study needs pictures of one class each; those of digits have 2$"
+        UserError, match=r"^this study needs images of one class each; those of digits have 2$"
     ):
-        Routing(**SETTINGS)(one)
+        Routing(**SETTINGS)(run)
 
 
 @pytest.mark.parametrize(

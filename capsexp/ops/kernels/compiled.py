@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -16,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from capsexp.files import locked
 
 SOURCES = [Path(__file__).with_name(name) for name in ("em.cpp", "dynamic.cpp")]
 HEADERS = [Path(__file__).with_name("vectors.h")]
@@ -72,13 +73,13 @@ def library() -> ctypes.CDLL:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def why_no_library(cost: str) -> str | None:
+def library_problem(cost: str) -> str | None:
     """Why there is no library, told on stderr the first time, with what that costs; None: there is one."""
-    return _why_no_library(cost)
+    return _library_problem(cost)
 
 
 @functools.cache
-def _why_no_library(cost: str) -> str | None:
+def _library_problem(cost: str) -> str | None:
     try:
         library()
     except NotBuiltError as error:
@@ -95,22 +96,13 @@ def _build(path: Path) -> None:
         raise NotBuiltError("there is no ninja: pip install ninja")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock"), wait=True):
             if not path.exists():  # another process may have built it meanwhile
                 _compile(path, found)
     except OSError as error:
         raise NotBuiltError(
             f"{path.parent} cannot be written ({error.strerror}): set TORCH_EXTENSIONS_DIR"
         ) from None
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    # A lock of the kernel's, which goes with its process: a build that was killed leaves nothing behind that
-    # anybody waits for. PyTorch's own lock is a file, which stays.
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _compile(path: Path, found: str) -> None:

@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -10,13 +10,14 @@ from torch import Tensor
 
 from capsexp.capsules import Routed
 from capsexp.ops.kernels import HAS_TRITON
-from capsexp.ops.kernels.compiled import library, why_no_library
+from capsexp.ops.kernels.compiled import library, library_problem
 from capsexp.ops.votes import MatrixVotes
 
 FUSED_ACTIVATION = "logistic"
 """The one kind of activation that there is a fused path for."""
 FUSED_OPTIONS = ("variance_floor", "cost_scale", "mean_smoothing", "normalisation", "detach")
-NORMALISATIONS = ("paper", "types", "official_v1")
+Normalisation = Literal["paper", "types", "official_v1"]
+NORMALISATIONS = get_args(Normalisation)
 """In the order of em.cpp's `Normalisation`."""
 SHAPES = ((2, 2), (3, 3), (4, 4), (1, 16))
 """Rows and columns of the poses that there is code for."""
@@ -89,8 +90,11 @@ def fused_em_routing(
     return Routed(poses, parents, last if fields is not None else last.squeeze(1), fields)
 
 
-def why_not_fused(device: str, dtype: torch.dtype, rows: int, side: int) -> str | None:
-    """What stands in the way of `fused_em_routing`, told on stderr the first time; None: nothing."""
+def fused_reason(device: str, dtype: torch.dtype, rows: int, side: int) -> str | None:
+    """Why `fused_em_routing` is not available here; None where it is.
+
+    A missing library is also reported on stderr, once.
+    """
     if device not in ("cpu", "cuda"):
         return f"there is no fused EM routing for {device}"
     halves = (torch.bfloat16, torch.float16) if device == "cuda" else ()
@@ -100,7 +104,7 @@ def why_not_fused(device: str, dtype: torch.dtype, rows: int, side: int) -> str 
         return f"there is no fused EM routing for poses of {rows}x{side}"
     if device == "cuda":
         return None if HAS_TRITON else "Triton is not installed"
-    return why_no_library("EM routing takes the plain path, 10 to 20 times as slow")
+    return library_problem("EM routing takes the reference path, 10 to 20 times as slow")
 
 
 def lanes(types: int, dtype: torch.dtype) -> int:

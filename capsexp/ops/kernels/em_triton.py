@@ -19,8 +19,6 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from capsexp.ops.kernels.em import padded_types
-
 SMALLEST_MASS = tl.constexpr(1e-8)  # as in capsexp/routing/em.py
 MOST_TYPES = 16  # in a tile: more would leave no room for places
 VOTES = 2048  # in a tile: 16 numbers for each of 128 threads, with two or three such tiles in registers
@@ -51,8 +49,8 @@ def _tile(
         share = tl.load(initial + at % positions * places + k, mask=there, other=0).to(ACC)
         share = tl.where((j < types)[None, :], share[:, None], 0)
     else:
-        of_places = (at * places + k)[:, None] * PADDED + j[None, :]
-        share = tl.load(coupling + of_places, mask=there[:, None], other=0)
+        slots_of_places = (at * places + k)[:, None] * PADDED + j[None, :]
+        share = tl.load(coupling + slots_of_places, mask=there[:, None], other=0)
     entries = weight + tl.load(matrix + k, mask=there, other=0) * (SIDE * SIDE * PADDED)
     entries = entries[:, None, None] + column[None, :, None] * PADDED + j[None, None, :]
     numbers = poses + (i * (ROWS * SIDE))[:, None] + row[None, :] * SIDE
@@ -297,8 +295,8 @@ def _unfit(
                 poses, weight, offsets, activations, initial, coupling, child, matrix, at, start, j, children,
                 positions, places, types, ROWS, SIDE, R, S, PADDED, BLOCK_J, BLOCK_K, FIRST, ACC,
             )  # fmt: skip
-            of_places = g_logits + (at * places + k)[:, None] * PADDED + j[None, :]
-            g_log = tl.load(of_places, mask=there[:, None], other=0)
+            slots_of_places = g_logits + (at * places + k)[:, None] * PADDED + j[None, :]
+            g_log = tl.load(slots_of_places, mask=there[:, None], other=0)
             d = votes - middle[None, :, :, :]
             part = g_log[:, None, None, :] * d
             totals += g_log
@@ -347,12 +345,12 @@ def _unfit(
         to = active_parts + (tl.program_id(1).to(tl.int64) * parents + at) * places + k
         tl.store(to, tl.load(to, mask=there, other=0) + tl.sum(share * g, 1), mask=there)
         if g_shares is not None:
-            of_places = (at * places + k)[:, None] * PADDED + j[None, :]
+            slots_of_places = (at * places + k)[:, None] * PADDED + j[None, :]
             g = g * active[:, None]
             if g_coupling is not None:
                 mask = there[:, None] & (j < types)[None, :]
-                g += tl.load(g_coupling + of_places, mask=mask, other=0).to(ACC)
-            tl.store(g_shares + of_places, g, mask=there[:, None])
+                g += tl.load(g_coupling + slots_of_places, mask=mask, other=0).to(ACC)
+            tl.store(g_shares + slots_of_places, g, mask=there[:, None])
 
 
 @triton.jit
@@ -403,15 +401,15 @@ def _products(
             if t == 0:
                 share = tl.load(initial + at % positions * places + k, mask=there, other=0).to(ACC)[:, None]
             else:
-                of_places = ((at + (t - 1) * parents) * places + k)[:, None] * PADDED + j[None, :]
-                share = tl.load(coupling + of_places, mask=there[:, None], other=0)
+                slots_of_places = ((at + (t - 1) * parents) * places + k)[:, None] * PADDED + j[None, :]
+                share = tl.load(coupling + slots_of_places, mask=there[:, None], other=0)
             r = (share * active[:, None])[:, None, None, :]
             alpha = tl.load(slope + slot, mask=real, other=0)[None, :, :, :]
             g += r * (alpha + tl.load(curve + slot, mask=real, other=0)[None, :, :, :] * d)
             if t + 1 < ITERATIONS:
                 precision = 1 / tl.where(real, tl.load(variance + slot, mask=inside, other=0) + FLOOR, 1)
-                of_places = ((at + t * parents) * places + k)[:, None] * PADDED + j[None, :]
-                g_log = tl.load(g_logits + of_places, mask=there[:, None], other=0)
+                slots_of_places = ((at + t * parents) * places + k)[:, None] * PADDED + j[None, :]
+                g_log = tl.load(g_logits + slots_of_places, mask=there[:, None], other=0)
                 g -= g_log[:, None, None, :] * (d * precision[None, :, :, :])
         g_w += pose[:, :, :, None, None] * g[:, :, None, :, :]
         g_pose = tl.sum(tl.sum(g[:, :, None, :, :] * w[:, None, :, :, :], 4), 3)
@@ -467,7 +465,7 @@ class _Layer:
         self.types, side = weight.shape[1], weight.shape[2]
         self.iterations = len(temperatures)
         self.dtype = torch.promote_types(poses.dtype, torch.float32)
-        self.padded, self.side, self.rows = padded_types(self.types), side, self.dim // side
+        self.padded, self.side, self.rows = triton.next_power_of_2(self.types), side, self.dim // side
         self.acc = tl.float64 if self.dtype == torch.float64 else tl.float32
         self.block_j = min(MOST_TYPES, self.padded)
         self.blocks = self.padded // self.block_j

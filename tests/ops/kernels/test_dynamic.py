@@ -90,7 +90,7 @@ def assert_same(shape, **options):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("iterations", [1, 2, 3, 5])
 def test_values_and_gradients_are_those_of_the_plain_path(shape, iterations):
-    assert layer_of(shape).routing.makes_dense_votes(layer_of(shape).weight)
+    assert layer_of(shape).fused_reason() is None
     assert_same(shape, iterations=iterations)
 
 
@@ -202,7 +202,7 @@ def test_an_empty_batch_gives_empty_results():
 
 def test_poses_that_there_is_no_code_for_take_the_plain_path():
     shape = (5, 3, 4, 6)
-    assert not layer_of(shape).routing.makes_dense_votes(layer_of(shape).weight)
+    assert layer_of(shape).fused_reason() == "there is no fused dynamic routing for poses of size 6"
     assert_same(shape)
 
 

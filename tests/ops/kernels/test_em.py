@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from capsexp.capsules import ReceptiveFields
 from capsexp.ops.kernels import em as kernel
 from capsexp.ops.kernels.em import fused_em_routing
-from capsexp.ops.receptive_fields import Grid, of_places, receptive_fields
+from capsexp.ops.receptive_fields import Grid, gather_windows, receptive_fields
 from capsexp.ops.votes import MatrixVotes, window_votes
 from capsexp.routing.em import em_routing, initial_shares
 
@@ -88,7 +88,7 @@ def example(layer, *, batch=3, seed=0, scale=1.0, silent=True):
     ]
 
 
-def unmade(layer, poses, weight):
+def lazy(layer, poses, weight):
     if not layer.dense:
         fields = fields_of(layer)
         return MatrixVotes(poses, weight, torch.arange(len(weight)), fields, None)
@@ -99,7 +99,7 @@ def unmade(layer, poses, weight):
 
 def made(votes):
     """The votes, [B, P, K, J, D]."""
-    places = votes.poses.unsqueeze(1) if votes.fields is None else of_places(votes.poses, votes.fields)
+    places = votes.poses.unsqueeze(1) if votes.fields is None else gather_windows(votes.poses, votes.fields)
     made_ = window_votes(places, votes.weight[votes.matrices])
     return made_ if votes.offsets is None else made_ + votes.offsets[:, None]
 
@@ -117,7 +117,7 @@ def lambdas(like, iterations, temperatures):
 
 def fused(layer, poses, weight, activations, beta_u, beta_a, *, iterations=3, temperatures=STRONG, **changes):
     options = {**OPTIONS, **changes}
-    votes = unmade(layer, poses, weight)
+    votes = lazy(layer, poses, weight)
     first = shares(votes, options.pop("initial", "paper"))
     temperature = lambdas(poses, iterations, temperatures)
     betas = {"beta_u": beta_u, "beta_a": beta_a, "inverse_temperature": temperature}
@@ -126,7 +126,7 @@ def fused(layer, poses, weight, activations, beta_u, beta_a, *, iterations=3, te
 
 def plain(layer, poses, weight, activations, beta_u, beta_a, *, iterations=3, temperatures=STRONG, **changes):
     options = {**OPTIONS, **changes}
-    votes = unmade(layer, poses, weight)
+    votes = lazy(layer, poses, weight)
     return em_routing(
         made(votes),
         activations,
@@ -137,7 +137,7 @@ def plain(layer, poses, weight, activations, beta_u, beta_a, *, iterations=3, te
         initial_coupling=options.pop("initial", "paper"),
         activation="logistic",
         **options,
-    )[0][:3]
+    )[:3]
 
 
 def values_and_gradients(run, layer, inputs, **options):
@@ -318,7 +318,7 @@ def test_the_operators_keep_the_rules_of_their_framework():
     # Transposed and back, so that strides are not those of what the operators return.
     odd = (one.transpose(0, -1).contiguous().transpose(0, -1) for one in example(layer))
     poses, weight, *others = (one.requires_grad_() for one in odd)
-    votes = unmade(layer, poses, weight)
+    votes = lazy(layer, poses, weight)
     arguments = (
         *(poses, weight, *others, lambdas(poses, 3, STRONG), shares(votes, "paper"), votes.fields.children),
         *(votes.matrices, None, 0.001, 0.2, 0.0, "paper", False, True),
@@ -353,8 +353,8 @@ def test_strides_of_the_inputs_do_not_matter():
     ],
 )
 def test_what_there_is_no_code_for_is_named(arguments, reason):
-    assert kernel.why_not_fused(*arguments) == reason
-    assert kernel.why_not_fused("cpu", torch.float32, 4, 4) is None
+    assert kernel.fused_reason(*arguments) == reason
+    assert kernel.fused_reason("cpu", torch.float32, 4, 4) is None
 
 
 def test_every_shape_of_pose_has_code():

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from capsexp.ops.receptive_fields import Grid, of_places, receptive_fields
+from capsexp.ops.receptive_fields import Grid, gather_windows, receptive_fields
 from capsexp.ops.votes import window_votes
 from capsexp.routing.em import em_routing, initial_shares
 
@@ -137,10 +137,10 @@ def plain(layer, inputs, *, iterations=3, use=(True, True, True), **changes):
     inputs = [one.detach().clone().requires_grad_() for one in inputs]
     poses, weight, activations, beta_u, beta_a = inputs
     fields, (_, matrix) = fields_of(layer), places_of(layer)
-    votes = window_votes(poses[:, None] if fields is None else of_places(poses, fields), weight[matrix])
+    votes = window_votes(poses[:, None] if fields is None else gather_windows(poses, fields), weight[matrix])
     if layer.dense:
         votes = votes + offsets_of(layer, votes)[:, None]
-    routed, _ = em_routing(
+    routed = em_routing(
         votes,
         activations,
         fields=fields,

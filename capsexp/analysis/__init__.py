@@ -1,0 +1,1 @@
+"""What is asked of a trained network, and the tools that studies share."""

@@ -1,0 +1,1 @@
+"""Attacks on a network's input images, within an L-infinity ball. They are independent of runs."""

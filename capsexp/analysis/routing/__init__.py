@@ -1,0 +1,1 @@
+"""The routing of a trained network, pass by pass."""

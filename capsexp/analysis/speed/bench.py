@@ -1,0 +1,124 @@
+"""`capsexp bench`: speed and memory of a network, beside itself with a plain routing and without any."""
+
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from capsexp.analysis.speed.measure import Variant, changed, in_process, is_routed
+from capsexp.config.build import build_components
+from capsexp.layer.routed import RoutedLayer
+from capsexp.training.device import has_tunable_allocator
+
+NETWORK = "routing"
+"""The network as it is configured; the others are compared with it."""
+
+
+def bench(config: dict[str, Any], *, plugins: Sequence[str], compiled: bool = False) -> None:
+    """Measure and print; pictures are random bytes in the shape of the data set's, so none is needed.
+
+    Args:
+        config: the plain config.
+        plugins: as for `components`.
+        compiled: also the networks under torch.compile, which takes a minute to start.
+    """
+    components = build_components(config, plugins=plugins)
+    model = components.new_model()
+    console = Console(soft_wrap=True)
+    shape = "x".join(map(str, components.dataset.image_shape))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    console.print(
+        f"{type(model).__name__}, {count:,} parameters, {shape}, batch {components.trainer.batch_size}, "
+        f"{str(components.trainer.precision).removeprefix('torch.')}, {components.device}, {processor()}"
+    )
+    for name, layer in model.named_modules():
+        if isinstance(layer, RoutedLayer) and (reason := layer.fused_reason()):
+            console.print(f"{name}.routing takes the reference path: {reason}")
+    steps = Table(
+        "allocator", "network", "training images/s", "inference images/s", "peak memory, MiB", "data share"
+    )
+    layers = Table("allocator", "layer", "network", "forward and backward, ms/image", "speed of routing")
+    for allocator in _allocators(components.device.torch_device.type):
+        variants = variants_of(
+            changed(config, "device", allocator=allocator), routed=is_routed(model), compiled=compiled
+        )
+        speed = in_process("speed", variants, plugins=plugins)
+        peaks = {
+            name: in_process("peak", {name: one}, plugins=plugins)["bytes"] for name, one in variants.items()
+        }
+        for name in variants:
+            steps.add_row(*_row(allocator, name, speed, peaks[name]))
+        for name in list(variants)[1:]:
+            steps.add_row(*_ratios(allocator, name, speed, peaks))
+        steps.add_section()
+        routed = {name: one for name, one in variants.items() if one.routed and not one.compiled}
+        for row in _layer_rows(allocator, in_process("layers", routed, plugins=plugins)):
+            layers.add_row(*row)
+    console.print(steps)
+    if layers.rows:
+        console.print(layers)
+    console.print(
+        "images/s, ms/image: medians of steps taken in turns; ratios: of neighbouring steps; "
+        "memory: over the idle process; data share: of a training step"
+    )
+
+
+def variants_of(config: dict[str, Any], *, routed: bool, compiled: bool) -> dict[str, Variant]:
+    """The network as configured, and what it is compared with, by name."""
+    variants = {NETWORK: Variant(config)}
+    routing = config.get("routing")
+    if isinstance(routing, dict) and routing.get("implementation", "reference") != "reference":
+        plain = changed(config, "routing", implementation="reference")
+        variants["reference"] = Variant(plain)
+        if compiled:
+            variants["reference, compiled"] = Variant(plain, compiled=True)
+    if compiled:
+        variants["routing, compiled"] = Variant(config, compiled=True)
+    if routed:
+        variants["no routing"] = Variant(config, routed=False)
+    return variants
+
+
+def _allocators(device: str) -> list[str]:
+    return ["tuned", "default"] if device == "cpu" and has_tunable_allocator() else ["default"]
+
+
+def _row(allocator: str, name: str, speed: Mapping[str, Any], peak: int) -> list[str]:
+    size = speed["batch"]
+    training, guessing = (statistics.median(speed[phase][name]) for phase in ("training", "inference"))
+    share = f"{speed['data'] / training:.2%}" if name == NETWORK else ""
+    return [allocator, name, f"{size / training:.1f}", f"{size / guessing:.1f}", f"{peak / 2**20:.0f}", share]
+
+
+def _ratios(allocator: str, name: str, speed: Mapping[str, Any], peaks: Mapping[str, int]) -> list[str]:
+    """Speed of the network as a multiple of another's, from neighbouring steps; memory likewise."""
+    cells = [f"{_times_as_fast(speed[phase], name):.3g}" for phase in ("training", "inference")]
+    return [allocator, f"ratio to {name}", *cells, f"{peaks[NETWORK] / peaks[name]:.3f}", ""]
+
+
+def _layer_rows(allocator: str, measured: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for layer, seconds in measured.items():
+        if layer == "batch":
+            continue
+        for name in seconds:
+            milliseconds = 1000 * statistics.median(seconds[name]) / measured["batch"]
+            times = "" if name == NETWORK else f"{_times_as_fast(seconds, name):.3g} times that of {name}"
+            rows.append([allocator, layer, name, f"{milliseconds:.3f}", times])
+    return rows
+
+
+def _times_as_fast(seconds: Mapping[str, Sequence[float]], other: str) -> float:
+    return statistics.median(b / a for a, b in zip(seconds[NETWORK], seconds[other], strict=True))
+
+
+def processor() -> str:
+    """The CPU's name, as far as the system tells it."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

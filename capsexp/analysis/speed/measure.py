@@ -1,0 +1,243 @@
+"""Time and memory of a network's steps, each measurement in a process of its own.
+
+The C allocator is set up once per process, and the peak of a process's memory never goes down.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from capsexp.capsules import Capsules
+from capsexp.config.build import build_components
+from capsexp.config.components import Components
+from capsexp.data.batches import Batches
+from capsexp.data.split import Split
+from capsexp.errors import UserError
+from capsexp.schedule import Step
+from capsexp.training.evaluate import inference
+from capsexp.training.gradients import accumulate_gradients, gradient_norm
+from capsexp.training.memory import peak_resident
+from capsexp.training.metrics import autocast
+
+WARM_UP, REPEATS = 2, 9
+MEMORY_STEPS = 3
+STEP = Step(0, 1)
+
+
+class Variant(NamedTuple):
+    """One of the networks that are compared."""
+
+    config: dict[str, Any]
+    """As `components` takes it."""
+    routed: bool = True
+    """False: each capsule layer that can be is replaced by its `without_routing()`."""
+    compiled: bool = False
+    """Under torch.compile."""
+
+
+def changed(config: dict[str, Any], group: str, **values: Any) -> dict[str, Any]:
+    """The config with other values in a group; those of the routing in the model's copy of it as well."""
+    config = {**config, group: {**config[group], **values}}
+    if group == "routing":
+        config["model"] = {**config["model"], "routing": config["routing"]}
+    return config
+
+
+def in_process(what: str, variants: Mapping[str, Variant], *, plugins: Sequence[str]) -> dict[str, Any]:
+    """Measure in a new process.
+
+    Args:
+        what: "speed", "layers" or "peak", the functions below.
+        variants: by name; "peak" takes one.
+        plugins: as for `components`.
+    """
+    task = {"what": what, "variants": {name: tuple(one) for name, one in variants.items()}}
+    command = [sys.executable, "-m", "capsexp.analysis.speed.measure"]
+    given = json.dumps({**task, "plugins": list(plugins)})
+    child = subprocess.run(command, input=given, stdout=subprocess.PIPE, text=True)
+    if child.returncode != 0:
+        raise UserError(f"a measurement failed with code {child.returncode}")
+    return dict(json.loads(child.stdout.splitlines()[-1]))
+
+
+def measure(task: dict[str, Any]) -> dict[str, Any]:
+    """What `in_process` asked for, in this process."""
+    variants = {name: Variant(*one) for name, one in task["variants"].items()}
+    components = {
+        name: build_components(one.config, plugins=task["plugins"]) for name, one in variants.items()
+    }
+    first = next(iter(components.values()))
+    first.device.prepare()
+    torch.manual_seed(first.seed)
+    measures: dict[str, Callable[..., dict[str, Any]]] = {"speed": speed, "layers": layers, "peak": peak}
+    return measures[task["what"]](variants, components)
+
+
+def speed(variants: Mapping[str, Variant], components: Mapping[str, Components]) -> dict[str, Any]:
+    """Seconds of training and inference steps of networks that take turns, and of fetching a batch."""
+    first = next(iter(components.values()))
+    batches = random_batches(first)
+    models = {name: _network(variants[name], components[name]) for name in variants}
+    training = {name: training_step(components[name], model, batches) for name, model in models.items()}
+    return {
+        "batch": first.trainer.batch_size,
+        "training": in_turns(training, first),
+        "inference": in_turns({name: _guess(first, one, batches) for name, one in models.items()}, first),
+        "data": statistics.median(in_turns({"data": _fetch(batches)}, first)["data"]),
+    }
+
+
+def layers(variants: Mapping[str, Variant], components: Mapping[str, Components]) -> dict[str, Any]:
+    """Seconds of each routed layer alone, forward and backward, on what reaches it in a first step."""
+    first = next(iter(components.values()))
+    batch = next(random_batches(first).training(0))
+    steps: dict[str, dict[str, Callable[[], object]]] = {}
+    for name in variants:
+        model = _network(variants[name], components[name])
+        for layer, given in _inputs_of_routed_layers(model, batch.images).items():
+            steps.setdefault(layer, {})[name] = _layer_step(model.get_submodule(layer), given)
+    return {"batch": len(batch.images), **{layer: in_turns(ones, first) for layer, ones in steps.items()}}
+
+
+def peak(variants: Mapping[str, Variant], components: Mapping[str, Components]) -> dict[str, Any]:
+    """Bytes that training takes at its peak over those of the process before it, and seconds of a step."""
+    import torch._dynamo  # the first optimiser brings it: 150 MiB that are not the network's
+
+    ((name, variant),) = variants.items()
+    batches = random_batches(components[name])
+    cuda = components[name].device.torch_device.type == "cuda"
+    idle = torch.cuda.memory_allocated() if cuda else _resident()
+    step = training_step(components[name], _network(variant, components[name]), batches)
+    seconds = []
+    for _ in range(MEMORY_STEPS):
+        begun = time.perf_counter()
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+    most = torch.cuda.max_memory_allocated() if cuda else peak_resident()
+    return {"bytes": most - idle, "seconds": min(seconds)}
+
+
+def in_turns(actions: Mapping[str, Callable[[], object]], components: Components) -> dict[str, list[float]]:
+    """Seconds of each action, each repeated, one after the other: a noisy machine slows all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for repeat in range(WARM_UP + REPEATS):
+        for name, action in actions.items():
+            begun = time.perf_counter()
+            action()
+            if components.device.torch_device.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat >= WARM_UP:
+                seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def training_step(components: Components, model: nn.Module, batches: Batches) -> Callable[[], object]:
+    """One step of the training loop on a fixed batch, of those that are not logged."""
+    optimizer = components.new_optimizer(model.parameters(), lr=components.learning_rate(STEP))
+    batch = next(batches.training(0))
+
+    def step() -> None:
+        accumulate_gradients(model, components.loss, batch, STEP, components.trainer, layers=False)
+        gradient_norm(model, components.trainer.grad_clip)
+        optimizer.step()
+
+    return step
+
+
+def random_batches(components: Components) -> Batches:
+    """Random bytes in the shape of the data set's pictures, so none is needed."""
+    count = components.trainer.batch_size * (WARM_UP + REPEATS + 1)
+    images = torch.randint(0, 256, (count, *components.dataset.raw_shape), dtype=torch.uint8)
+    split = Split(images, torch.arange(count) % len(components.dataset.classes))
+    batches: Batches = components.batches(split, limit=None)
+    return batches
+
+
+def is_routed(model: nn.Module) -> bool:
+    """Whether some layer can be had without its routing."""
+    return any(hasattr(module, "without_routing") for module in model.modules())
+
+
+def without_routing(model: nn.Module) -> nn.Module:
+    """The network itself, each capsule layer's `without_routing()` in the layer's place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if hasattr(child, "without_routing"):
+                setattr(parent, name, child.without_routing())  # type: ignore[operator]
+    return model
+
+
+def _network(variant: Variant, components: Components) -> nn.Module:
+    torch.manual_seed(components.seed)
+    model = components.new_model()
+    model = (model if variant.routed else without_routing(model)).to(components.device.torch_device)
+    model = model.to(memory_format=components.device.memory_format).train()
+    return torch.compile(model) if variant.compiled else model  # type: ignore[return-value]
+
+
+def _inputs_of_routed_layers(model: nn.Module, images: Tensor) -> dict[str, Capsules]:
+    found: dict[str, Capsules] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if hasattr(module, "routing") and hasattr(module, "weight"):
+
+            def keep(_: nn.Module, given: tuple[Any, ...], name: str = name) -> None:
+                found[name] = Capsules(*(one.detach() for one in given[0]))
+
+            hooks.append(module.register_forward_pre_hook(keep))
+    with torch.no_grad():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _layer_step(layer: nn.Module, given: Capsules) -> Callable[[], object]:
+    inputs = [one.clone().requires_grad_() for one in given]
+    wanted = [*inputs, *layer.parameters()]
+
+    def step() -> None:
+        routed = layer(Capsules(*inputs))
+        total = routed.poses.sum() + routed.activations.sum()
+        # allow_unused: what a routing does not read, such as activations, has no gradient.
+        torch.autograd.grad(total, wanted, allow_unused=True)
+
+    return step
+
+
+def _guess(components: Components, model: nn.Module, batches: Batches) -> Callable[[], object]:
+    batch = next(batches.in_order())
+
+    def guess() -> None:
+        with inference(model), autocast(batch.images.device, components.trainer.precision):
+            model(batch.images)
+
+    return guess
+
+
+def _fetch(batches: Batches) -> Callable[[], object]:
+    epoch = batches.training(0)
+
+    def fetch() -> object:
+        return next(epoch)
+
+    return fetch
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(json.load(sys.stdin))))

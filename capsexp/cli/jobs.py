@@ -1,0 +1,135 @@
+"""What is done once a command line is understood: the jobs that Hydra calls, and what they say.
+
+torch is imported only when work starts.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from capsexp.cli.torchrun import launcher, processes, report_once
+from capsexp.config.compose import GROUPS, VERSION_BASE, conf_dir, to_plain
+from capsexp.config.overrides import plugins
+from capsexp.config.settings import published
+from capsexp.errors import JobFailed, UserError
+from capsexp.training.run_dir import RunDir
+
+# Hydra takes plugins only from the package hydra_plugins. This one adds the launcher of sweeps.
+sys.path.append(str(Path(__file__).with_name("sweep") / "_plugins"))
+
+
+def call_hydra(arguments: list[str], config_name: str, job: Callable[[DictConfig], Any]) -> int:
+    """Let Hydra take the words after a subcommand, and call the job with what it composes of them."""
+    sys.argv = [sys.argv[0], *arguments]
+    hydra.main(config_path=conf_dir(), config_name=config_name, **VERSION_BASE)(job)()
+    return 0
+
+
+def training_job(composed: DictConfig) -> float | None:
+    """One training run, in the directory that Hydra was told; returns its best validation accuracy."""
+    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+    path = Path(HydraConfig.get().runtime.output_dir)
+    if sweeping:
+        print(f"\njob {HydraConfig.get().job.num}: {' '.join(HydraConfig.get().overrides.task)}", flush=True)
+    try:
+        with report_once(print_error):  # here: Hydra would add a line of its own
+            _train_in(RunDir(path), composed)
+    except UserError as error:
+        code = print_error(error)
+        if not sweeping or code > 128:  # a signal ends the whole sweep
+            raise SystemExit(code) from None
+        raise JobFailed(*error.problems) from None
+    return RunDir(path).best_accuracy()
+
+
+def _train_in(run: RunDir, composed: DictConfig) -> None:
+    from capsexp.config.build import build_components
+    from capsexp.training.memory import explain_out_of_memory
+    from capsexp.training.train import train
+
+    plain = to_plain(composed)
+    components = build_components(plain, plugins=plugins(HydraConfig.get().overrides.task))
+    with run.locked():
+        finished = run.is_finished(plain)
+        run.check_config(plain, resume=plain["resume"], command=typed_command())
+        hydra_node = {"hydra": HydraConfig.get()}
+        run.write_composed(config=composed, hydra=hydra_node, overrides=HydraConfig.get().overrides.task)
+        processes().broadcast(lambda: None if finished else run.path)
+        if finished:
+            figures = "  ".join(f"{name} {value:.4f}" for name, value in run.status()["results"].items())
+            print(f"{run.path} is complete: {figures}")
+            return
+        choices = {group: HydraConfig.get().runtime.choices.get(group) for group in GROUPS}
+        attempt = run.track_status({group: choice for group, choice in choices.items() if choice})
+        with attempt, explain_out_of_memory(batch_size=components.trainer.batch_size):
+            train(components, run, plain, processes())
+    print(f"run: {run.path}\ncurves: tensorboard --logdir {run.path}")
+
+
+def train_as_worker(components: Any, plain: dict[str, Any]) -> int:
+    """Train beside the lead, which alone writes into the directory, unless the run there is complete."""
+    from capsexp.training.memory import explain_out_of_memory
+    from capsexp.training.train import train
+
+    path = processes().broadcast(lambda: None)
+    if path is not None:
+        with explain_out_of_memory(batch_size=components.trainer.batch_size):
+            train(components, RunDir(path, writes=False), plain, processes())
+    return 0
+
+
+def evaluation_job(composed: DictConfig) -> None:
+    """`capsexp eval`."""
+    from capsexp.analysis.evaluate_run import evaluate_run
+    from capsexp.config.build import build_components
+
+    plain = to_plain(composed)
+    try:
+        evaluate_run(build_components(plain, plugins=plugins(HydraConfig.get().overrides.task)), plain)
+    except UserError as error:
+        raise SystemExit(print_error(error)) from None
+
+
+def validate(composed: DictConfig, overrides: Sequence[str]) -> Any:
+    """Build the components of the run on the meta device: every mistake is told before any work starts."""
+    plain = to_plain(composed)
+    resume = plain.get("resume")
+    problems = [] if resume in ("auto", "force") else [f"resume: must be 'auto' or 'force', got {resume!r}"]
+    try:
+        published(plain)
+    except ValueError as error:
+        problems.append(str(error))
+    from capsexp.config.build import build_components
+
+    try:
+        components = build_components(plain, plugins=plugins(overrides))
+    except UserError as error:
+        raise UserError(*problems, *error.problems) from None
+    if problems:
+        raise UserError(*problems)
+    return components
+
+
+def no_op(composed: DictConfig) -> None:
+    """The job of a call that only shows something."""
+
+
+_argv = tuple(sys.argv)
+
+
+def typed_command() -> list[str]:
+    """The command as it was typed."""
+    return [*launcher(), "capsexp", *_argv[1:]]
+
+
+def print_error(error: UserError) -> int:
+    """Print a user's mistake; returns the exit code."""
+    for problem in error.problems:
+        print(f"capsexp: {problem}", file=sys.stderr)
+    return error.exit_code

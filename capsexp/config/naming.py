@@ -1,0 +1,69 @@
+"""Names of directories: of a run, of a sweep and of its jobs."""
+
+import contextlib
+import re
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from capsexp.config.settings import NOT_COMPARED, fingerprint
+from capsexp.files import make_folder
+
+LONGEST_LABEL = 80
+
+
+def new_run_dir(parent: Path, *, label: str = "") -> Path:
+    """Make a directory that no other run has, even one started in the same second.
+
+    Raises:
+        UserError: nothing can be made there.
+    """
+    make_folder(parent)
+    slug = _slug(label)[:60]
+    while True:
+        name = "-".join(part for part in (time.strftime("%Y%m%d-%H%M%S"), slug, secrets.token_hex(2)) if part)
+        with contextlib.suppress(FileExistsError):
+            (parent / name).mkdir()
+            return parent / name
+
+
+def job_name(overrides: Sequence[str]) -> str:
+    """The folder of a job: the same for the same settings, in whatever sweep and order they are asked for."""
+    counted = sorted(filter(affects_results, overrides), key=_key)
+    return f"{_label(counted) or 'default'}-{fingerprint(counted)}"
+
+
+def sweep_name(choices: Mapping[str, str], constants: Sequence[str], swept: Sequence[str]) -> str:
+    """The folder of a sweep: the same for the same command, and for one whose lists have grown.
+
+    Args:
+        choices: option of each config group.
+        constants: overrides with one value.
+        swept: keys of the overrides with several.
+    """
+    # Another sweeper asks for other jobs; of Hydra's own settings that alone makes another sweep.
+    constants = sorted(text for text in constants if affects_results(text) or _key(text) == "hydra/sweeper")
+    swept = sorted(swept)
+    groups = ("experiment",) if choices.get("experiment") else ("model", "dataset")
+    label = [choices[group] for group in groups if group not in swept]
+    label += [key.rpartition(".")[2] for key in swept]
+    return f"{_slug('-'.join(label))}-{fingerprint((constants, swept))}"
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def affects_results(override: str) -> bool:
+    """Whether an override can change a run's results."""
+    return re.split(r"[./]", _key(override))[0] not in (*NOT_COMPARED, "hydra")
+
+
+def _label(overrides: Sequence[str]) -> str:
+    texts = (f"{_key(text).rpartition('.')[2]}-{text.partition('=')[2]}" for text in overrides)
+    return _slug("-".join(texts))
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text)[:LONGEST_LABEL].strip("-")

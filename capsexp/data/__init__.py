@@ -1,0 +1,1 @@
+"""From files to batches: what all datasets share."""

@@ -1,0 +1,1 @@
+"""One run: the training loop and everything that it writes."""

@@ -1,0 +1,85 @@
+"""Accuracy and loss of a network over a split, one batch at a time."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from capsexp.capsules import Batch
+from capsexp.data.batches import Batches
+from capsexp.schedule import Step
+from capsexp.training.metrics import Loss, accuracies, autocast, batch_metrics, pool_crops
+from capsexp.training.parallel import SINGLE, ProcessGroup
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Put the network into evaluation mode, without gradients, and restore its mode afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    loss: Loss,
+    step: Step,
+    *,
+    precision: torch.dtype = torch.float32,
+    at_batch: Callable[[], None] = lambda: None,
+    processes: ProcessGroup = SINGLE,
+) -> dict[str, float]:
+    """Average the metrics over all images of a split, and over the crops of each if there are several.
+
+    Args:
+        model: the network.
+        batches: the split; read in order, with the preprocessing of test time.
+        loss: returns the terms to average.
+        step: of the training, for the loss's schedules.
+        precision: of autocast; float32 for none.
+        at_batch: called before each batch; may raise to stop the evaluation.
+        processes: share the images of each batch.
+
+    Returns:
+        The metrics of `batch_metrics`. With several crops the predicted classes of an image are those of all
+        its crops together.
+    """
+    sums: dict[str, float] = defaultdict(float)
+    count = 0
+    with inference(model):
+        for views in batches.views():
+            at_batch()
+            size = len(views[0].labels)
+            slices = [processes.slice_of(view) for view in views]
+            _, share = slices[0]
+            metrics = _view_metrics([view for view, _ in slices], model, loss, step, precision)
+            for name, value in metrics.items():
+                sums[name] += value * (share * size)
+            count += size
+    return {name: total / count for name, total in processes.sum(sums).items()}
+
+
+def _view_metrics(
+    views: Sequence[Batch], model: nn.Module, loss: Loss, step: Step, precision: torch.dtype
+) -> dict[str, float]:
+    """Return the metrics of one batch: means over its crops, and the accuracy of all crops together."""
+    metrics: dict[str, float] = defaultdict(float)
+    probabilities = []
+    for view in views:
+        with autocast(view.images.device, precision):
+            output = model(view.images, view.labels)
+            terms = loss(output, view, step)
+        probabilities.append(output.probabilities.float())
+        for name, value in batch_metrics(output, view, terms).items():
+            metrics[name] += value / len(views)
+    if len(views) > 1:
+        pooled = accuracies(pool_crops(probabilities), views[0].labels)
+        metrics.update({name: value.item() for name, value in pooled.items()})
+    return metrics

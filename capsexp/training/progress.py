@@ -1,0 +1,115 @@
+"""Progress of a run: a bar on a terminal, otherwise a plain line every few seconds."""
+
+import logging
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+log = logging.getLogger("capsexp")
+EVERY_SECONDS = 5.0
+
+
+class Reporter:
+    """Prints the progress of a run; printed lines also go to the log.
+
+    Args:
+        total: optimizer steps of the whole run.
+        done: steps done before this process started.
+        console: where to print; a bar is shown only on a terminal.
+    """
+
+    def __init__(self, *, total: int, done: int, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._bar = _bar(self._console) if self._console.is_terminal else None
+        self._total = total
+        self._task = self._bar.add_task("", total=total, completed=done, metrics="") if self._bar else None
+        self._last_line = 0.0
+        self._speed = Speedometer()
+
+    def __enter__(self) -> "Reporter":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def print(self, text: str) -> None:
+        """Print a line above the bar, and log it."""
+        log.info(text)
+        console = self._bar.console if self._bar else self._console
+        console.print(text, markup=False)
+
+    def step(self, step: int, *, epoch: int, epochs: int, metrics: Mapping[str, float], images: int) -> None:
+        """Show the progress of the training.
+
+        Args:
+            step: optimizer steps done.
+            epoch: the current epoch, counted from 1.
+            epochs: epochs of the whole run.
+            metrics: loss terms and accuracy of this step.
+            images: images that this step trained on.
+        """
+        self._speed.add(images)
+        text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        text += f"  {self._speed.rate:.0f} images/s"
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=step, description=f"epoch {epoch}/{epochs}", metrics=text)
+        elif time.monotonic() - self._last_line >= EVERY_SECONDS or step == self._total:
+            self._last_line = time.monotonic()
+            left = self._speed.seconds_per_step * (self._total - step)
+            self.print(f"epoch {epoch}/{epochs}  step {step}/{self._total}  {text}  {clock(left)} left")
+
+    def pause(self) -> None:
+        """Exclude the time until the next step from the speed."""
+        self._speed.pause()
+
+    @property
+    def images_per_second(self) -> float:
+        """Recent training speed, without the time of validation and checkpoints."""
+        return self._speed.rate
+
+
+class Speedometer:
+    """Measures images per second, as a moving average over the last steps."""
+
+    def __init__(self) -> None:
+        self._last: float | None = time.monotonic()
+        self.seconds_per_step = 0.0
+        self.rate = 0.0
+
+    def add(self, images: int) -> None:
+        """Count a step with so many images, which has just ended."""
+        now = time.monotonic()
+        if self._last is not None:
+            seconds = max(now - self._last, 1e-9)
+            # The first step includes the warm-up: it counts, but its weight decays fast.
+            keep = 0.8 if self.seconds_per_step else 0.0
+            self.seconds_per_step = keep * self.seconds_per_step + (1 - keep) * seconds
+            self.rate = keep * self.rate + (1 - keep) * images / seconds
+        self._last = now
+
+    def pause(self) -> None:
+        """Exclude the time until the end of the next step."""
+        self._last = None
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[metrics]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def clock(seconds: float) -> str:
+    """Format a duration as M:SS, or H:MM:SS from an hour on."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,55 @@
+"""The state that a run starts with: new, or restored from a checkpoint."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from capsexp.config.components import Components
+from capsexp.data.batches import Batches
+from capsexp.data.seeds import derive_seed
+from capsexp.schedule import Step
+from capsexp.training.parallel import ProcessGroup
+from capsexp.training.state import State
+
+
+def start_state(
+    components: Components, training: Batches, processes: ProcessGroup, *, calibrate: bool
+) -> State:
+    """Build network, optimizer and moving average, with the same weights in all processes."""
+    settings = components.trainer
+    total = settings.total_steps(len(training))
+    model = components.device.place(components.new_model())
+    optimizer = components.new_optimizer(model.parameters(), lr=components.learning_rate(Step(0, total)))
+    if calibrate:
+        _calibrate(model, training)
+    processes.broadcast_parameters(model)
+    return State(model, optimizer, moving_average(model, settings.ema_decay), total=total)
+
+
+def resume_state(
+    state: State, saved: dict[str, Any] | None, components: Components, processes: ProcessGroup
+) -> None:
+    """Restore the state from a checkpoint, if there is one, and the random state of this process."""
+    if processes.rank > 0:  # each process has other images, so its dropout needs other masks
+        start = 0 if saved is None else saved["step"]
+        torch.manual_seed(derive_seed(components.seed, start, processes.rank, "process"))
+    if saved is not None:
+        state.restore(saved, rank=processes.rank)
+    if state.stopped is not None and not components.trainer.ends_at(state.stopped):
+        state.stopped = None  # resume=force with another stop_accuracy
+
+
+def _calibrate(model: nn.Module, batches: Batches) -> None:
+    """Calibrate a network that supports it on the first training batch."""
+    if (calibrate := getattr(model, "calibrate", None)) is not None:
+        calibrate(next(batches.training(0)).images)
+
+
+def moving_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    """Return a copy of the network that follows its weights as an exponential moving average."""
+    if decay is None:
+        return None
+    # Buffers are copied, not averaged: some hold indices, such as those of a layer's windows.
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)

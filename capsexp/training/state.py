@@ -1,0 +1,132 @@
+"""The state of a training run, as checkpoints store it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from capsexp.schedule import Step
+
+
+class State:
+    """Everything that a resumed run must restore; the rest follows from the config and the step.
+
+    Args:
+        model: the network.
+        optimizer: of its parameters.
+        average: the moving average of its weights; None without one.
+        total: optimizer steps of the whole run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: AveragedModel | None,
+        *,
+        total: int,
+    ) -> None:
+        self.model, self.optimizer, self.average, self.total = model, optimizer, average, total
+        self.step = self.epoch = self.batch = 0
+        self.recorded = 0  # bytes of metrics.jsonl
+        self.best_accuracy = -1.0
+        self.best_step: int | None = None
+        self.stopped: dict[str, Any] | None = None
+        """The accuracy that ended the training: `on` (the images), `accuracy`, `step`."""
+
+    @property
+    def position(self) -> Step:
+        """The step of the training, for schedules."""
+        return Step(self.step, self.total)
+
+    @property
+    def best(self) -> dict[str, int | float] | None:
+        """Accuracy and step of the best validation so far."""
+        return None if self.best_step is None else {"accuracy": self.best_accuracy, "step": self.best_step}
+
+    def note_validation(self, accuracy: float) -> None:
+        """Keep the best validation accuracy so far; of equal ones, the first."""
+        if accuracy > self.best_accuracy:
+            self.best_accuracy, self.best_step = accuracy, self.step
+
+    def note_stop(self, stopped: dict[str, Any], metrics: Mapping[str, float]) -> None:
+        """End the training here. These weights count as the best, whatever was measured before."""
+        self.stopped = stopped
+        if "validation/accuracy" in metrics:
+            self.best_accuracy, self.best_step = metrics["validation/accuracy"], self.step
+
+    @property
+    def chosen_step(self) -> int | None:
+        """The step whose weights are `best.pt` and get tested; None for the last."""
+        return self.best_step if self.stopped is None else self.stopped["step"]
+
+    def state_dict(self, rng_states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the state as plain values and tensors.
+
+        Args:
+            rng_states: `random_state` of every process of the run, by rank.
+        """
+        numbers = ("step", "total", "epoch", "batch", "recorded", "best_accuracy", "best_step", "stopped")
+        return {
+            **{name: getattr(self, name) for name in numbers},
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            **rng_states[0],
+            **({"random_others": list(rng_states[1:])} if len(rng_states) > 1 else {}),
+        }
+
+    def restore(self, saved: dict[str, Any], *, rank: int = 0) -> None:
+        """Restore what `state_dict` returned, in the process of this rank. `total` follows the new config.
+
+        A process of a rank that the saved run did not have keeps its random state.
+        """
+        self.restore_weights(saved)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for name in ("step", "epoch", "batch", "recorded", "best_accuracy", "best_step"):
+            setattr(self, name, saved[name])
+        self.stopped = saved.get("stopped")  # older checkpoints have none
+        if rank < process_count(saved):
+            _restore_random(saved if rank == 0 else saved["random_others"][rank - 1])
+
+    def restore_weights(self, saved: dict[str, Any]) -> None:
+        """Restore only the weights and their moving average."""
+        self.model.load_state_dict(saved["model"])
+        if self.average is not None:
+            self.average.load_state_dict(saved["average"])
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of the global generators, which dropout uses.
+
+    The order and the augmentation of images follow from seed and epoch.
+    """
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"random": torch.get_rng_state(), "random_cuda": cuda}
+
+
+def process_count(saved: dict[str, Any]) -> int:
+    """Return the number of processes of the run that saved this state."""
+    return 1 + len(saved.get("random_others", ()))
+
+
+def _restore_random(saved: dict[str, Any]) -> None:
+    torch.set_rng_state(saved["random"])
+    if torch.cuda.is_available() and saved["random_cuda"]:
+        torch.cuda.set_rng_state_all(saved["random_cuda"])
+
+
+def saved_position(saved: dict[str, Any]) -> Step:
+    """Return the step of a checkpoint. Older checkpoints do not have the length of their run."""
+    return Step(saved["step"], saved.get("total", saved["step"]))
+
+
+def trained_weights(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the weights of a checkpoint to evaluate: their moving average where there is one."""
+    if saved["average"] is None:
+        return dict(saved["model"])
+    module = "module."
+    items = saved["average"].items()
+    return {name.removeprefix(module): value for name, value in items if name.startswith(module)}

@@ -1,0 +1,289 @@
+"""The training loop."""
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from capsexp.capsules import Batch
+from capsexp.config.components import Components
+from capsexp.data.batches import Batches
+from capsexp.routing import advance
+from capsexp.training import checkpoint
+from capsexp.training.early_stop import caveats, describe_end
+from capsexp.training.evaluate import evaluate
+from capsexp.training.gradients import accumulate_gradients, gradient_norm
+from capsexp.training.non_finite import refuse_non_finite
+from capsexp.training.parallel import SINGLE, ProcessGroup
+from capsexp.training.profiler import profiler
+from capsexp.training.progress import Reporter
+from capsexp.training.reconstructions import log_reconstructions
+from capsexp.training.record import NoRecord, Record, closing
+from capsexp.training.run_dir import RunDir
+from capsexp.training.splits import Splits, read_splits
+from capsexp.training.start import resume_state, start_state
+from capsexp.training.state import State, process_count, random_state
+from capsexp.training.stop_signal import StopSignal
+
+
+def train(
+    components: Components, run: RunDir, config: Mapping[str, Any], processes: ProcessGroup = SINGLE
+) -> dict[str, float]:
+    """Train a network in a run directory, from its last checkpoint if there is one, and test it once.
+
+    Args:
+        components: what `capsexp.config.build.build_components` returned.
+        run: the directory, locked by rank 0, the only process that writes there.
+        config: the plain config, for TensorBoard's table.
+        processes: those that train together; each calls this function and takes a slice of every batch.
+
+    Returns:
+        The test metrics, such as `test/accuracy`; with `trainer.test=none` the best validation accuracy.
+
+    Raises:
+        RunStopped: a signal, or a loss or gradient that is not finite.
+        UserError: no usable checkpoint; missing data.
+    """
+    components.device.prepare()
+    torch.manual_seed(components.seed)
+    splits = read_splits(components)
+    saved = processes.broadcast(
+        lambda: checkpoint.load_newest(run.checkpoints, report=functools.partial(print, flush=True))
+    )
+    state = start_state(components, splits.training, processes, calibrate=saved is None)
+    resume_state(state, saved, components, processes)
+
+    run.log_resume(step=state.step, total=state.total, steps_per_epoch=len(splits.training), best=state.best)
+    run.write_environment(f"{components.device}{processes}")
+    record = (
+        Record(run.path, start_step=state.step, length=state.recorded, settings=config)
+        if processes.is_main
+        else NoRecord()
+    )
+    reporter = Reporter(total=state.total, done=state.step)
+    stop, profiled = StopSignal(), components.trainer.profile and processes.is_main
+    with closing(record), stop, reporter, profiler(run.path, enabled=profiled) as profile:
+        training = Training(components, splits, state, run, processes, record, reporter, stop, profile)
+        training.introduce(saved)
+        training.fit()
+        return training.test()
+
+
+@dataclass
+class Training:
+    """The loop of one process, with everything that it uses."""
+
+    components: Components
+    splits: Splits
+    state: State
+    run: RunDir
+    processes: ProcessGroup
+    record: Record | NoRecord
+    reporter: Reporter
+    stop: StopSignal
+    profile: torch.profiler.profile | None
+    testing: bool = False
+    """Whether training is over. The weights may then be the best ones, so no checkpoint is saved."""
+
+    def __post_init__(self) -> None:
+        self.settings = self.components.trainer
+        self.forward: nn.Module = self.state.model
+        if self.settings.compile:
+            self.forward = torch.compile(self.state.model)  # type: ignore[assignment]
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The network to evaluate: the moving average of the weights where there is one."""
+        return self.forward if self.state.average is None else self.state.average.module
+
+    def introduce(self, saved: dict[str, Any] | None) -> None:
+        """Print the run, its network, its data and the step at which it starts."""
+        report, size = self.reporter.print, self.processes.size
+        report(f"{self.run.path} on {self.components.device}{self.processes}")
+        if saved is not None and process_count(saved) != size:
+            change = f"was {process_count(saved)}, is {size}"
+            report(f"number of processes: {change}; the run resumes, but not bit for bit")
+        report(_introduction(self.state, self.splits))
+        for line in [*self.components.dataset.caveats(), *caveats(self.splits.familiar)]:
+            report(line)
+
+    def fit(self) -> None:
+        """Train up to the last step, or until an accuracy ends the training."""
+        state = self.state
+        self._log_reconstructions()
+        while state.stopped is None and (state.step < state.total or state.batch > 0):
+            self._train_epoch()
+            ended, last = state.epoch + 1, state.step >= state.total
+            if self.splits.has_validation and (ended % self.settings.validate_every == 0 or last):
+                self._validate(epoch=ended, last=last)
+            state.epoch, state.batch = ended, 0
+            self._save()
+
+    def _train_epoch(self) -> None:
+        """Train on the rest of an epoch."""
+        state = self.state
+        batches = _training_batches(self.splits.training, state.epoch, state.batch, self.settings.overfit)
+        for batch in batches:
+            if state.step >= state.total:
+                break
+            self._train_step(batch)
+            if self.profile is not None:
+                self.profile.step()
+            if state.step % self.settings.save_every == 0:
+                self._save()
+            self._stop_if_asked()
+
+    def _train_step(self, batch: Batch) -> None:
+        state, settings, loss, step = self.state, self.settings, self.components.loss, self.state.position
+        scheduled = advance(state.model, step)
+        learning_rate = self.components.learning_rate(step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate
+        logged = (step.number + 1) % settings.log_every == 0 or step.number + 1 == step.total
+        metrics = accumulate_gradients(
+            self.forward, loss, batch, step, settings, layers=logged, processes=self.processes
+        )
+        shown = {name: value for name, value in metrics.items() if "/" not in name}
+        metrics["gradient_norm"] = gradient_norm(state.model, settings.grad_clip)
+        refuse_non_finite(metrics, batch, step.number, self.run)
+        state.optimizer.step()
+        if state.average is not None:
+            state.average.update_parameters(state.model)
+        state.step, state.batch = state.step + 1, state.batch + 1
+
+        epoch = state.epoch + 1
+        self.reporter.step(
+            state.step, epoch=epoch, epochs=settings.max_epochs, metrics=shown, images=len(batch.labels)
+        )
+        if logged:
+            schedule = {"learning_rate": learning_rate, **loss.scheduled(step), **scheduled}
+            values = {**_prefixed("train", metrics), **_prefixed("schedule", schedule)}
+            self.record.log_metrics(state.step, values, epoch=epoch)
+            self.record.log_timing(state.step, {"images_per_second": self.reporter.images_per_second})
+
+    def _validate(self, *, epoch: int, last: bool) -> None:
+        """Evaluate at the end of an epoch, and decide whether an accuracy ends the training."""
+        state, settings, splits = self.state, self.settings, self.splits
+        metrics: dict[str, float] = {}
+        if splits.validation is not None:
+            metrics |= self._evaluate(splits.validation, "validation")
+        if splits.familiar is not None:
+            metrics["familiar/accuracy"] = self._evaluate(splits.familiar, "familiar")["familiar/accuracy"]
+        self.record.log_metrics(state.step, metrics, epoch=epoch)
+        if splits.validation is not None:
+            state.note_validation(metrics["validation/accuracy"])
+        # Rank 0 decides for all: if only some processes stopped, the others would wait for them forever.
+        stopped = self.processes.broadcast(lambda: settings.check_stop(metrics, state.step))
+        if stopped is not None:
+            state.note_stop(stopped, metrics)
+        self.run.update_status("running", step=state.step, best=state.best)
+        self.reporter.print(f"epoch {epoch}: {_sentence(metrics)}")
+        if epoch % settings.images_every == 0 or last or stopped is not None:
+            self._log_reconstructions()
+
+    def test(self) -> dict[str, float]:
+        """Test the network and complete the run. Only here is the test split read, and it selects nothing.
+
+        Returns:
+            What `train` returns.
+        """
+        state, settings = self.state, self.settings
+        self.testing = True
+        results = {} if state.best_step is None else {"validation/best_accuracy": state.best_accuracy}
+        if settings.stop_accuracy is not None:
+            self.reporter.print(describe_end(settings, state.stopped, state.total))
+        if settings.test != "none":
+            self._restore_tested_weights()
+            results |= self._familiar_accuracy()
+            split = self.components.dataset.read("test")
+            batches = self.components.batches(split, limit=settings.limit_eval_batches)
+            results |= self._evaluate(batches, "test")
+            self.reporter.print(f"test split, {batches.visited} images: {_sentence(results)}")
+        self.record.log_metrics(state.step, results, epoch=state.epoch)
+        self.run.update_status(
+            "completed", step=state.step, results=results, stopped=state.stopped, exit_code=0
+        )
+        return results
+
+    def _restore_tested_weights(self) -> None:
+        if self.settings.test == "best" and self.state.chosen_step is not None:
+            path = self.run.checkpoints / "best.pt"
+            self.state.restore_weights(self.processes.broadcast(lambda: checkpoint.load(path)))
+
+    def _familiar_accuracy(self) -> dict[str, float]:
+        if self.splits.familiar is None:
+            return {}
+        if self.state.stopped is not None:  # measured with these weights
+            return {"familiar/accuracy": self.state.stopped["accuracy"]}
+        metrics = self._evaluate(self.splits.familiar, "familiar")
+        return {"familiar/accuracy": metrics["familiar/accuracy"]}
+
+    def _evaluate(self, batches: Batches, split: str) -> dict[str, float]:
+        """Return the metrics of a split, with its name as a prefix."""
+        step = self.state.position
+        advance(self.evaluated_model, step)
+        metrics = evaluate(
+            self.evaluated_model,
+            batches,
+            self.components.loss,
+            step,
+            precision=self.settings.precision,
+            processes=self.processes,
+            at_batch=self._stop_if_asked,
+        )
+        return _prefixed(split, metrics)
+
+    def _log_reconstructions(self) -> None:
+        # Not the compiled network: another batch size would compile it once more.
+        model = self.state.model if self.state.average is None else self.state.average.module
+        if self.splits.validation is not None:
+            log_reconstructions(self.record, model, self.splits.validation, self.state.step)
+
+    def _save(self) -> None:
+        """Save a checkpoint, link the best one and delete old ones."""
+        state, folder = self.state, self.run.checkpoints
+        self.reporter.pause()
+        state.recorded = self.record.flushed_bytes()
+        rng_states = self.processes.gather(random_state())
+        if not self.processes.is_main:
+            return
+        checkpoint.save(folder, state.state_dict(rng_states), step=state.step)
+        last_is_best = self.splits.validation is None and state.stopped is None
+        best = state.step if last_is_best else state.chosen_step
+        if best is not None:
+            checkpoint.link(folder, "best", best)
+        keep = [] if best is None else [best]
+        checkpoint.prune(folder, keep_last=2, keep_steps=keep, keep_every=self.settings.keep_every)
+
+    def _stop_if_asked(self) -> None:
+        self.run.heartbeat(self.state.step)
+        if self.stop.asked(self.processes):
+            if not self.testing:
+                self._save()
+            self.stop.end(self.state.step, self.run.path)
+
+
+def _training_batches(batches: Batches, epoch: int, start: int, overfit: bool) -> Iterator[Batch]:
+    """Iterate over an epoch from batch `start` on; for overfitting, in order and without augmentation."""
+    if not overfit:
+        return batches.training(epoch, start=start)
+    return (batch for number, batch in enumerate(batches.in_order()) if number >= start)
+
+
+def _introduction(state: State, splits: Splits) -> str:
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    validation = 0 if splits.validation is None else splits.validation.count
+    images = f"{splits.training.count} training and {validation} validation images"
+    start = f"resuming at step {state.step} of {state.total}" if state.step else f"{state.total} steps"
+    return f"{type(state.model).__name__} with {parameters:,} parameters; {images}; {start}"
+
+
+def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+def _sentence(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.count("/") < 2)

@@ -1,0 +1,91 @@
+"""Settings of the training loop."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+
+from capsexp.errors import require_at_least_1
+
+ROUNDING = 1e-6
+"""Largest rounding error of a mean of float32 accuracies."""
+
+
+class Trainer:
+    """Settings of the training loop; conf/trainer/default.yaml explains each of them.
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_epochs: int,
+        max_steps: int | None,
+        batch_size: int,
+        accumulate: int,
+        grad_clip: int | float | None,
+        precision: Literal["float32", "bfloat16"],
+        ema_decay: int | float | None,
+        compile: bool,
+        limit_train_batches: int | None,
+        limit_eval_batches: int | None,
+        overfit: bool,
+        validate_every: int,
+        stop_accuracy: int | float | None,
+        stop_on: Literal["validation", "familiar"],
+        log_every: int,
+        images_every: int,
+        save_every: int,
+        keep_every: int | None,
+        test: Literal["best", "last", "none"],
+        profile: bool,
+    ) -> None:
+        require_at_least_1(
+            max_epochs=max_epochs,
+            max_steps=max_steps,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            limit_train_batches=limit_train_batches,
+            limit_eval_batches=limit_eval_batches,
+            validate_every=validate_every,
+            log_every=log_every,
+            images_every=images_every,
+            save_every=save_every,
+            keep_every=keep_every,
+        )
+        if grad_clip is not None and grad_clip <= 0:
+            raise ValueError(f"grad_clip must be > 0, got {grad_clip}")
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise ValueError(f"ema_decay must be in (0, 1), got {ema_decay}")
+        if stop_accuracy is not None and not 0 < stop_accuracy <= 1:
+            raise ValueError(f"stop_accuracy must be in (0, 1], got {stop_accuracy}")
+        if accumulate > batch_size:
+            raise ValueError(f"accumulate must be <= batch_size ({batch_size}), got {accumulate}")
+        self.max_epochs, self.max_steps, self.batch_size = max_epochs, max_steps, batch_size
+        self.accumulate, self.grad_clip, self.ema_decay = accumulate, grad_clip, ema_decay
+        self.precision = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        self.compile, self.overfit, self.test, self.profile = compile, overfit, test, profile
+        self.limit_train_batches, self.limit_eval_batches = limit_train_batches, limit_eval_batches
+        self.validate_every, self.log_every, self.images_every = validate_every, log_every, images_every
+        self.save_every, self.keep_every = save_every, keep_every
+        self.stop_accuracy, self.stop_on = stop_accuracy, stop_on
+
+    def total_steps(self, batches_per_epoch: int) -> int:
+        """Return the optimizer steps of the whole run."""
+        steps = self.max_epochs * batches_per_epoch
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def check_stop(self, metrics: Mapping[str, float], step: int) -> dict[str, Any] | None:
+        """Return accuracy, images and step of the stop if these validation metrics end the training."""
+        if self.stop_accuracy is None:
+            return None
+        stop = {"on": self.stop_on, "accuracy": metrics[f"{self.stop_on}/accuracy"], "step": step}
+        return stop if self.ends_at(stop) else None
+
+    def ends_at(self, stop: Mapping[str, Any]) -> bool:
+        """Whether a stop that `check_stop` returned, maybe with other settings, ends the training."""
+        if self.stop_accuracy is None or stop["on"] != self.stop_on:
+            return False
+        return bool(stop["accuracy"] >= self.stop_accuracy - ROUNDING)

@@ -1,0 +1,333 @@
+import gzip
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import textwrap
+import time
+import urllib.error
+import urllib.request
+from email.message import Message
+
+import pytest
+
+from capsexp.data import download
+from capsexp.data.download import RemoteFile, StoredFile, download_all, fetch, missing_files, verify
+from capsexp.errors import DataError
+
+CONTENT = bytes(range(256)) * 100
+URL = "https://example.org/data.bin"
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def plain(content=CONTENT):
+    stored = StoredFile("set/data.bin", f"sha256:{sha256(content)}")
+    return RemoteFile("set/data.bin", URL, sha256(content), (stored,))
+
+
+def zipped(content=CONTENT, *, packed=None):
+    packed = packed or gzip.compress(content, mtime=0)
+    stored = StoredFile("set/data.bin", f"sha256:{sha256(content)}")
+    return RemoteFile("set/data.bin.gz", URL + ".gz", sha256(packed), (stored,)), packed
+
+
+def tarred(members):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    packed = buffer.getvalue()
+    holds = tuple(StoredFile(name, f"sha256:{sha256(content)}") for name, content in members.items())
+    return RemoteFile("set.tar.gz", URL + ".tar.gz", sha256(packed), holds), packed
+
+
+def serve(monkeypatch, answers):
+    """Answer each address with the given bytes, as urllib would."""
+    asked = []
+
+    def open_url(url):
+        asked.append(url)
+        answer = io.BytesIO(answers[url])
+        answer.headers = {"Content-Length": str(len(answers[url]))}
+        return answer
+
+    monkeypatch.setattr(download, "_open", open_url)
+    return asked
+
+
+def ignore(what, done, total):
+    pass
+
+
+def get(root, *files, online=True, progress=None):
+    download_all(root, files, dataset="toy", online=online, progress=progress)
+
+
+def names(root):
+    return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+
+
+def test_a_file_is_downloaded_checked_and_put_in_place(tmp_path, monkeypatch):
+    serve(monkeypatch, {URL: CONTENT})
+    seen = []
+    get(tmp_path, plain(), progress=lambda *call: seen.append(call))
+    assert (tmp_path / "set/data.bin").read_bytes() == CONTENT
+    assert names(tmp_path) == [".capsexp.lock", "set/data.bin"]
+    assert seen[-1] == ("downloading set/data.bin", len(CONTENT), len(CONTENT))
+
+
+def test_what_is_in_place_is_not_downloaded_again(tmp_path, monkeypatch):
+    asked = serve(monkeypatch, {URL: CONTENT})
+    get(tmp_path, plain())
+    get(tmp_path, plain())
+    assert asked == [URL]
+
+
+def test_a_gz_is_unpacked(tmp_path, monkeypatch):
+    remote, packed = zipped()
+    serve(monkeypatch, {remote.url: packed})
+    get(tmp_path, remote)
+    assert (tmp_path / "set/data.bin").read_bytes() == CONTENT
+
+
+def test_a_tar_is_unpacked_whole_and_its_leftovers_are_removed(tmp_path, monkeypatch):
+    members = {"set/a": b"a" * 1000, "set/b": b"b" * 1000}
+    remote, packed = tarred(members)
+    serve(monkeypatch, {remote.url: packed})
+    (tmp_path / ".unpack-killed/set").mkdir(parents=True)
+    get(tmp_path, remote)
+    assert {name: (tmp_path / name).read_bytes() for name in members} == members
+    assert names(tmp_path) == [".capsexp.lock", "set.tar.gz", "set/a", "set/b"]
+    assert not list(tmp_path.glob(".unpack-*"))
+
+
+def test_an_archive_that_is_there_needs_no_download(tmp_path, monkeypatch):
+    asked = serve(monkeypatch, {})
+    remote, packed = zipped()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/data.bin.gz").write_bytes(packed)
+    get(tmp_path, remote, online=False)
+    assert (tmp_path / "set/data.bin").read_bytes() == CONTENT
+    assert asked == []
+
+
+def test_a_damaged_archive_that_is_there_is_named(tmp_path):
+    remote, packed = zipped()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/data.bin.gz").write_bytes(packed[:-5])
+    with pytest.raises(DataError, match=r"data\.bin\.gz is damaged or incomplete: expected sha256"):
+        get(tmp_path, remote, online=False)
+    assert missing_files(tmp_path, [remote])
+
+
+def test_an_archive_that_is_no_archive_is_named(tmp_path, monkeypatch):
+    remote, packed = zipped(packed=b"not a gzip file")
+    serve(monkeypatch, {remote.url: packed})
+    with pytest.raises(DataError, match=r"data\.bin\.gz cannot be unpacked: Not a gzipped file"):
+        get(tmp_path, remote)
+
+
+def test_an_archive_with_other_content_puts_nothing_in_place(tmp_path, monkeypatch):
+    remote, packed = tarred({"set/a": b"a", "set/b": b"b"})
+    remote = remote._replace(contents=(*remote.contents[:1], StoredFile("set/b", f"sha256:{sha256(b'c')}")))
+    serve(monkeypatch, {remote.url: packed})
+    with pytest.raises(DataError, match="set/b is damaged or incomplete"):
+        get(tmp_path, remote)
+    assert names(tmp_path) == [".capsexp.lock", "set.tar.gz"]
+
+
+def test_an_archive_cannot_write_outside_its_folder(tmp_path, monkeypatch):
+    remote, packed = tarred({"../../escaped": b"evil"})
+    serve(monkeypatch, {remote.url: packed})
+    root = tmp_path / "deep/root"
+    with pytest.raises(DataError, match=r"cannot be unpacked: .*outside the destination"):
+        get(root, remote)
+    assert not list(tmp_path.rglob("escaped"))
+
+
+@pytest.mark.parametrize("wrong", [CONTENT[:-1], CONTENT + b"x", b"X" + CONTENT[1:], b""])
+def test_a_wrong_download_is_named_and_leaves_nothing(tmp_path, monkeypatch, wrong):
+    serve(monkeypatch, {URL: wrong})
+    expected = f"expected sha256 {sha256(CONTENT)}, found {sha256(wrong)} \\({len(wrong)} bytes\\)"
+    with pytest.raises(DataError, match=expected):
+        get(tmp_path, plain())
+    assert names(tmp_path) == [".capsexp.lock"]
+
+
+def test_the_rest_of_an_earlier_download_is_not_used(tmp_path, monkeypatch):
+    serve(monkeypatch, {URL: CONTENT})
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/data.bin.part").write_bytes(CONTENT * 2)
+    get(tmp_path, plain())
+    assert names(tmp_path) == [".capsexp.lock", "set/data.bin"]
+
+
+def test_missing_and_offline_names_files_address_root_and_settings(tmp_path):
+    with pytest.raises(DataError) as caught:
+        get(tmp_path, plain(), online=False)
+    message = str(caught.value)
+    for part in ("toy", "set/data.bin", URL, str(tmp_path), "data_root=", "CAPSEXP_DATA"):
+        assert part in message
+    assert "capsexp data prepare toy" in message
+    assert "dataset.download=true" in message
+    assert "\n" not in message
+    assert names(tmp_path) == []
+
+
+def test_only_what_is_missing_is_named(tmp_path):
+    other = RemoteFile("b", "https://example.org/b", "0", (StoredFile("b", "sha256:0"),))
+    (tmp_path / "b").write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        get(tmp_path, plain(), other, online=False)
+    assert "example.org/b" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        urllib.error.URLError("no route to host"),
+        urllib.error.HTTPError(URL, 404, "Not Found", Message(), None),
+        TimeoutError("timed out"),
+        ConnectionResetError("reset"),
+    ],
+)
+def test_an_address_that_does_not_answer_is_named(tmp_path, monkeypatch, failure):
+    def fail(url):
+        raise failure
+
+    monkeypatch.setattr(download, "_open", fail)
+    with pytest.raises(DataError, match=f"cannot download {URL}: .*; put the file at .*set/data.bin by hand"):
+        get(tmp_path, plain())
+    if isinstance(failure, urllib.error.HTTPError):
+        failure.close()
+
+
+@pytest.mark.parametrize("url", ["http://example.org/data.bin", "ftp://example.org/a", "file:///etc/hosts"])
+def test_nothing_but_https_is_asked(tmp_path, url):
+    with pytest.raises(DataError, match=f"refusing to download over anything but https, got {url}"):
+        fetch(plain()._replace(url=url), tmp_path, ignore)
+    assert names(tmp_path) == []
+
+
+def test_a_redirect_is_followed_to_https_only():
+    handler, request = download._HttpsOnly(), urllib.request.Request(URL)
+    arguments = (request, io.BytesIO(), 302, "Found", Message())
+    assert handler.redirect_request(*arguments, "https://example.org/b").full_url == "https://example.org/b"
+    with pytest.raises(DataError, match=r"anything but https, got http://example\.org/b"):
+        handler.redirect_request(*arguments, "http://example.org/b")
+
+
+def test_the_opener_that_is_used_refuses_the_redirect(monkeypatch):
+    built = []
+    real = urllib.request.build_opener
+    monkeypatch.setattr(urllib.request.OpenerDirector, "open", lambda opener, *_, **__: built.append(opener))
+    monkeypatch.setattr(urllib.request, "build_opener", real)
+    download._open(URL)
+    redirectors = [h for h in built[0].handlers if isinstance(h, urllib.request.HTTPRedirectHandler)]
+    assert [type(handler) for handler in redirectors] == [download._HttpsOnly]
+
+
+def test_a_root_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=f"cannot prepare toy under {tmp_path}/file"):
+        get(tmp_path / "file", plain())
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "md5"])
+def test_verify_accepts_the_right_file_and_names_a_flipped_byte(tmp_path, algorithm):
+    path = tmp_path / "data.bin"
+    path.write_bytes(CONTENT)
+    right = hashlib.new(algorithm, CONTENT).hexdigest()
+    verify(path, f"{algorithm}:{right}")
+    flipped = bytearray(CONTENT)
+    flipped[1234] ^= 1
+    path.write_bytes(flipped)
+    found = hashlib.new(algorithm, flipped).hexdigest()
+    message = f"data.bin is damaged or incomplete: expected {algorithm} {right}, found {found}"
+    with pytest.raises(DataError, match=message):
+        verify(path, f"{algorithm}:{right}")
+
+
+def test_verify_names_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match=r"cannot read .*absent: No such file"):
+        verify(tmp_path / "absent", "sha256:0")
+
+
+SLOW_DOWNLOAD = """
+    import io, sys, time
+    from pathlib import Path
+    from capsexp.data import download
+    from capsexp.data.download import RemoteFile, StoredFile, download_all
+
+    class Slow(io.BytesIO):
+        headers = {}
+        def read(self, size):
+            print("read", flush=True)
+            time.sleep(0.2)
+            return super().read(10)
+
+    root, content = Path(sys.argv[1]), b"0123456789" * 5
+    download._open = lambda url: Slow(content)
+    stored = StoredFile("data.bin", "sha256:" + sys.argv[2])
+    download_all(root, [RemoteFile("data.bin", "https://example.org", sys.argv[2], (stored,))],
+           dataset="toy", online=True, progress=None)
+"""
+
+
+def python(code, *arguments):
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_killed_download_leaves_no_final_file_and_no_lock(tmp_path, monkeypatch):
+    content = b"0123456789" * 5
+    process = python(SLOW_DOWNLOAD, tmp_path, sha256(content))
+    assert [process.stdout.readline() for _ in range(3)] == ["read\n"] * 3
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert names(tmp_path) == [".capsexp.lock", "data.bin.part"]
+    serve(monkeypatch, {URL: content})
+    get(
+        tmp_path,
+        plain(content)._replace(
+            name="data.bin", contents=(StoredFile("data.bin", f"sha256:{sha256(content)}"),)
+        ),
+    )
+    assert (tmp_path / "data.bin").read_bytes() == content
+    assert not (tmp_path / "data.bin.part").exists()
+
+
+def test_of_two_processes_one_downloads_and_the_other_waits_and_finds_the_files(tmp_path):
+    content = b"0123456789" * 5
+    processes = [python(SLOW_DOWNLOAD, tmp_path, sha256(content)) for _ in range(2)]
+    outputs = [process.communicate(timeout=30)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted(output.count("read") for output in outputs) == [0, 6]
+    assert (tmp_path / "data.bin").read_bytes() == content
+
+
+def test_the_lock_is_waited_for(tmp_path, monkeypatch):
+    serve(monkeypatch, {URL: CONTENT})
+    code = """
+        import sys, time
+        from pathlib import Path
+        from capsexp.data.download import LOCK
+        from capsexp.files import locked
+        with locked(Path(sys.argv[1], LOCK), wait=True):
+            print("locked", flush=True)
+            time.sleep(0.5)
+    """
+    process = python(code, tmp_path)
+    assert process.stdout.readline() == "locked\n"
+    start = time.monotonic()
+    get(tmp_path, plain())
+    assert time.monotonic() - start > 0.3
+    process.communicate()

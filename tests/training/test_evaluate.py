@@ -1,0 +1,146 @@
+import pytest
+import torch
+from torch import nn
+
+from capsexp.analysis.evaluate_run import evaluate_run
+from capsexp.analysis.trained_run import load_model
+from capsexp.capsules import Output
+from capsexp.data.batches import Batches
+from capsexp.data.preprocess import Preprocess
+from capsexp.data.split import Split
+from capsexp.dataset.digits import Digits
+from capsexp.errors import UserError
+from capsexp.schedule import Step
+from capsexp.training.evaluate import evaluate, inference
+from capsexp.training.metrics import autocast, pool_crops
+
+
+def test_metrics_are_means_over_images_for_any_batch_size(tiny_parts):
+    components = tiny_parts("trainer.batch_size=7")
+    model = components.new_model()
+    images, labels = components.dataset.read("test")
+    split = Split(images[:17], labels[:17])  # batches of 7, 7 and 3
+    in_three = evaluate(model, components.batches(split, limit=None), components.loss, Step(0, 1))
+    components.trainer.batch_size = 17
+    in_one = evaluate(model, components.batches(split, limit=None), components.loss, Step(0, 1))
+    assert in_three == pytest.approx(in_one, rel=1e-5)
+
+
+class ByBrightness(nn.Module):
+    """A high probability of class 0 for a bright crop of one pixel, a low one of class 1 for a dark crop."""
+
+    def forward(self, images, labels=None):
+        bright, dark = torch.tensor([0.9, 0.6]), torch.tensor([0.1, 0.2])
+        probabilities = torch.lerp(dark, bright, images[:, :, 0, 0])
+        return Output(probabilities, probabilities)
+
+
+def brightness(output, batch, step):
+    return {"brightness": batch.pixels.mean()}
+
+
+def crops(count):
+    """Three images of which 0, 4 and 13 of the 13 crops, the center first, are bright."""
+    preprocess = Preprocess(
+        resize=None,
+        shift=0,
+        crop=1,
+        flip=False,
+        brightness=0,
+        contrast=None,
+        light="window",
+        standardise=None,
+        test_crops=count,
+    )
+    images = torch.zeros(3, 1, 7, 7, dtype=torch.uint8)
+    images[1, 0, range(4), range(4)] = 255
+    images[2] = 255
+    return Batches(
+        Split(images, torch.tensor([1, 1, 0])),
+        preprocess,
+        batch_size=2,
+        seed=0,
+        device="cpu",
+        memory_format=torch.contiguous_format,
+        limit=None,
+    )
+
+
+def test_crops_have_equal_votes():
+    # Without the scaling, the four bright crops of the second image would outvote its nine dark ones.
+    together = evaluate(ByBrightness(), crops(13), brightness, Step(0, 1))
+    assert together["accuracy"] == pytest.approx(1)
+    assert together["brightness"] == together["loss"] == pytest.approx((0 + 4 / 13 + 1) / 3)
+    center = evaluate(ByBrightness(), crops(1), brightness, Step(0, 1))
+    assert center["accuracy"] == pytest.approx(2 / 3)
+    assert center["brightness"] == pytest.approx(2 / 3)
+
+
+def test_a_crop_with_zero_probabilities_has_no_vote():
+    zero, certain = torch.zeros(2, 3), torch.tensor([[0.0, 0.0, 1e-4], [0.2, 0.1, 0.0]])
+    assert pool_crops([zero, certain]).argmax(1).tolist() == [2, 0]
+    assert pool_crops([zero, zero]).argmax(1).tolist() == [0, 0]
+
+
+def test_inference_restores_the_mode_and_disables_gradients(tiny_parts):
+    model = tiny_parts().new_model()
+    for training in (True, False):
+        model.train(training)
+        with inference(model):
+            assert not model.training
+            assert not torch.is_grad_enabled()
+        assert model.training is training
+
+
+def test_autocast_is_off_for_float32():
+    with autocast(torch.device("cpu"), torch.float32):
+        assert not torch.is_autocast_enabled("cpu")
+    with autocast(torch.device("cpu"), torch.bfloat16):
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_a_part_that_does_not_exist_or_is_empty_is_refused(tmp_path, train_tiny, tiny_parts):
+    train_tiny(tmp_path, "dataset.validation=0", "trainer.max_steps=2", "trainer.test=none")
+    told = {"run": str(tmp_path), "weights": "last"}
+    with pytest.raises(
+        UserError, match="split: must be 'test', 'familiar', 'validation' or 'train', got 'all'"
+    ):
+        evaluate_run(tiny_parts("dataset.validation=0"), {**told, "split": "all"})
+    with pytest.raises(UserError, match="this run has no validation images"):
+        evaluate_run(tiny_parts("dataset.validation=0"), {**told, "split": "validation"})
+    with pytest.raises(UserError, match="split=familiar: digits has no familiar test images beside its test"):
+        evaluate_run(tiny_parts(), {**told, "split": "familiar"})
+
+
+def test_weights_of_another_network_are_refused(tmp_path, train_tiny, tiny_parts):
+    train_tiny(tmp_path, "trainer.max_steps=2", "trainer.test=none")
+    with pytest.raises(UserError, match=r"are of another network: .*size mismatch"):
+        load_model(tiny_parts("model.conv_channels=9"), tmp_path, weights="last")
+
+
+def test_a_step_can_be_named(tmp_path, train_tiny, tiny_parts):
+    train_tiny(tmp_path, "trainer.max_steps=4", "trainer.test=none")
+    _, step = load_model(tiny_parts(), tmp_path, weights="4")
+    assert step == Step(4, 4)
+    with pytest.raises(UserError, match=r"^no checkpoint at step 3; there are 4$"):
+        load_model(tiny_parts(), tmp_path, weights="3")
+
+
+def test_eval_repeats_the_runs_own_test_figures(tmp_path, train_tiny, tiny_parts):
+    results = train_tiny(tmp_path)
+    told = {"run": str(tmp_path), "weights": "best", "split": "test"}
+    values = evaluate_run(tiny_parts(), told)
+    assert values["accuracy"] == results["test/accuracy"]
+    assert values["margin"] == results["test/margin"]
+
+
+def test_remarks_stand_above_the_figures(tmp_path, train_tiny, tiny_parts, monkeypatch, capsys):
+    monkeypatch.setattr(Digits, "caveats", lambda self: ["digits: drawn by the testers themselves"])
+    train_tiny(tmp_path, "trainer.max_steps=2", "trainer.test=none")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("digits: drawn by the testers themselves") == 1
+    assert "parameters" in lines[lines.index("digits: drawn by the testers themselves") - 1]
+    evaluate_run(tiny_parts(), {"run": str(tmp_path), "weights": "last", "split": "test"})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "digits: drawn by the testers themselves"
+    assert any("accuracy" in line for line in lines[1:])

@@ -1,6 +1,6 @@
-"""Let the API page show docstring sections that begin on the line of their name, such as `Returns: poses …`.
+"""Let the API page show the docstring sections that the Google style takes for admonitions.
 
-The Google style wants such text on the lines below the name, and takes the short form for an admonition.
+These are sections that begin on the line of their name, such as `Returns: poses …`, and `Example:`.
 """
 
 import re
@@ -9,6 +9,7 @@ from typing import Any
 import griffe
 
 SECTION = re.compile(r"^(Args|Returns|Raises|Laws): (\S.*(?:\n[ ]+\S.*)*)", re.MULTILINE)
+EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
 
 
 def _as_paragraph(section: re.Match[str]) -> str:
@@ -17,9 +18,10 @@ def _as_paragraph(section: re.Match[str]) -> str:
 
 
 class DocstringSections(griffe.Extension):
-    """Turn short sections into paragraphs."""
+    """Turn short sections into paragraphs, and `Example:` into `Examples:`."""
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Rewrite the docstring of an object that griffe has read."""
         if obj.docstring:
-            obj.docstring.value = SECTION.sub(_as_paragraph, obj.docstring.value)
+            text = SECTION.sub(_as_paragraph, obj.docstring.value)
+            obj.docstring.value = EXAMPLE.sub("Examples:", text)

@@ -1,9 +1,10 @@
 """User errors: one line, no traceback. Also checks of arguments."""
 
 import difflib
+import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
 
 class UserError(Exception):
@@ -38,6 +39,11 @@ class Notes:
         """Add a warning, unless it is noted already."""
         if line not in self.warnings:
             self.warnings.append(line)
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Return whether a value is an int or a float; Python also counts True and False as ints."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def require_at_least_1(**values: int | Sequence[int] | None) -> None:
@@ -75,6 +81,13 @@ def require_literal(allowed: Any, **values: object) -> None:
     for name, value in values.items():
         if value not in get_args(allowed):
             raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {value}")
+
+
+def print_error(error: UserError) -> int:
+    """Print each problem of a user error on stderr; return the exit code."""
+    for problem in error.problems:
+        print(f"capsexp: {problem}", file=sys.stderr)
+    return error.exit_code
 
 
 def exit_code(error: BaseException) -> int:

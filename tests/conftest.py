@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import logging
 import os
 import re
 import subprocess
@@ -21,9 +22,12 @@ from omegaconf import OmegaConf
 # Tests are many small operations: with more threads they wait for each other, most of all on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from capsexp.cli import jobs
+from capsexp.cli import main as cli
 from capsexp.config.build import build_components
 from capsexp.config.components import Components
-from capsexp.config.compose import GROUPS, compose, to_plain
+from capsexp.config.compose import compose, to_plain
+from capsexp.config.settings import GROUPS, with_setting
 from capsexp.training.run_dir import RunDir
 
 # Small enough for a second, large enough for every part: several steps an epoch, a smaller last batch.
@@ -108,6 +112,34 @@ def metrics_of() -> Callable[[Path], list[dict[str, Any]]]:
     return lambda path: [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture
+def capsexp(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process: `capsexp("train", "seed=1", COLUMNS="200")`.
+
+    Keywords are environment variables. Returns exit code, stdout, stderr.
+    """
+
+    def call(*arguments: object, **variables: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["capsexp", *map(str, arguments)])
+        monkeypatch.setattr(jobs, "_argv", tuple(sys.argv))
+        folders = {"CAPSEXP_OUTPUTS": str(tmp_path / "outputs"), "CAPSEXP_DATA": str(tmp_path / "data")}
+        for name, value in {**folders, "HYDRA_FULL_ERROR": "1", **variables}.items():
+            monkeypatch.setenv(name, value)
+        try:
+            code = cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code or 0, *capsys.readouterr()
+
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    yield call
+    for handler in set(root.handlers) - set(before):  # Hydra's, which hold a file or this test's stdout
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(level)
+
+
 @contextlib.contextmanager
 def serve(logdir, *options):
     """The server, and a function that gets JSON from it."""
@@ -166,15 +198,6 @@ SETTINGS = {
 }
 
 
-def changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """A config with one dotted key set anew, its copy within the model too."""
-    first, _, rest = key.partition(".")
-    config = {**config, first: changed(config.get(first, {}), rest, value) if rest else value}
-    if first == "routing" and "model" in config:
-        config["model"] = {**config["model"], "routing": config["routing"]}
-    return config
-
-
 @pytest.fixture
 def write_run(tmp_path) -> Callable[..., Path]:
     """Write a run's files: `write_run("a", {"seed": 1}, validation=[0.5, 0.6], test=0.6)`."""
@@ -184,7 +207,7 @@ def write_run(tmp_path) -> Callable[..., Path]:
         path.mkdir(parents=True, exist_ok=True)
         config = told.pop("config", SETTINGS)
         for key, value in (settings or {}).items():
-            config = changed(config, key, value)
+            config = with_setting(config, key, value)
         validation, test = told.pop("validation", []), told.pop("test", None)
         lines = [
             {"step": 10 * number, "epoch": number, "train/loss": 1 / number, "train/accuracy": 0.5}

@@ -1,4 +1,4 @@
-"""The wheel, as somebody gets it who has never seen the checkout."""
+"""The wheel, installed without the checkout."""
 
 import json
 import os
@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
 
 
-def run(*words, cwd, **variables):
-    """Run a command that must succeed; returns what it printed."""
+def run(*arguments, cwd, **variables):
+    """Run a command that must succeed; return what it printed."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | variables
     done = subprocess.run(
-        [*map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+        [*map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -39,18 +39,18 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """The `bin` of a fresh environment with the wheel in it; the heavy dependencies are borrowed."""
+    """The `bin` of a new environment with the wheel; the dependencies are those of this environment."""
     folder = tmp_path_factory.mktemp("fresh") / "env"
     run(sys.executable, "-m", "venv", folder, cwd=folder.parent)
     pip = (folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--no-index")
     run(*pip, wheel, cwd=folder.parent)
     (packages,) = folder.glob("lib/python*/site-packages")
-    # A .pth in it is read as well, so the editable capsexp is within reach, after the installed one.
-    (packages / "zz_borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    # The .pth files there are read too: the editable capsexp is importable, but after the installed one.
+    (packages / "zz_dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     return folder / "bin"
 
 
-def test_the_wheel_holds_all_code_and_all_of_conf_and_nothing_else(wheel):
+def test_the_wheel_has_all_code_and_all_of_conf_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     kinds = ("*.py", "*.cpp", "*.h", "*.html")
     code = {path.relative_to(ROOT).as_posix() for kind in kinds for path in (ROOT / "capsexp").rglob(kind)}
@@ -61,7 +61,7 @@ def test_the_wheel_holds_all_code_and_all_of_conf_and_nothing_else(wheel):
 
 
 def test_the_installed_package_reads_its_own_conf(installed, tmp_path):
-    code = "import capsexp, capsexp.config.compose as it; print(capsexp.__file__); print(it.conf_dir())"
+    code = "import capsexp, capsexp.config.compose as c; print(capsexp.__file__); print(c.conf_dir())"
     module, conf = map(Path, run(installed / "python", "-c", code, cwd=tmp_path).splitlines())
     assert module.is_relative_to(installed.parent)
     assert conf == module.parent / "conf"

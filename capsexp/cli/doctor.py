@@ -1,4 +1,4 @@
-"""`capsexp doctor`: what this machine has, and what it is good for."""
+"""`capsexp doctor`: what is installed on this machine, and what that enables."""
 
 import importlib.metadata
 import os
@@ -17,25 +17,23 @@ from capsexp.training.run_dir import PACKAGES
 
 
 def report(datasets: Mapping[str, Dataset]) -> None:
-    """Print versions, devices, data sets, compiler and allocator, each with what it enables."""
-    table = Table("part", "found", "what follows")
+    """Print versions, devices, datasets, compiler and allocator, each with what it enables."""
+    table = Table("component", "found", "use")
     for row in (*_versions(), *_devices(), _compiler(), _library(), _allocator(), *_data(datasets)):
         table.add_row(*row)
     Console().print(table)
 
 
 def _versions() -> list[tuple[str, str, str]]:
-    found = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    return [("python", platform.python_version(), platform.platform()), ("packages", found, "")]
+    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    return [("python", platform.python_version(), platform.platform()), ("packages", packages, "")]
 
 
 def _devices() -> list[tuple[str, str, str]]:
     rows = []
-    for name, is_there in available().items():
-        use = f"device={name}" + (", what device=auto takes here" if name == best() else "")
-        rows.append(
-            (name, _detail(name) if is_there else "no", use if is_there else f"device={name} is refused")
-        )
+    for name, usable in available().items():
+        use = f"device={name}" + (", also the choice of device=auto" if name == best() else "")
+        rows.append((name, _detail(name) if usable else "no", use if usable else f"device={name} is refused"))
     return rows
 
 
@@ -49,24 +47,24 @@ def _detail(name: str) -> str:
 
 
 def _compiler() -> tuple[str, str, str]:
-    found = compiler()
-    if found is None:
+    path = compiler()
+    if path is None:
         return ("compiler", "none", "no fused routing and no trainer.compile=true on the CPU: install g++")
-    return ("compiler", found, "fused routing and trainer.compile=true work on the CPU")
+    return ("compiler", path, "fused routing and trainer.compile=true work on the CPU")
 
 
 def _library() -> tuple[str, str, str]:
     path = library_path()
     if path.exists():
-        return ("fused routing", str(path), "built for this processor; EM and dynamic routing use it")
-    builds = "built when it is first used, in half a minute"
-    return ("fused routing", "not built yet", builds if compiler() else "EM routing takes the plain path")
+        return ("fused routing", str(path), "built for this processor; used by EM and dynamic routing")
+    use = "built at its first use, in half a minute" if compiler() else "EM routing uses the reference"
+    return ("fused routing", "not built yet", use)
 
 
 def _allocator() -> tuple[str, str, str]:
     if has_tunable_allocator():
         name = " ".join(platform.libc_ver())
-        return ("allocator", name, "device.allocator=tuned: a CPU keeps large buffers from step to step")
+        return ("allocator", name, "device.allocator=tuned reuses large buffers on the CPU")
     return ("allocator", "not glibc", "device.allocator has no effect here")
 
 

@@ -1,4 +1,4 @@
-"""What is done once a command line is understood: the jobs that Hydra calls, and what they say.
+"""The jobs that Hydra calls with a composed config.
 
 torch is imported only when work starts.
 """
@@ -6,7 +6,7 @@ torch is imported only when work starts.
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -14,31 +14,41 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from capsexp.cli.torchrun import launcher, processes, report_once
-from capsexp.config.compose import GROUPS, VERSION_BASE, conf_dir, to_plain
+from capsexp.config.compose import VERSION_BASE, conf_dir, to_plain
 from capsexp.config.overrides import plugins
-from capsexp.config.settings import published
-from capsexp.errors import JobFailed, UserError
+from capsexp.config.settings import GROUPS, published
+from capsexp.errors import JobFailed, UserError, print_error
 from capsexp.training.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from capsexp.config.components import Components
 
 # Hydra takes plugins only from the package hydra_plugins. This one adds the launcher of sweeps.
 sys.path.append(str(Path(__file__).with_name("sweep") / "_plugins"))
 
+_argv = tuple(sys.argv)  # as typed: `call_hydra` replaces it
 
-def call_hydra(arguments: list[str], config_name: str, job: Callable[[DictConfig], Any]) -> int:
-    """Let Hydra take the words after a subcommand, and call the job with what it composes of them."""
+
+def typed_command() -> list[str]:
+    """Return the command as it was typed."""
+    return [*launcher(), "capsexp", *_argv[1:]]
+
+
+def call_hydra(arguments: Sequence[str], config_name: str, job: Callable[[DictConfig], Any]) -> int:
+    """Let Hydra compose a config from the arguments after a command, and call the job with it."""
     sys.argv = [sys.argv[0], *arguments]
-    hydra.main(config_path=conf_dir(), config_name=config_name, **VERSION_BASE)(job)()
+    hydra.main(config_path=conf_dir(), config_name=config_name, version_base=VERSION_BASE)(job)()
     return 0
 
 
 def training_job(composed: DictConfig) -> float | None:
-    """One training run, in the directory that Hydra was told; returns its best validation accuracy."""
+    """Train one run, in the directory that Hydra was given; return its best validation accuracy."""
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     path = Path(HydraConfig.get().runtime.output_dir)
     if sweeping:
         print(f"\njob {HydraConfig.get().job.num}: {' '.join(HydraConfig.get().overrides.task)}", flush=True)
     try:
-        with report_once(print_error):  # here: Hydra would add a line of its own
+        with report_once():  # here: Hydra would add a line of its own
             _train_in(RunDir(path), composed)
     except UserError as error:
         code = print_error(error)
@@ -62,8 +72,8 @@ def _train_in(run: RunDir, composed: DictConfig) -> None:
         run.write_composed(config=composed, hydra=hydra_node, overrides=HydraConfig.get().overrides.task)
         processes().broadcast(lambda: None if finished else run.path)
         if finished:
-            figures = "  ".join(f"{name} {value:.4f}" for name, value in run.status()["results"].items())
-            print(f"{run.path} is complete: {figures}")
+            metrics = "  ".join(f"{name} {value:.4f}" for name, value in run.status()["results"].items())
+            print(f"{run.path} is complete: {metrics}")
             return
         choices = {group: HydraConfig.get().runtime.choices.get(group) for group in GROUPS}
         attempt = run.track_status({group: choice for group, choice in choices.items() if choice})
@@ -72,8 +82,8 @@ def _train_in(run: RunDir, composed: DictConfig) -> None:
     print(f"run: {run.path}\ncurves: tensorboard --logdir {run.path}")
 
 
-def train_as_worker(components: Any, plain: dict[str, Any]) -> int:
-    """Train beside the lead, which alone writes into the directory, unless the run there is complete."""
+def train_as_worker(components: "Components", plain: dict[str, Any]) -> int:
+    """Train beside rank 0, which alone writes into the directory, unless the run there is complete."""
     from capsexp.training.memory import explain_out_of_memory
     from capsexp.training.train import train
 
@@ -85,7 +95,7 @@ def train_as_worker(components: Any, plain: dict[str, Any]) -> int:
 
 
 def evaluation_job(composed: DictConfig) -> None:
-    """`capsexp eval`."""
+    """Evaluate a run for `capsexp eval`."""
     from capsexp.analysis.evaluate_run import evaluate_run
     from capsexp.config.build import build_components
 
@@ -96,8 +106,16 @@ def evaluation_job(composed: DictConfig) -> None:
         raise SystemExit(print_error(error)) from None
 
 
-def validate(composed: DictConfig, overrides: Sequence[str]) -> Any:
-    """Build the components of the run on the meta device: every mistake is told before any work starts."""
+def no_op(composed: DictConfig) -> None:
+    """Do nothing: the job of a call that only prints a config or help."""
+
+
+def validate(composed: DictConfig, overrides: Sequence[str]) -> "Components":
+    """Build the components of the run, its network on the meta device.
+
+    Raises:
+        UserError: every mistake in the config, before any work starts.
+    """
     plain = to_plain(composed)
     resume = plain.get("resume")
     problems = [] if resume in ("auto", "force") else [f"resume: must be 'auto' or 'force', got {resume!r}"]
@@ -114,22 +132,3 @@ def validate(composed: DictConfig, overrides: Sequence[str]) -> Any:
     if problems:
         raise UserError(*problems)
     return components
-
-
-def no_op(composed: DictConfig) -> None:
-    """The job of a call that only shows something."""
-
-
-_argv = tuple(sys.argv)
-
-
-def typed_command() -> list[str]:
-    """The command as it was typed."""
-    return [*launcher(), "capsexp", *_argv[1:]]
-
-
-def print_error(error: UserError) -> int:
-    """Print a user's mistake; returns the exit code."""
-    for problem in error.problems:
-        print(f"capsexp: {problem}", file=sys.stderr)
-    return error.exit_code

@@ -1,60 +1,125 @@
-"""The command `capsexp`: finds conf/, checks what was asked for, and hands over to Hydra.
+"""The command `capsexp`: its commands, their help, and which function runs each.
 
-torch is imported only when work starts, so that `--cfg`, `--info`, `--help` and completion answer at once.
+A command's modules are imported when it runs, so that help and completion answer at once.
 """
 
 import os
 import sys
-from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from omegaconf import DictConfig, OmegaConf
+from capsexp.cli.torchrun import is_distributed, run_distributed
+from capsexp.errors import UserError, nearest, print_error
 
-from capsexp.cli.jobs import (
-    call_hydra,
-    evaluation_job,
-    no_op,
-    print_error,
-    train_as_worker,
-    training_job,
-    validate,
-)
-from capsexp.cli.sweep.job_process import WATCHED, end_with_launcher
-from capsexp.cli.torchrun import is_distributed, processes, run_distributed
-from capsexp.config.compose import compose, conf_dir, to_plain
-from capsexp.config.naming import new_run_dir
-from capsexp.config.overrides import parse, plugins, quoted, value
-from capsexp.config.saved import register_saved_config
-from capsexp.errors import UserError, nearest
-from capsexp.files import make_folder
 
+class Command(NamedTuple):
+    """What `capsexp --help` and `capsexp COMMAND --help` print."""
+
+    summary: str
+    arguments: str
+    """As they follow the command."""
+    example: str
+    settings: dict[str, str] = {}  # noqa: RUF012 - never changed
+    """The command's own settings, with their meaning and default."""
+    group: str = ""
+    """Config group whose options the help lists."""
+
+
+WEIGHTS = "best (default), last, or the number of a step with a checkpoint"
 COMMANDS = {
-    "train": "train a network: capsexp train [GROUP=OPTION] [KEY=VALUE] [-m]",
-    "eval": "evaluate a trained run: capsexp eval run=DIR [part=test|familiar|validation|train] [KEY=VALUE]",
-    "predict": "classify pictures: capsexp predict run=DIR FILES… [KEY=VALUE]",
-    "analyze": "study a trained run: capsexp analyze study=NAME run=DIR [limit=PICTURES] [KEY=VALUE]",
-    "runs": "the runs there are: capsexp runs [DIRS] [FILTERS]",
-    "compare": "what sets runs apart, beside their figures: capsexp compare [DIRS] [FILTERS] [OPTIONS]",
-    "report": "runs, curves and pictures as one page: capsexp report [DIRS] [FILTERS] -o report.html",
-    "data": "data sets: capsexp data list|prepare|verify [NAMES…] [data_root=DIR]",
-    "bench": "speed and memory beside plain routing: capsexp bench [KEY=VALUE] [compiled=true] [growth=PNG]",
-    "doctor": "versions, devices, data sets, compiler, and what each would enable",
+    "train": Command(
+        "train a network, or a sweep of networks",
+        "[GROUP=OPTION] [KEY=VALUE] [-m KEY=A,B,C]",
+        "capsexp train experiment=sabour2017_mnist seed=1",
+    ),
+    "eval": Command(
+        "measure a trained network on a split of its dataset",
+        "run=DIR [split=SPLIT] [weights=WEIGHTS] [KEY=VALUE]",
+        "capsexp eval run=outputs/demo split=validation routing.iterations=1",
+        {
+            "run": "directory of the run",
+            "split": "test (default), validation, train, or familiar (test images like the training images)",
+            "weights": WEIGHTS,
+            "KEY=VALUE": "changes the run's config for this evaluation",
+        },
+    ),
+    "predict": Command(
+        "classify image files",
+        "run=DIR FILES [top=N] [reconstructions=false] [weights=WEIGHTS] [KEY=VALUE]",
+        "capsexp predict run=outputs/demo digit.png top=5",
+        {
+            "run": "directory of the run",
+            "top": "number of classes to print (3)",
+            "reconstructions": "true (default) writes FILE.reconstruction.png if the network has a decoder",
+            "weights": WEIGHTS,
+            "KEY=VALUE": "changes the run's config for these predictions",
+        },
+    ),
+    "analyze": Command(
+        "run a study of a trained network",
+        "study=NAME run=DIR [limit=N] [weights=WEIGHTS] [KEY=VALUE]",
+        "capsexp analyze study=reconstructions run=outputs/demo limit=500",
+        {
+            "study": "the study",
+            "run": "directory of the run",
+            "limit": "number of images to use (null: all)",
+            "weights": WEIGHTS,
+            "KEY=VALUE": "changes the study's settings or the run's config",
+        },
+        group="study",
+    ),
+    "runs": Command("list runs", "[DIRS] [FILTERS]", "capsexp runs status=running"),
+    "compare": Command(
+        "compare runs: the settings that differ, and metrics",
+        "[DIRS] [FILTERS] [OPTIONS]",
+        "capsexp compare outputs model=em_routing --group-by seed",
+    ),
+    "report": Command(
+        "write an HTML page with runs, curves and images",
+        "[DIRS] [FILTERS] [-o FILE]",
+        "capsexp report outputs/sweeps -o report.html",
+    ),
+    "data": Command(
+        "list, download or verify datasets",
+        "[list|prepare|verify] [NAMES] [data_root=DIR]",
+        "capsexp data prepare mnist",
+        {
+            "list": "print which datasets are on this machine (default)",
+            "prepare": "download and unpack the datasets named",
+            "verify": "check the files of the datasets named, or of all",
+            "data_root": "folder of all datasets ($CAPSEXP_DATA or ~/.cache/capsexp)",
+        },
+        group="dataset",
+    ),
+    "bench": Command(
+        "measure speed and memory of a network",
+        "[GROUP=OPTION] [KEY=VALUE] [compiled=true] [growth=FILE]",
+        "capsexp bench model=em_routing dataset=smallnorb",
+        {
+            "GROUP=OPTION": "the network, as for capsexp train",
+            "compiled": "true also measures the network under torch.compile (false)",
+            "growth": "measure how time and memory grow instead, and draw it to this file",
+        },
+    ),
+    "doctor": Command(
+        "check the installation",
+        "[data_root=DIR]",
+        "capsexp doctor",
+        {"data_root": "folder of all datasets ($CAPSEXP_DATA or ~/.cache/capsexp)"},
+    ),
 }
-WITHOUT_HYDRAS_HELP = ("eval", "predict", "analyze", "data", "doctor")
-DATA_ACTIONS = ("list", "prepare", "verify")
-USAGE = "usage: capsexp COMMAND …\n\n" + "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items())
+OTHER_HELP = ("train", "runs", "compare", "report")  # commands whose help Hydra or argparse prints
 
 
 def main() -> int:
-    """Entry point of the console script and of `python -m capsexp`. Returns the exit code."""
-    # A bug keeps its whole traceback; what a user can mend is told by UserError.
+    """Run the command line of the console script and of `python -m capsexp`; return the exit code."""
+    # Bugs keep their whole traceback; a UserError prints one line per problem.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         if is_distributed():
-            return run_distributed(lambda: _dispatch(sys.argv[1:]), print_error)
-        return _dispatch(sys.argv[1:])
+            return run_distributed(lambda: dispatch(sys.argv[1:]))
+        return dispatch(sys.argv[1:])
     except UserError as error:
         return print_error(error)
     except BrokenPipeError:  # `capsexp … | head`
@@ -62,194 +127,77 @@ def main() -> int:
         return 141
 
 
-def _dispatch(arguments: list[str]) -> int:
-    if arguments and arguments[0] in ("-sc", "--shell-completion"):
-        return _complete(arguments)
+def dispatch(arguments: Sequence[str]) -> int:
+    """Run a command with its arguments; return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
+        print(usage())
         return 0
     command, *rest = arguments
-    if command in WITHOUT_HYDRAS_HELP and {"-h", "--help"} & {*rest}:
-        print(f"{command}: {COMMANDS[command]}")
-        return 0
+    if command in ("-sc", "--shell-completion"):
+        return _complete(arguments)
     if command == "--version":
         print(f"capsexp {_version()}")
         return 0
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
+    if command not in OTHER_HELP and {"-h", "--help"} & {*rest}:
+        print(command_help(command))
+        return 0
     if command != "train" and is_distributed():
         raise UserError(f"capsexp {command} works in one process: start it without torchrun")
     if command in ("runs", "compare", "report"):
-        from capsexp.compare.command import run as look
+        from capsexp.compare.command import run
 
-        return look(command, rest, COMMANDS[command])
-    run: dict[str, Callable[[list[str]], int]] = {
-        "train": _train,
-        "eval": _eval,
-        "predict": _predict,
-        "analyze": _analyze,
-        "data": _data,
-        "bench": _bench,
-        "doctor": _doctor,
-    }
-    return run[command](rest)
+        return run(command, rest, COMMANDS[command].summary)
+    from capsexp.cli.commands import RUN
+
+    return RUN[command](rest)
 
 
-def _train(arguments: list[str]) -> int:
-    if WATCHED in os.environ:
-        end_with_launcher()
-    options, flags, overrides = parse(arguments)
-    if _only_shows(options):
-        return call_hydra([*flags, *overrides], "train", no_op)
-    name, folder = options.config_name or "train", options.config_dir
-    if options.multirun:
-        from capsexp.cli.sweep.command import sweep
-
-        return sweep(options, flags, overrides)
-    composed = compose(name, overrides, config_dir=folder)
-    if options.cfg or options.info:
-        return call_hydra([*flags, *overrides], "train", no_op)
-    parts = validate(composed, overrides)
-    parts.dataset.require_files()
-    words = [*flags, *overrides, "hydra.output_subdir=null"]
-    if is_distributed():
-        from capsexp.training.parallel import check
-
-        check(parts, processes())
-        if not processes().is_main:
-            return train_as_worker(parts, to_plain(composed))
-    return call_hydra([*words, *_where(composed, overrides)], "train", training_job)
+def usage() -> str:
+    """Return the text of `capsexp --help`."""
+    commands = "\n".join(f"  {name:8} {command.summary}" for name, command in COMMANDS.items())
+    blocks = (
+        "Train, evaluate and compare capsule networks.",
+        "usage: capsexp COMMAND [ARGUMENTS]",
+        commands,
+        "`capsexp COMMAND --help` has the details. To begin: capsexp train",
+    )
+    return "\n\n".join(blocks)
 
 
-def _eval(arguments: list[str]) -> int:
-    options, flags, overrides = parse(arguments)
-    register_saved_config(overrides, command="eval", part="test", weights="best")
-    composed = compose("eval_run", overrides, config_dir=options.config_dir)
-    if not (options.cfg or options.info):
-        validate(composed, overrides)
-    return call_hydra([*flags, *overrides], "eval_run", evaluation_job)
+def command_help(name: str) -> str:
+    """Return the text of `capsexp NAME --help`."""
+    command = COMMANDS[name]
+    summary = f"{command.summary[0].upper()}{command.summary[1:]}."
+    blocks = [summary, f"usage: capsexp {name} {command.arguments}"]
+    if command.settings:
+        blocks.append("\n".join(f"  {key:16} {text}" for key, text in command.settings.items()))
+    if command.group:
+        blocks.append(f"{command.group}: {', '.join(_options(command.group))}")
+    return "\n\n".join([*blocks, f"example: {command.example}"])
 
 
-def _predict(arguments: list[str]) -> int:
-    files = [text for text in arguments if "=" not in text or Path(text).exists()]
-    overrides = [text for text in arguments if text not in files]
-    register_saved_config(overrides, command="predict", top=3, weights="best", reconstructions=True)
-    composed = compose("predict_run", overrides, config_dir=None)
-    if not files:
-        raise UserError("capsexp predict needs pictures: capsexp predict run=DIR FILES…")
-    from capsexp.analysis.predict import predict
+def _options(group: str) -> Iterator[str]:
+    from capsexp.config.compose import conf_dir
 
-    predict(validate(composed, overrides), to_plain(composed), files)
-    return 0
-
-
-def _analyze(arguments: list[str]) -> int:
-    options, _, overrides = parse(arguments)
-    register_saved_config(overrides, command="analyze", groups={"study": "???"}, weights="best", limit=None)
-    composed = compose("analyze_run", overrides, config_dir=options.config_dir)
-    parts, plain = validate(composed, overrides), to_plain(composed)
-    from capsexp.analysis.analyze import analyze
-    from capsexp.config.build import checked_part
-
-    named = plugins(overrides)
-    study = checked_part(plain["study"], at="study", plugins=named)
-    analyze(study, composed.hydra.runtime.choices["study"], parts, plain, plugins=named)
-    return 0
-
-
-def _bench(arguments: list[str]) -> int:
-    options, flags, overrides = parse(arguments)
-    if _only_shows(options):
-        return call_hydra([*flags, *overrides], "train", no_op)
-    picture, compiled = value(overrides, "growth"), value(overrides, "compiled") or False
-    overrides = [text for text in overrides if text.partition("=")[0] not in ("growth", "compiled")]
-    if not isinstance(compiled, bool):
-        raise UserError(f"compiled must be true or false, got {compiled}")
-    composed = compose(options.config_name or "train", overrides, config_dir=options.config_dir)
-    if options.cfg or options.info:
-        return call_hydra([*flags, *overrides], "train", no_op)
-    validate(composed, overrides)
-    if picture is not None:
-        from capsexp.analysis.speed.growth import growth
-
-        growth(to_plain(composed), Path(str(picture)), plugins=plugins(overrides))
-        return 0
-    from capsexp.analysis.speed.bench import bench
-
-    bench(to_plain(composed), plugins=plugins(overrides), compiled=compiled)
-    return 0
-
-
-def _data(arguments: list[str]) -> int:
-    action, *rest = arguments or ["list"]
-    if action not in DATA_ACTIONS:
-        raise UserError(f"unknown command 'data {action}'{nearest(action, DATA_ACTIONS)}")
-    names = [text for text in rest if "=" not in text]
-    datasets = _datasets([text for text in rest if "=" in text], names or None)
-    from capsexp.data import prepare
-
-    if action == "list":
-        prepare.print_list(datasets)
-        return 0
-    if action == "prepare" and not names:
-        raise UserError(f"capsexp data prepare needs names: {', '.join(datasets)}")
-    return prepare.work_through(action, datasets)
-
-
-def _doctor(arguments: list[str]) -> int:
-    from capsexp.cli.doctor import report
-
-    report(_datasets(arguments, None))
-    return 0
-
-
-def _where(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
-    """Overrides that send a run to a directory which no other run has, unless the user chose one."""
-    if composed.run is not None:
-        make_folder(Path(composed.run))  # Hydra would do it, and could not say in one line why not
-    if composed.run is not None or "hydra.run.dir" in {text.partition("=")[0] for text in overrides}:
-        return []
-    choices = composed.hydra.runtime.choices
-    folder = choices.get("experiment") or f"{choices['model']}-{choices['dataset']}"
-    named = ("model", "dataset", "experiment")  # in the folder's name already
-    settings = [text for text in overrides if text.partition("=")[0] not in named]
-    return [f"run={quoted(new_run_dir(Path(composed.output_root) / folder, label='-'.join(settings)))}"]
-
-
-def _datasets(overrides: Sequence[str], names: Sequence[str] | None) -> dict[str, Any]:
-    """The data sets that need no further setting, or those named, by name."""
-    from capsexp.config.build import build
-
-    known = sorted(path.stem for path in Path(conf_dir(), "dataset").glob("*.yaml"))
-    for name in names or []:
-        if name not in known:
-            raise UserError(f"unknown data set {name!r}{nearest(name, known)}")
-    found = {}
-    for name in names or known:
-        composed = compose("train", [f"dataset={name}", *overrides], config_dir=None)
-        if names is None and OmegaConf.missing_keys(composed.dataset):
-            continue
-        plain = to_plain(composed)
-        found[name] = build(plain["dataset"], at="dataset", plugins=plugins(overrides))
-    return found
-
-
-def _only_shows(options: Namespace) -> bool:
-    return bool(options.help or options.hydra_help)
+    return (path.stem for path in sorted(Path(conf_dir(), group).glob("*.yaml")))
 
 
 def _complete(arguments: Sequence[str]) -> int:
-    """Answer the shell: the subcommands by ourselves, everything after one through Hydra."""
+    """Answer the shell: complete the command here, and what follows it through Hydra."""
     if arguments[1:] and arguments[1].startswith("query="):
         line = os.environ.get("COMP_LINE", "")
-        words = line[: int(os.environ.get("COMP_POINT", len(line)))].split(" ")
-        if len(words) <= 2:
-            print(" ".join(name for name in COMMANDS if name.startswith(words[-1])))
+        typed = line[: int(os.environ.get("COMP_POINT", len(line)))].split(" ")
+        if len(typed) <= 2:
+            print(" ".join(name for name in COMMANDS if name.startswith(typed[-1])))
             return 0
         program, _, rest = line.split(" ", 2)
         os.environ["COMP_LINE"] = f"{program} {rest}"
         os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
-    return call_hydra(list(arguments), "train", no_op)
+    from capsexp.cli.jobs import call_hydra, no_op
+
+    return call_hydra(arguments, "train", no_op)
 
 
 def _version() -> str:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import yaml  # type: ignore[import-untyped]
-
+from capsexp.config.saved import parse_saved
 from capsexp.config.settings import Published, comparable, published
 from capsexp.errors import Notes
 from capsexp.training.run_dir import RunDir
@@ -20,7 +19,6 @@ from capsexp.training.run_dir import RunDir
 SHOWN = {"completed": "finished"}  # words of status.json that are shown by another
 STATUSES = ("running", "finished", "failed", "interrupted", "died", "unknown")
 SILENT_SECONDS = 600.0  # after which a run on another machine is taken for dead
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def read_all(paths: Iterable[Path], notes: Notes) -> list[Run]:
 def read(path: Path, notes: Notes) -> Run:
     """Read one run."""
     status = shown_status(path, notes)
-    config = _mapping(path / "resolved_config.yaml", lambda data: yaml.load(data, Loader=_Loader), notes)
+    config = _mapping(path / "resolved_config.yaml", parse_saved, notes)
     environment = _mapping(path / "env.json", json.loads, notes) or {}
     figures = _part(status, "results")
     best = number(_part(status, "best"), "accuracy")
@@ -187,7 +185,7 @@ def _mapping(file: Path, load: Callable[[bytes], Any], notes: Notes) -> dict[str
             raise ValueError("it holds no keys")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.warning(f"{file} cannot be read: {' '.join(str(error).split())}")
         return None
     return found

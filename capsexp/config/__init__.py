@@ -1,1 +1,1 @@
-"""From words on a command line to objects."""
+"""From the arguments of a command to objects."""

@@ -1,11 +1,11 @@
-"""What a run is built of."""
+"""The components of a run."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from capsexp.schedule import Schedule
 
-if TYPE_CHECKING:  # torch takes a second to import, and a command that only checks words does not need it
+if TYPE_CHECKING:  # torch takes a second to import, and checking a command line does not need it
     import torch
 
     from capsexp.data.batches import Batches
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # torch takes a second to import, and a command that only che
 
 
 class Components(NamedTuple):
-    """Everything that a run is built of; all commands get it from `capsexp.config.build.build_components`."""
+    """Everything that a run is built of; `capsexp.config.build.build_components` returns it."""
 
     seed: int
     device: "Device"
@@ -25,7 +25,7 @@ class Components(NamedTuple):
     dataset: "Dataset"
     loss: "Loss"
     new_model: "Callable[[], torch.nn.Module]"
-    """Builds the network on the CPU from the global random state, so that it starts alike on every device."""
+    """Builds the network on the CPU from the global random state: the same weights for every device."""
     new_optimizer: "Callable[..., torch.optim.Optimizer]"
     """Takes the parameters and `lr`."""
     learning_rate: Schedule

@@ -6,8 +6,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from capsexp.config.build import checked_part
-from capsexp.config.compose import GROUPS, compose, conf_dir
+from capsexp.config.build import build_checked
+from capsexp.config.compose import compose, conf_dir
+from capsexp.config.settings import GROUPS
 from capsexp.errors import UserError, nearest
 
 NOT_MADE = ("experiment", "optimizer")  # a recipe is a whole run; the training loop drives a learning rate
@@ -46,7 +47,7 @@ def make(name: str, /, **changes: Any) -> Any:
     absent = [key for key, value in node.items() if value == "???"]
     if absent:
         raise UserError(*(f"{name}.{key} has no default value: pass {key}=..." for key in absent))
-    return checked_part(node, at=name, plugins=())
+    return build_checked(node, at=name, plugins=())
 
 
 def _checked_name(name: str) -> tuple[str, str]:

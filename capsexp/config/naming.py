@@ -1,4 +1,4 @@
-"""Names of directories: of a run, of a sweep and of its jobs."""
+"""Names of directories: of runs, of sweeps and of their jobs."""
 
 import contextlib
 import re
@@ -14,35 +14,36 @@ LONGEST_LABEL = 80
 
 
 def new_run_dir(parent: Path, *, label: str = "") -> Path:
-    """Make a directory that no other run has, even one started in the same second.
+    """Create a directory that no other run has, even a run started in the same second.
 
     Raises:
-        UserError: nothing can be made there.
+        UserError: the directory cannot be created.
     """
     make_folder(parent)
     slug = _slug(label)[:60]
     while True:
-        name = "-".join(part for part in (time.strftime("%Y%m%d-%H%M%S"), slug, secrets.token_hex(2)) if part)
+        pieces = (time.strftime("%Y%m%d-%H%M%S"), slug, secrets.token_hex(2))
+        name = "-".join(piece for piece in pieces if piece)
         with contextlib.suppress(FileExistsError):
             (parent / name).mkdir()
             return parent / name
 
 
 def job_name(overrides: Sequence[str]) -> str:
-    """The folder of a job: the same for the same settings, in whatever sweep and order they are asked for."""
-    counted = sorted(filter(affects_results, overrides), key=_key)
-    return f"{_label(counted) or 'default'}-{fingerprint(counted)}"
+    """Return the folder of a job: the same for the same settings, in every sweep and every order."""
+    settings = sorted(filter(affects_results, overrides), key=_key)
+    return f"{_label(settings) or 'default'}-{fingerprint(settings)}"
 
 
 def sweep_name(choices: Mapping[str, str], constants: Sequence[str], swept: Sequence[str]) -> str:
-    """The folder of a sweep: the same for the same command, and for one whose lists have grown.
+    """Return the folder of a sweep: the same for the same command, and for one with longer lists.
 
     Args:
         choices: option of each config group.
         constants: overrides with one value.
-        swept: keys of the overrides with several.
+        swept: keys of the overrides with several values.
     """
-    # Another sweeper asks for other jobs; of Hydra's own settings that alone makes another sweep.
+    # Of Hydra's own settings only the sweeper counts: another sweeper asks for other jobs.
     constants = sorted(text for text in constants if affects_results(text) or _key(text) == "hydra/sweeper")
     swept = sorted(swept)
     groups = ("experiment",) if choices.get("experiment") else ("model", "dataset")
@@ -56,7 +57,7 @@ def _key(override: str) -> str:
 
 
 def affects_results(override: str) -> bool:
-    """Whether an override can change a run's results."""
+    """Return whether an override can change a run's results."""
     return re.split(r"[./]", _key(override))[0] not in (*NOT_COMPARED, "hydra")
 
 

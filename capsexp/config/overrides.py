@@ -1,4 +1,4 @@
-"""The words after a subcommand: Hydra's options, overrides, and a few overrides that count by themselves."""
+"""Overrides (`KEY=VALUE`) as typed after a command: parse them, and read the values that they set."""
 
 from argparse import Namespace
 from collections.abc import Sequence
@@ -6,16 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from capsexp.errors import UserError
 
+FAILURES = (HydraException, OmegaConfBaseException)
+
 
 def parse(arguments: Sequence[str]) -> tuple[Namespace, list[str], list[str]]:
-    """Hydra's options as an object and as words, and the overrides, which may stand among them.
+    """Divide the arguments after a command into Hydra's options and overrides, in any order.
 
     Hydra itself takes overrides from one place only: either before its options or after them.
+
+    Returns:
+        Hydra's options as an object, the same as typed, and the overrides.
     """
     options = get_args_parser().parse_intermixed_args(list(arguments))
     if options.experimental_rerun is not None:
@@ -29,13 +37,13 @@ def parse(arguments: Sequence[str]) -> tuple[Namespace, list[str], list[str]]:
 
 
 def plugins(overrides: Sequence[str]) -> list[str]:
-    """`plugins=[…]` as it stands on this command line; from a stored config it would not count."""
+    """Return `plugins=[…]` of this command line; from a saved config it does not count."""
     plugins = value(overrides, "plugins")
     return [str(name) for name in plugins] if isinstance(plugins, list) else []
 
 
 def value(overrides: Sequence[str], key: str) -> Any:
-    """What the last override of a key sets it to; None without one."""
+    """Return what the last override of a key sets it to; None without one."""
     texts = [text for text in overrides if text.partition("=")[0] == key]
     try:
         return OverridesParser.create().parse_override(texts[-1]).value() if texts else None
@@ -44,6 +52,60 @@ def value(overrides: Sequence[str], key: str) -> Any:
 
 
 def quoted(path: Path) -> str:
-    """A path as a value in Hydra's grammar, in which `=`, `,` and blanks mean something."""
+    """Return a path as a value in Hydra's grammar, in which `=`, `,` and blanks have a meaning."""
     text = str(path).replace("\\", "\\\\").replace("'", "\\'")
     return f"'{text}'"
+
+
+def parse_all(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
+    """Parse overrides; needs `capsexp.config.compose.searching`.
+
+    Returns:
+        The overrides that can be read, and one line for each that cannot.
+    """
+    parser, parsed, problems = OverridesParser.create(), [], []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+            override.config_loader = GlobalHydra.instance().config_loader()  # for glob(…)
+            if not override.key_or_group:
+                raise HydraException("no key")
+            parsed.append(override)
+        except FAILURES as error:
+            problems.append(f"cannot read {text!r}: {one_line(error)}; an override reads KEY=VALUE")
+    return parsed, problems
+
+
+def override_values(override: Override) -> list[Any]:
+    """Return what the override sets: one value, or all of a sweep; of an interval its ends."""
+    if not override.is_sweep_override():
+        return [override.value()]
+    return list(override.sweep_iterator()) if override.is_discrete_sweep() else _ends(override)
+
+
+def single_values(override: Override) -> list[str]:
+    """Return `override_values` as overrides of a single job."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    choices = override.sweep_string_iterator() if override.is_discrete_sweep() else _ends(override)
+    return [f"{override.get_key_element()}={choice}" for choice in choices]
+
+
+def group_options(group: str) -> list[str]:
+    """Return the options of a config group; none if there is no such group."""
+    return GlobalHydra.instance().config_loader().get_group_options(group)
+
+
+def one_line(error: BaseException) -> str:
+    """Return Hydra's message without its hints for developers; often the cause has the reason."""
+    texts = [str(error), str(error.__cause__ or "")]
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    noise = ("full_key", "object_type", "provider=", "Config search path")
+    return " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
+
+
+def _ends(override: Override) -> list[Any]:
+    """Return the ends of an interval, in which only a search such as optuna's can choose."""
+    interval = override.value()
+    assert isinstance(interval, IntervalSweep)
+    return [interval.start, interval.end]

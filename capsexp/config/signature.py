@@ -1,4 +1,4 @@
-"""Config values held to the signature of the target that gets them, before anything is built."""
+"""Check config values against the signature of their target, before anything is built."""
 
 import collections.abc
 import inspect
@@ -7,79 +7,86 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from capsexp.errors import nearest
+from capsexp.errors import is_number, nearest
 
 _SEQUENCES = (list, tuple, collections.abc.Sequence)
 
 
 def signature_problems(
-    target: Any, given: dict[str, Any], at: str, *, run_time: set[str], partial: bool
+    target: Any, arguments: dict[str, Any], at: str, *, run_time: set[str], partial: bool
 ) -> Iterator[str]:
-    """What is wrong with the keys and values that a config gives to a target.
+    """Yield what is wrong with the keys and values that a config gives to a target.
 
     Args:
         target: a class or function.
-        given: its arguments as the config has them, nested parts still as nodes.
+        arguments: its arguments as the config has them; nested components are still nodes.
         at: the node's key, for messages.
         run_time: arguments that the config must not give, because only a run knows them.
         partial: whether more arguments follow, so that none is missing yet.
     """
     parameters = inspect.signature(target).parameters
-    takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-    for key, value in given.items():
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    annotations = _annotations(target)
+    for key, value in arguments.items():
         if (key not in parameters and not takes_all) or key in run_time:
             yield f"{at}.{key}: {target.__name__} takes no {key!r}{nearest(key, set(parameters) - run_time)}"
-        elif not fits(value, _annotations(target).get(key, Any)):
-            wanted = _describe(_annotations(target)[key])
-            yield f"{at}.{key}: must be {wanted}, got {value!r}"
+        elif not fits(value, annotations.get(key, Any)):
+            yield f"{at}.{key}: must be {_describe(annotations[key])}, got {value!r}"
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    required = {name for name, one in parameters.items() if one.default is one.empty and one.kind in kinds}
-    for name in sorted(required - set(given) - run_time) if not partial else ():
+    required = {
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and parameter.kind in kinds
+    }
+    for name in sorted(required - set(arguments) - run_time) if not partial else ():
         yield f"{at}.{name}: {target.__name__} needs a value for it"
 
 
 def _annotations(target: Any) -> dict[str, Any]:
     try:
         return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except NameError:  # an annotation that exists only for type checkers: nothing to hold values to
+    except NameError:  # an annotation that exists only for type checkers
         return {}
 
 
-def fits(value: Any, wanted: Any) -> bool:
-    """Whether a config value can stand for an annotation; unknown annotations accept everything."""
-    if isinstance(value, dict):  # a node to be built: the object has to show for itself
+def fits(value: Any, annotation: Any) -> bool:
+    """Return whether a config value can stand for an annotation; unknown annotations accept everything."""
+    if isinstance(value, dict):  # a node to be built: the class that it names is checked when it is built
         return True
-    origin = typing.get_origin(wanted)
+    origin = typing.get_origin(annotation)
     if origin in (typing.Union, types.UnionType):
-        return any(fits(value, one) for one in typing.get_args(wanted))
+        return any(fits(value, member) for member in typing.get_args(annotation))
     if origin is typing.Literal:
-        return value in typing.get_args(wanted)
-    if wanted in (int, float):
-        numbers = (int,) if wanted is int else (int, float)
-        return isinstance(value, numbers) and not isinstance(value, bool)
-    if wanted in _SEQUENCES or origin in _SEQUENCES:
-        items = [one for one in typing.get_args(wanted) if one is not ...] or [Any]
-        return isinstance(value, list) and all(any(fits(item, one) for one in items) for item in value)
-    if wanted in (bool, str, type(None)):
-        return isinstance(value, wanted)
-    return not _is_part(wanted)
+        return value in typing.get_args(annotation)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if annotation is float:
+        return is_number(value)
+    if annotation in _SEQUENCES or origin in _SEQUENCES:
+        members = [member for member in typing.get_args(annotation) if member is not ...] or [Any]
+        return isinstance(value, list) and all(
+            any(fits(item, member) for member in members) for item in value
+        )
+    if annotation in (bool, str, type(None)):
+        return isinstance(value, annotation)
+    return not _needs_node(annotation)
 
 
-def _is_part(wanted: Any) -> bool:
-    """Whether an annotation asks for what only a node can describe: a callable, or one of these classes."""
-    if typing.get_origin(wanted) is collections.abc.Callable:
+def _needs_node(annotation: Any) -> bool:
+    """Return whether only a node can describe the value: a callable, or a class of capsexp or torch."""
+    if typing.get_origin(annotation) is collections.abc.Callable:
         return True
-    return inspect.isclass(wanted) and wanted.__module__.partition(".")[0] in ("capsexp", "torch")
+    return inspect.isclass(annotation) and annotation.__module__.partition(".")[0] in ("capsexp", "torch")
 
 
-def _describe(wanted: Any) -> str:
-    if typing.get_origin(wanted) is typing.Literal:
-        return " or ".join(repr(one) for one in typing.get_args(wanted))
-    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
-        return " or ".join(_describe(one) for one in typing.get_args(wanted))
-    if wanted in _SEQUENCES or typing.get_origin(wanted) in _SEQUENCES:
-        items = [_describe(one) for one in typing.get_args(wanted) if one is not ...]
-        return f"a list of {' or '.join(dict.fromkeys(items))}" if items else "a list"
-    if _is_part(wanted):
+def _describe(annotation: Any) -> str:
+    if typing.get_origin(annotation) is typing.Literal:
+        return " or ".join(repr(option) for option in typing.get_args(annotation))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " or ".join(_describe(member) for member in typing.get_args(annotation))
+    if annotation in _SEQUENCES or typing.get_origin(annotation) in _SEQUENCES:
+        members = [_describe(member) for member in typing.get_args(annotation) if member is not ...]
+        return f"a list of {' or '.join(dict.fromkeys(members))}" if members else "a list"
+    if _needs_node(annotation):
         return "a node with a _target_"
-    return "null" if wanted is type(None) else getattr(wanted, "__name__", str(wanted))
+    return "null" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))

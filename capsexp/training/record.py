@@ -18,7 +18,7 @@ from torch import Tensor, cat
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 
-from capsexp.config.settings import comparable, fingerprint, without
+from capsexp.config.settings import comparable, fingerprint, flat, without
 from capsexp.errors import UserError, is_interruption
 from capsexp.files import write_atomic
 
@@ -138,15 +138,14 @@ def _hparams(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value if isinstance(value, bool | int | float | str) else str(value)
         for key, value in settings.items()
-        if value is not None and _is_shown(key, settings)
+        if value is not None and _is_shown(key)
     }
 
 
-def _is_shown(key: str, settings: Mapping[str, Any]) -> bool:
-    """Whether the table shows a setting: no class name, no copy such as model.routing.iterations."""
+def _is_shown(key: str) -> bool:
+    """Return whether the table shows a setting: not the class of a component inside another."""
     _, _, rest = key.partition(".")
-    copied = rest in settings and settings[rest] == settings[key]
-    return not copied and not key.endswith("_partial_") and not rest.endswith("._target_")
+    return not key.endswith("_partial_") and not rest.endswith("._target_")
 
 
 def begin_session(path: Path, settings: Mapping[str, Any]) -> None:
@@ -158,10 +157,9 @@ def begin_session(path: Path, settings: Mapping[str, Any]) -> None:
     """
     for old in (path / "tb").glob(f"*{_END}"):
         old.unlink()
-    compared = comparable(settings)
-    trial = fingerprint(without(compared, "seed"))
+    trial = fingerprint(without(comparable(settings), "seed"))
     # The name sorts first: TensorBoard never returns to an earlier file.
-    _write_event(path / "tb" / _BEGIN, hparams_summary.hparams_pb(_hparams(compared), trial_id=trial))
+    _write_event(path / "tb" / _BEGIN, hparams_summary.hparams_pb(_hparams(flat(settings)), trial_id=trial))
 
 
 def end_session(path: Path, status: str) -> None:

@@ -28,6 +28,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from capsexp.config.saved import parse_saved
 from capsexp.config.settings import comparable, differences
 from capsexp.errors import UserError, exit_code, is_interruption
 from capsexp.files import is_locked, locked, write_atomic
@@ -87,7 +88,9 @@ class RunDir:
         if self.status().get("status") != "completed":
             return False
         try:
-            return comparable(_read_yaml(self.path / "resolved_config.yaml")) == comparable(config)
+            return comparable(parse_saved((self.path / "resolved_config.yaml").read_bytes())) == comparable(
+                config
+            )
         except OSError:
             return False
 
@@ -127,7 +130,7 @@ class RunDir:
         stored = self.path / "resolved_config.yaml"
         changes: list[str] = []
         if stored.exists():
-            changes = list(differences(comparable(_read_yaml(stored)), comparable(config)))
+            changes = list(differences(comparable(parse_saved(stored.read_bytes())), comparable(config)))
         if changes and resume != "force":
             hint = f"{self.path} holds a run with another config: resume=force takes the new one"
             raise UserError(*changes, hint)
@@ -223,11 +226,6 @@ class RunDir:
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         if self._writes:
             write_atomic(self.path / name, lambda file: file.write(json.dumps(content, indent=1).encode()))
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
 
 
 def _git_state(folder: Path) -> tuple[str | None, str]:

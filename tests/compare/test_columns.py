@@ -2,7 +2,8 @@ import pytest
 
 from capsexp.compare.columns import distinct_keys, frozen, resolve, setting_columns, short_titles, text
 from capsexp.compare.runs import read
-from capsexp.config.compose import GROUPS, compose, to_plain
+from capsexp.config.compose import compose, to_plain
+from capsexp.config.settings import GROUPS
 from capsexp.errors import Notes, UserError
 
 

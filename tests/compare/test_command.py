@@ -51,7 +51,7 @@ def test_help_tells_what_may_be_typed(command, capsexp):
         code, out, error = capsexp(command, flag)
         assert (code, error) == (0, "")
         assert f"usage: capsexp {command} [DIRS] [FILTERS]" in out
-        assert cli.COMMANDS[command] in out
+        assert cli.COMMANDS[command].summary in out
         assert "status=running|finished|failed|interrupted|died" in out
         assert ("--sort-by" in out) == (command != "runs")
 

@@ -203,6 +203,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    sys.exit(
-        torchrun.run_distributed(lambda: main(Path(sys.argv[1])), lambda error: print(error, file=sys.stderr))
-    )
+    sys.exit(torchrun.run_distributed(lambda: main(Path(sys.argv[1]))))

@@ -288,12 +288,12 @@ def test_other_commands_refuse_several_processes(command, second):
     with pytest.raises(
         UserError, match=f"^capsexp {command} works in one process: start it without torchrun$"
     ):
-        cli._dispatch([command])
+        cli.dispatch([command])
 
 
 def test_a_sweep_refuses_torchrun(second):
     with pytest.raises(UserError, match=r"^a sweep starts its runs by itself: start it without torchrun$"):
-        cli._dispatch(["train", "-m", "seed=0,1"])
+        cli.dispatch(["train", "-m", "seed=0,1"])
 
 
 def test_a_batch_needs_an_image_for_each_process(second, tiny_parts):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from capsexp.capsules import Capsules
 from capsexp.config.build import build_components
 from capsexp.config.components import Components
+from capsexp.config.settings import with_setting
 from capsexp.data.batches import Batches
 from capsexp.data.split import Split
 from capsexp.errors import UserError
@@ -44,10 +45,9 @@ class Variant(NamedTuple):
 
 
 def changed(config: dict[str, Any], group: str, **values: Any) -> dict[str, Any]:
-    """The config with other values in a group; those of the routing in the model's copy of it as well."""
-    config = {**config, group: {**config[group], **values}}
-    if group == "routing":
-        config["model"] = {**config["model"], "routing": config["routing"]}
+    """Return the config with other values in a group."""
+    for key, value in values.items():
+        config = with_setting(config, f"{group}.{key}", value)
     return config
 
 

@@ -12,9 +12,9 @@ from capsexp.cli.jobs import call_hydra, training_job, typed_command
 from capsexp.cli.sweep.folder import Sweep
 from capsexp.cli.sweep.tables import checked_sweep, with_rows
 from capsexp.cli.torchrun import is_distributed
-from capsexp.config.compose import constants_and_swept, with_constants_swept
 from capsexp.config.naming import sweep_name
 from capsexp.config.overrides import quoted, value
+from capsexp.config.sweeps import constants_and_swept, with_constants_swept
 from capsexp.errors import JobFailed, UserError
 
 

@@ -14,8 +14,9 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from capsexp.cli.jobs import validate
-from capsexp.config.compose import compose, override_values, parse_all, searching, swept_variants
-from capsexp.config.overrides import value
+from capsexp.config.compose import compose, searching
+from capsexp.config.overrides import override_values, parse_all, value
+from capsexp.config.sweeps import swept_variants
 from capsexp.errors import UserError
 
 COMPARED = ("model", "routing", "loss")

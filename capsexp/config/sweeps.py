@@ -1,0 +1,61 @@
+"""Overrides with several values (`KEY=A,B`), which ask for a sweep."""
+
+from collections.abc import Sequence
+
+from hydra.core.override_parser.types import Override
+
+from capsexp.config.compose import searching
+from capsexp.config.overrides import group_options, parse_all, single_values
+
+
+def swept_variants(overrides: Sequence[str], *, config_dir: str | None) -> list[list[str]]:
+    """Return overrides of single jobs that between them use every swept value once.
+
+    One value is varied at a time: the cost of checking a sweep grows with its values, not their product.
+    The job of all first values, which `compose` checks, is left out.
+    """
+    with searching(config_dir):
+        parsed, _ = parse_all(overrides)
+        first = [single_values(override)[0] for override in parsed]
+        return [
+            [*first[:place], text, *first[place + 1 :]]
+            for place, override in enumerate(parsed)
+            for text in single_values(override)[1:]
+        ]
+
+
+def constants_and_swept(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the overrides with one value, and the keys of those with several."""
+    with searching(None):
+        parsed, _ = parse_all(overrides)
+        constants = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
+        return constants, [override.key_or_group for override in parsed if override.is_sweep_override()]
+
+
+def with_constants_swept(overrides: Sequence[str], *, config_dir: str | None) -> list[str]:
+    """Return the overrides of a sweep over groups, each constant made a sweep of its one value.
+
+    Before its first job Hydra composes a config without anything swept, and would refuse a key that only a
+    swept choice has: `experiment=a,b dataset.cameras=left`. Other sweeps are returned as they are.
+    """
+    with searching(config_dir):
+        parsed, _ = parse_all(overrides)
+        if not any(
+            override.is_sweep_override() and group_options(override.key_or_group) for override in parsed
+        ):
+            return list(overrides)
+        # For another sweeper, such as a search, each choice of one would be one more dimension.
+        if any(override.key_or_group == "hydra/sweeper" for override in parsed):
+            return list(overrides)
+        return [_as_sweep(override) for override in parsed]
+
+
+def _as_sweep(override: Override) -> str:
+    """Return a constant as a sweep of one value, where Hydra allows it."""
+    text = str(override.input_line)
+    key, _, value = text.partition("=")
+    if override.is_sweep_override() or override.is_delete() or override.key_or_group.startswith("hydra"):
+        return text
+    if override.value() is None:  # Hydra cannot sweep over null; `++` adds the key if it is not there
+        return f"++{key.lstrip('+')}=null"
+    return f"{key}=choice({value})" if value else text

@@ -76,7 +76,7 @@ def require_literal(allowed: Any, **values: object) -> None:
     """Check constructor arguments that are annotated with a `Literal`.
 
     Raises:
-        ValueError: naming the argument, the words of the Literal and what it got.
+        ValueError: naming the argument, the options of the Literal and its value.
     """
     for name, value in values.items():
         if value not in get_args(allowed):

@@ -1,4 +1,4 @@
-"""Contract of every data set: each `conf/dataset/*.yaml` is under test by existing."""
+"""Contract of every dataset: each `conf/dataset/*.yaml` is tested automatically."""
 
 import importlib
 import inspect
@@ -26,9 +26,9 @@ def resolve(target):
 
 
 def node(name, *, data_root="nowhere", path="nowhere"):
-    words = [f"dataset={name}", f"data_root={data_root}"]
-    words += [f"dataset.path={path}"] if name == "image_folder" else []
-    return to_plain(compose("train", words, config_dir=None))["dataset"]
+    overrides = [f"dataset={name}", f"data_root={data_root}"]
+    overrides += [f"dataset.path={path}"] if name == "image_folder" else []
+    return to_plain(compose("train", overrides, config_dir=None))["dataset"]
 
 
 def build(name, **places):
@@ -37,7 +37,7 @@ def build(name, **places):
     return built
 
 
-def own_pictures(folder):
+def write_own_images(folder):
     generator = np.random.default_rng(0)
     for name in ("cat", "dog", "owl"):
         (folder / name).mkdir(parents=True)
@@ -49,16 +49,16 @@ def own_pictures(folder):
 
 @pytest.fixture
 def dataset(request, tmp_path):
-    """The data set with its real data, or skipped where they are not."""
+    """The dataset with its real data; skips the test if they are missing."""
     root = os.environ.get("CAPSEXP_DATA", str(tmp_path / "nothing"))
-    path = own_pictures(tmp_path / "pictures") if request.param == "image_folder" else "nowhere"
+    path = write_own_images(tmp_path / "images") if request.param == "image_folder" else "nowhere"
     built = build(request.param, data_root=root, path=path)
     if built.missing_files():
         pytest.skip(f"{request.param} is not under CAPSEXP_DATA={root}")
     return built
 
 
-def test_there_are_data_sets():
+def test_there_are_datasets():
     assert len(CONFIGS) >= 6
 
 
@@ -79,13 +79,13 @@ def test_the_keys_of_a_config_are_the_keywords_of_its_class(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_config_begins_by_saying_what_the_set_is(name):
+def test_a_config_starts_with_a_description(name):
     lines = (CONF / f"{name}.yaml").read_text().splitlines()
     assert lines[0].startswith("# ")
     assert lines[1].startswith("# ")
 
 
-def test_each_module_has_its_config():
+def test_each_module_has_a_config():
     modules = Path(inspect.getfile(importlib.import_module("capsexp.dataset"))).parent.glob("*.py")
     assert sorted(path.stem for path in modules if path.stem != "__init__") == NAMES
 
@@ -99,7 +99,7 @@ def test_shape_and_classes_are_known_without_any_data(name):
 
 
 @pytest.mark.parametrize("dataset", NAMES, indirect=True)
-def test_the_data_are_as_announced(dataset):
+def test_images_and_labels_match_the_attributes(dataset):
     training, validation = dataset.read_training()
     test = dataset.read("test")
     assert validation.size > 0
@@ -107,25 +107,25 @@ def test_the_data_are_as_announced(dataset):
         assert split.images.dtype == torch.uint8
         assert tuple(split.images.shape[1:]) == dataset.raw_shape
         assert split.images.is_contiguous()
-        # Nearly the whole range of bytes: making pictures smaller takes a little of it.
+        # Nearly the whole range of bytes: resizing reduces it a little.
         assert split.images.min() < 16
         assert split.images.max() >= 240
-    assert all("\n" not in remark for remark in dataset.caveats())
+    assert all("\n" not in line for line in dataset.caveats())
     for split in (training, test):
         assert split.labels.unique().tolist() == list(range(len(dataset.classes)))
 
 
 @pytest.mark.parametrize("dataset", NAMES, indirect=True)
-def test_batches_have_the_shapes_and_ranges_that_the_network_is_built_for(dataset):
+def test_batches_have_the_shapes_and_ranges_that_networks_expect(dataset):
     test = dataset.read("test")
     batches = dataset.batches(
         test, batch_size=8, seed=0, device="cpu", memory_format=torch.channels_last, limit=3
     )
-    several = () if dataset.targets == 1 else (dataset.targets,)
+    label_axis = () if dataset.labels_per_image == 1 else (dataset.labels_per_image,)
     for batch in (*batches.training(0), *batches.in_order()):
         assert tuple(batch.images.shape[1:]) == dataset.image_shape
-        assert tuple(batch.pixels.shape[1:]) == (*several, *dataset.image_shape)
-        assert tuple(batch.labels.shape[1:]) == tuple(batch.indices.shape[1:]) == several
+        assert tuple(batch.pixels.shape[1:]) == (*label_axis, *dataset.image_shape)
+        assert tuple(batch.labels.shape[1:]) == tuple(batch.indices.shape[1:]) == label_axis
         assert batch.images.dtype == batch.pixels.dtype == torch.float32
         assert batch.images.isfinite().all()
         assert 0 <= batch.pixels.min() <= batch.pixels.max() <= 1

@@ -57,14 +57,14 @@ def test_permuting_the_children_is_invisible(path):
     torch.testing.assert_close(after.coupling, before.coupling[:, order])
 
 
-def test_a_picture_alone_is_routed_as_in_a_batch(path):
+def test_a_image_alone_is_routed_as_in_a_batch(path):
     votes, activations = random(5, 7, 4, 16)
     routing = build(path, 7, 4, 16)
     batch = routing(votes, activations)
-    for picture in range(5):
-        alone = routing(votes[picture : picture + 1], activations[picture : picture + 1])
-        for one, other in zip(alone[:3], batch[:3], strict=True):
-            torch.testing.assert_close(one[0], other[picture])
+    for image in range(5):
+        alone = routing(votes[image : image + 1], activations[image : image + 1])
+        for tensor, other in zip(alone[:3], batch[:3], strict=True):
+            torch.testing.assert_close(tensor[0], other[image])
 
 
 @pytest.mark.parametrize("fill", [0.0, 1.0])
@@ -75,8 +75,8 @@ def test_votes_without_contrast_give_finite_values_and_gradients(path, shape, fi
     routing = build(path, *shape[1:])
     routed = routing(votes, activations)
     sum(field.sum() for field in routed[:3]).backward()
-    gradients = [votes.grad, activations.grad, *(one.grad for one in routing.parameters())]
-    for tensor in (*routed[:3], *(one for one in gradients if one is not None)):
+    gradients = [votes.grad, activations.grad, *(tensor.grad for tensor in routing.parameters())]
+    for tensor in (*routed[:3], *(tensor for tensor in gradients if tensor is not None)):
         assert tensor.isfinite().all()
 
 

@@ -28,7 +28,7 @@ LARGER = "model=em_routing_310k"
 STEREO = (2, 32, 32)
 
 
-# Sabour et al. 2017: 6.8M and 8.2M (section 5.1), 11.36M (section 6). The figures for other pictures include
+# Sabour et al. 2017: 6.8M and 8.2M (section 5.1), 11.36M (section 6). The numbers for other images include
 # the bias of the class capsules, which the authors' code has.
 @pytest.mark.parametrize(
     ("overrides", "image_shape", "classes", "expected"),
@@ -144,8 +144,8 @@ def test_vectors_need_n_squared_where_matrices_need_n():
         network(MATRIX_CAPSNET, f"model.pose={pose}", image_shape=STEREO, classes=5)
         for pose in ("matrix", "vector")
     )
-    for one, other in zip(matrix.parameters(), vector.parameters(), strict=True):
-        assert other.numel() == one.numel() * (16 if one.shape[-2:] == (4, 4) else 1)
+    for tensor, other in zip(matrix.parameters(), vector.parameters(), strict=True):
+        assert other.numel() == tensor.numel() * (16 if tensor.shape[-2:] == (4, 4) else 1)
 
 
 def test_cnn_of_hinton_has_the_papers_number_of_parameters():

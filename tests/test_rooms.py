@@ -21,14 +21,13 @@ ROOMS = {
     "dataset": {"data"},
     "config": set(),
     "training": {"ops", "data", "config", "protocols"},
-    "analysis": {"ops", "data", "dataset", "config", "training", "protocols"},
+    "analysis": {"ops", "layer", "data", "dataset", "config", "training", "protocols"},
     "study": {"ops", "data", "dataset", "analysis"},
     "compare": {"config", "training"},
     "cli": {"data", "config", "training", "analysis", "study", "compare", "ops"},
 }
 WITHOUT_TORCH = {"compare", "config", "errors", "files"}
 FREE = {"__init__", "__main__"}  # the public names, and `python -m capsexp`
-OPS_AT_THE_TOP = {"targets": "ops", "penalty": "ops"}
 
 
 def modules() -> dict[str, Path]:
@@ -47,7 +46,7 @@ def room_of(name: str) -> str:
     _, room, *rest = [*name.split("."), "__init__"]
     if room == "routing" and ".".join(name.split(".")[:3]) not in MODULES and rest != ["__init__"]:
         return "protocols"
-    return OPS_AT_THE_TOP.get(room, room)
+    return room
 
 
 def imports(node: ast.AST) -> Iterator[str]:

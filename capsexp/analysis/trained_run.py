@@ -3,22 +3,22 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from rich import get_console
 from rich.progress import track
 from torch import Tensor, nn
 
+from capsexp.analysis.predictions import Predictions, predict_images
 from capsexp.capsules import Batch, Output
 from capsexp.config.build import build_components
 from capsexp.config.components import Components
 from capsexp.config.saved import load_saved_config
 from capsexp.data.batches import Batches
 from capsexp.data.dataset import Dataset
-from capsexp.data.preprocess import as_uint8_images
 from capsexp.data.seeds import epoch_order
 from capsexp.data.split import Split
 from capsexp.errors import UserError
@@ -30,26 +30,13 @@ from capsexp.training.state import saved_position, trained_weights
 SPLITS = ("test", "familiar", "validation", "train")
 
 
-class Predictions(NamedTuple):
-    """The network's answer for N images, on the CPU. T is the number of labels per image, if above 1."""
-
-    labels: Int64[Tensor, " N *T"]
-    """Indices of the classes with the highest scores."""
-    probabilities: Float[Tensor, "N J"]
-    """Of each class, in [0, 1]; capsules are independent, so they need not sum to 1."""
-    classes: tuple[str, ...] | tuple[tuple[str, ...], ...]
-    """Names of the labels: one per image, or a tuple of T."""
-    reconstructions: Float[Tensor, "N *T C H W"] | None
-    """Decoded images in [0, 1], one for each label; None without a decoder."""
-
-
 class TrainedRun:
     """A trained network, its dataset and its config. `TrainedRun.load` creates one from a run directory.
 
     Attributes:
         path: the run directory.
         model: the network, in evaluation mode, on the run's device, without gradients of its parameters.
-        step: training step of the weights (`number`, and `total` as the schedules of a loss read it).
+        step: training step of the weights: `number` of `total`.
         classes: names of the classes.
         components: everything else that the run is built of.
         config: the plain config.
@@ -165,16 +152,7 @@ class TrainedRun:
             >>> predictions.labels.shape, predictions.probabilities.shape
             (torch.Size([5]), torch.Size([5, 10]))
         """
-        raw = self._raw_images(images)
-        outputs = [self._predict_batch(batch) for batch in raw.split(self.components.trainer.batch_size)]
-        labels = torch.cat([batch_labels for batch_labels, _ in outputs])
-        decoded = [output.reconstruction for _, output in outputs if output.reconstruction is not None]
-        return Predictions(
-            labels=labels.cpu(),
-            probabilities=torch.cat([output.probabilities for _, output in outputs]).cpu(),
-            classes=self._names(labels),
-            reconstructions=torch.cat(decoded).cpu() if decoded else None,
-        )
+        return predict_images(self.model, self.components, images)
 
     def evaluate(self, split: str = "test", *, limit: int | None = None) -> dict[str, float]:
         """Measure the network on a split; `capsexp eval` prints the same numbers.
@@ -204,7 +182,7 @@ class TrainedRun:
         if images.size == 0:
             raise UserError(f"split={split}: this run has no {split} images")
         batches = self.components.batches(images, limit=self.components.trainer.limit_eval_batches)
-        return batches if limit is None else batches.only(_sample(batches.count, limit))
+        return batches if limit is None else batches.subset(_sample(batches.count, limit))
 
     def evaluate_batches(self, batches: Batches) -> dict[str, float]:
         """Return the metrics of the network over some batches."""
@@ -234,7 +212,7 @@ class TrainedRun:
     def in_batches(self, split: Split) -> Batches:
         """Return a split, or the sample of it that the limit allows, on the run's device."""
         batches = self.components.batches(split, limit=None)
-        return batches if self.limit is None else batches.only(self.sampled(batches.count))
+        return batches if self.limit is None else batches.subset(self.sampled(batches.count))
 
     def sampled(self, size: int) -> Int64[Tensor, " N"]:
         """Return the places of the images that the limit allows, of a split of this size.
@@ -258,10 +236,10 @@ class TrainedRun:
         Raises:
             UserError: the images have several labels.
         """
-        if self.dataset.targets > 1:
+        if self.dataset.labels_per_image > 1:
             raise UserError(
                 f"this study needs images of one class each; those of {self.dataset.name} have "
-                f"{self.dataset.targets}"
+                f"{self.dataset.labels_per_image}"
             )
 
     def decoder(self) -> Callable[[Float[Tensor, "B J D"], Tensor], Float[Tensor, "B *T C H W"]]:
@@ -274,27 +252,6 @@ class TrainedRun:
         if decoder is None:
             raise UserError("this run has no decoder, so there are no reconstructions to study")
         return decoder
-
-    def _raw_images(self, images: Tensor | NDArray[Any]) -> UInt8[Tensor, "N C H W"]:
-        """Convert images to the dtype and the shape that the preprocessing takes."""
-        shape, images = self.dataset.raw_shape, torch.as_tensor(images)
-        if self.dataset.preprocess.resize is not None and images.ndim >= 2:
-            shape = (shape[0], images.shape[-2], images.shape[-1])
-        return self.dataset.preprocess.resize_all(as_uint8_images(images, shape))
-
-    def _predict_batch(self, images: UInt8[Tensor, "N C H W"]) -> tuple[Tensor, Output]:
-        prepared = self.dataset.preprocess.test(images.to(self.components.device.torch_device))
-        with inference(self.model):
-            output = self.model(prepared.images)
-            if self.dataset.targets == 1:
-                return output.scores.argmax(1), output
-            labels = output.scores.topk(self.dataset.targets, dim=1).indices
-            return labels, self.model(prepared.images, labels)  # decodes each of the labels
-
-    def _names(self, labels: Int64[Tensor, " N *T"]) -> tuple[str, ...] | tuple[tuple[str, ...], ...]:
-        if labels.dim() == 1:
-            return tuple(self.classes[label] for label in labels.tolist())
-        return tuple(tuple(self.classes[label] for label in row) for row in labels.tolist())
 
     def _read(self, split: str) -> Split:
         if split not in SPLITS:

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from capsexp.cli.jobs import call_hydra, evaluation_job, no_op, train_as_worker, training_job, validate
-from capsexp.cli.sweep.job_process import WATCHED, end_with_launcher
+from capsexp.cli.sweep.job_process import JOB_VARIABLE, end_with_launcher
 from capsexp.cli.torchrun import is_distributed, processes
 from capsexp.config.compose import compose, conf_dir, to_plain
 from capsexp.config.naming import new_run_dir
@@ -27,7 +27,7 @@ RENAMED_SETTINGS = {"part": "split"}  # of `capsexp eval`: the old name is still
 
 def train(arguments: Sequence[str]) -> int:
     """Run `capsexp train`."""
-    if WATCHED in os.environ:
+    if JOB_VARIABLE in os.environ:
         end_with_launcher()
     options, flags, overrides = parse(arguments)
     if _asks_for_help(options):
@@ -134,7 +134,7 @@ def data(arguments: Sequence[str]) -> int:
         return 0
     if action == "prepare" and not names:
         raise UserError(f"capsexp data prepare needs names: {', '.join(datasets)}")
-    return prepare.work_through(action, datasets)
+    return prepare.run_action(action, datasets)
 
 
 def doctor(arguments: Sequence[str]) -> int:

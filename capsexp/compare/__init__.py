@@ -1,1 +1,1 @@
-"""Runs side by side: found, read, filtered; shown as tables, curves and a page. Nothing here needs torch."""
+"""Find, read and compare runs; print tables, draw curves, write a report. Nothing here imports torch."""

@@ -1,52 +1,83 @@
-"""Learning curves as SVG inside an HTML page, which gives them their colours for light and dark."""
+"""Learning curves as SVG for an HTML page. The page's style sheet sets the colours for light and dark."""
 
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from capsexp.compare.curves import COLOURS, Curve, Point, colour
-from capsexp.compare.markup import Html, element, joined
+from capsexp.compare.templates import render
 
-# Small, so that its letters can still be read where a phone shrinks it.
+# Small, so that the labels stay readable when a phone shrinks the chart.
 WIDTH, HEIGHT = 460, 290
 LEFT, RIGHT, TOP, BOTTOM = 52, 22, 10, 42
 
 
 class Axis(NamedTuple):
-    """From values to places in the picture."""
+    """A linear map from values to coordinates."""
 
     low: int | float
     high: int | float
     start: int | float
     end: int | float
 
-    def place(self, value: int | float) -> float:
-        """Where a value lies."""
-        share = (value - self.low) / (self.high - self.low)
-        return self.start + share * (self.end - self.start)
+    def position(self, value: int | float) -> float:
+        """Return the coordinate of a value."""
+        fraction = (value - self.low) / (self.high - self.low)
+        return self.start + fraction * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Four to nine round values."""
+        """Return four to ten round values."""
         size = 10.0 ** math.floor(math.log10((self.high - self.low) / 4))
         size *= max(factor for factor in (1, 2, 2.5, 5) if factor * size <= (self.high - self.low) / 4)
         first, last = math.ceil(self.low / size), math.floor(self.high / size)
         return [float(f"{number * size:.6g}") for number in range(first, last + 1)]
 
 
-def chart(curves: Sequence[Curve], tag: str) -> Html:
-    """One panel: each curve with the band of its standard deviation, and its name for a mouse to find."""
+class Tick(NamedTuple):
+    """A labelled value on an axis."""
+
+    label: str
+    position: float
+
+
+class SvgCurve(NamedTuple):
+    """A curve as chart.svg draws it."""
+
+    number: int
+    """From 1, as in the legend."""
+    colour: str
+    is_other: bool
+    """Whether the curve is beyond those with their own colours."""
+    title: str
+    line: str
+    """SVG path of the means."""
+    band: str | None
+    """SVG path of mean ± standard deviation; None without a spread."""
+
+
+def chart(curves: Sequence[Curve], tag: str) -> str:
+    """Draw one panel: each curve with the band of its standard deviation, and a title on hover."""
     points = [point for curve in curves for point in curve.points[tag]]
-    across = _axis((point.step for point in points), LEFT, WIDTH - RIGHT, margin=0.0)
+    x_axis = _axis((point.step for point in points), LEFT, WIDTH - RIGHT, margin=0.0)
     values = [point.mean + sign * point.sd for point in points for sign in (-1, 1)]
-    up = _axis(values, HEIGHT - BOTTOM, TOP, margin=0.03)
-    drawn = [_curve(curve, tag, place, across, up) for place, curve in enumerate(curves)]
-    return element(
-        "svg",
-        *_grid(across, up, tag),
-        *reversed(drawn),  # the first lie on top
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        role="img",
-        aria_label=f"{tag} by step, {len(curves)} curves",
+    y_axis = _axis(values, HEIGHT - BOTTOM, TOP, margin=0.03)
+    drawn = [
+        _svg_curve(index, curve, tag, x_axis, y_axis)
+        for index, curve in enumerate(curves)
+        if curve.points[tag]
+    ]
+    return render(
+        "chart.svg",
+        tag=tag,
+        count=len(curves),
+        width=WIDTH,
+        height=HEIGHT,
+        left=LEFT,
+        right=WIDTH - RIGHT,
+        bottom=HEIGHT - BOTTOM,
+        x_ticks=_ticks(x_axis),
+        y_ticks=_ticks(y_axis),
+        curves=reversed(drawn),  # the first curve is drawn on top
     )
 
 
@@ -55,57 +86,35 @@ def _axis(values: Iterable[float], start: int, end: int, *, margin: float) -> Ax
     low, high = min(values), max(values)
     if high == low:
         low, high = low - 0.5, high + 0.5
-    spare = margin * (high - low)
-    return Axis(low - spare, high + spare, start, end)
+    padding = margin * (high - low)
+    return Axis(low - padding, high + padding, start, end)
 
 
-def _grid(across: Axis, up: Axis, tag: str) -> list[Html]:
-    base = HEIGHT - BOTTOM
-    lines = [
-        joined(
-            element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=_round(y), y2=_round(y)),
-            element("text", f"{value:g}", x=LEFT - 7, y=_round(y + 4), text_anchor="end"),
-        )
-        for value, y in ((value, up.place(value)) for value in up.ticks())
-    ]
-    lines += [
-        element("text", f"{value:g}", x=_round(across.place(value)), y=base + 17, text_anchor="middle")
-        for value in across.ticks()
-    ]
-    title = element("text", "step", x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 5, text_anchor="middle")
-    return [element("g", *lines, title, class_="grid", aria_hidden="true")]
+def _ticks(axis: Axis) -> list[Tick]:
+    return [Tick(f"{value:g}", axis.position(value)) for value in axis.ticks()]
 
 
-def _curve(curve: Curve, tag: str, place: int, across: Axis, up: Axis) -> Html:
+def _svg_curve(index: int, curve: Curve, tag: str, x_axis: Axis, y_axis: Axis) -> SvgCurve:
     points = curve.points[tag]
-    if not points:
-        return Html()
-    line = _path([(point.step, point.mean) for point in points], across, up)
     last = points[-1]
-    told = f"{place + 1}: {curve.label}; {last.mean:.4g} at step {last.step:.0f}, {len(curve.runs)} run(s)"
-    return element(
-        "g",
-        element("title", told),
-        *([element("path", class_="band", d=_band(points, across, up))] if any(p.sd for p in points) else []),
-        element("path", class_="line", d=line),
-        element("path", class_="reach", d=line),  # wide and unseen: a mouse need not be exact
-        class_="curve" if place < len(COLOURS) else "curve other",
-        data_curve=place + 1,
-        style=f"--curve: {colour(place)}",
+    value = f"{last.mean:.4g} at step {last.step:.0f}, {len(curve.runs)} run(s)"
+    return SvgCurve(
+        number=index + 1,
+        colour=colour(index),
+        is_other=index >= len(COLOURS),
+        title=f"{index + 1}: {curve.label}; {value}",
+        line=_svg_path([(point.step, point.mean) for point in points], x_axis, y_axis),
+        band=_band(points, x_axis, y_axis) if any(point.sd for point in points) else None,
     )
 
 
-def _band(points: Sequence[Point], across: Axis, up: Axis) -> str:
+def _band(points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> str:
     above = [(point.step, point.mean + point.sd) for point in points]
     below = [(point.step, point.mean - point.sd) for point in reversed(points)]
-    return _path(above + below, across, up) + "Z"
+    return _svg_path(above + below, x_axis, y_axis) + "Z"
 
 
-def _path(points: Iterable[tuple[float, float]], across: Axis, up: Axis) -> str:
-    places = [f"{_round(across.place(x))},{_round(up.place(y))}" for x, y in points]
-    # A single point is drawn as a dot by the round cap of a line without length.
-    return "M" + "L".join(places if len(places) > 1 else places * 2)
-
-
-def _round(place: float) -> str:
-    return f"{place:.1f}"
+def _svg_path(points: Iterable[tuple[float, float]], x_axis: Axis, y_axis: Axis) -> str:
+    pairs = [f"{x_axis.position(x):.1f},{y_axis.position(y):.1f}" for x, y in points]
+    # A line of length zero with round caps draws a single point as a dot.
+    return "M" + "L".join(pairs if len(pairs) > 1 else pairs * 2)

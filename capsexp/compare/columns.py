@@ -1,4 +1,4 @@
-"""Which settings runs are told apart by, and what each is called in a table."""
+"""The columns of a table of runs: which settings differ, and the title of each."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from typing import Any
 from capsexp.compare.runs import Run
 from capsexp.errors import UserError, nearest
 
-# In the order of their columns. `device` has no part in a run's results.
+# In column order. `device` is left out: it does not affect a run's results.
 GROUPS = ("experiment", "dataset", "model", "routing", "loss", "optimizer", "trainer")
 
 
@@ -19,61 +19,61 @@ class Column:
     """A column of a table of runs.
 
     Args:
-        name: a setting's dotted key, a config group, or a figure's tag: what machine-readable forms have.
-        title: what a table for people has.
-        is_figure: whether a run computed it, and means of it can be formed.
+        name: a setting's dotted key, a config group or a metric's tag; used in CSV and JSON.
+        title: the heading in tables for people.
+        is_metric: whether the column holds numbers that a run computed and that can be averaged.
     """
 
     name: str
     title: str
-    is_figure: bool = False
+    is_metric: bool = False
 
     @property
     def is_setting(self) -> bool:
-        """Whether it tells runs apart."""
-        return not self.is_figure and self.name not in ("status", "run")
+        """Whether the column holds a setting or the choice of a config group."""
+        return not self.is_metric and self.name not in ("status", "run")
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether the best is the largest, as of accuracies. Settings begin with the smallest."""
-        return self.is_figure and (self.name.endswith("accuracy") or self.name in ("steps", "epochs"))
+        """Whether larger values are better, as for accuracies. Settings sort from small to large."""
+        return self.is_metric and (self.name.endswith("accuracy") or self.name in ("steps", "epochs"))
 
 
-FIGURES = (
-    Column("validation/best_accuracy", "validation", is_figure=True),
-    Column("test/accuracy", "test", is_figure=True),
-    Column("steps", "steps", is_figure=True),
-    Column("seconds", "time", is_figure=True),
+METRICS = (
+    Column("validation/best_accuracy", "validation", is_metric=True),
+    Column("test/accuracy", "test", is_metric=True),
+    Column("steps", "steps", is_metric=True),
+    Column("seconds", "time", is_metric=True),
 )
-# Where a run's recipe says what its paper came to: both in %, and the size of our training.
-ERROR = Column("test/error", "test error, %", is_figure=True)
-PAPER = Column("paper/error", "paper, %", is_figure=True)
-TOTAL = Column("total", "of", is_figure=True)
-EPOCHS = Column("epochs", "epochs", is_figure=True)
+# Shown if a run's recipe gives the paper's test error: both errors in %, and the length of our training.
+ERROR = Column("test/error", "test error, %", is_metric=True)
+PAPER = Column("paper/error", "paper, %", is_metric=True)
+TOTAL = Column("total", "of", is_metric=True)
+EPOCHS = Column("epochs", "epochs", is_metric=True)
 STATUS, RUN = Column("status", "status"), Column("run", "run")
 
 
 def setting_columns(runs: Sequence[Run], *, without: Collection[str] = ()) -> list[Column]:
-    """A column for each config group whose choice differs, then for each setting that differs beyond that.
+    """Return a column for each config group whose choice differs, then for each other setting that differs.
 
     Args:
         runs: the runs of the table.
-        without: settings and groups that get no column, such as `seed`.
+        without: settings and groups to leave out, such as `seed`.
     """
     keys = distinct_keys(runs)
     titles = short_titles(keys)
     groups = [group for group in GROUPS if _choices_differ(group, runs)]
-    left = [key for key in keys if not {key, key.partition(".")[0]} & {*without} and key not in groups]
     typed = {key for run in runs for key in re.findall(r"[\w.]+(?==)", run.command)}
+    candidates = [key for key in keys if not {key, key.partition(".")[0]} & {*without} and key not in groups]
     columns = [Column(group, group) for group in groups if group not in without]
-    return columns + [Column(key, titles[key]) for key in left if _tells_apart(key, groups, typed, runs)]
+    return columns + [Column(key, titles[key]) for key in candidates if _has_column(key, groups, typed, runs)]
 
 
-def figure_columns(runs: Iterable[Run]) -> list[Column]:
-    """The columns of figures; with the paper's beside ours where any run has it."""
+def metric_columns(runs: Iterable[Run]) -> list[Column]:
+    """Return the metric columns; with the paper's test error beside ours if any run has it."""
     if not any(run.paper for run in runs):
-        return [*FIGURES]
-    validation, test, steps, seconds = FIGURES
+        return [*METRICS]
+    validation, test, steps, seconds = METRICS
     return [validation, test, ERROR, PAPER, steps, TOTAL, EPOCHS, seconds]
 
 
@@ -90,52 +90,52 @@ def distinct_keys(runs: Iterable[Run]) -> list[str]:
 
 
 def short_titles(keys: Iterable[str]) -> dict[str, str]:
-    """The shortest end of each dotted key that no other key, figure or group has."""
-    taken = {*GROUPS, *(column.title for column in (*FIGURES, ERROR, PAPER, TOTAL, EPOCHS, STATUS, RUN))}
+    """Return, for each dotted key, its shortest suffix that is no other key's suffix, metric or group."""
+    taken = {*GROUPS, *(column.title for column in (*METRICS, ERROR, PAPER, TOTAL, EPOCHS, STATUS, RUN))}
     ends = {key: _ends(key) for key in keys}
-    owners = Counter(end for some in ends.values() for end in some)
+    counts = Counter(end for key_ends in ends.values() for end in key_ends)
 
-    def is_own(end: str) -> bool:
-        return owners[end] == 1 and end not in taken
+    def is_unique(end: str) -> bool:
+        return counts[end] == 1 and end not in taken
 
-    return {key: next((end for end in some if is_own(end)), key) for key, some in ends.items()}
+    return {key: next(filter(is_unique, key_ends), key) for key, key_ends in ends.items()}
 
 
-def resolve(name: str, offered: Sequence[str], *, among: Collection[str] = ()) -> str:
-    """The full name that is meant: itself, or the only one whose last parts it is.
+def full_key(name: str, keys: Sequence[str], *, unlisted: Collection[str] = ()) -> str:
+    """Return the key that a user means: the name itself, or the only key that ends in `.name`.
 
     Args:
         name: as typed.
-        offered: what it may be.
-        among: more full names that count, but need not be told to the user.
+        keys: the keys to choose from.
+        unlisted: more keys that may be typed in full; error messages do not suggest them.
 
     Raises:
-        UserError: there is none, or more than one.
+        UserError: no key matches, or more than one.
     """
-    if name in offered or name in among:
+    if name in keys or name in unlisted:
         return name
-    fitting = [full for full in offered if full.endswith(f".{name}")]
-    if len(fitting) > 1:
-        raise UserError(f"{name!r} may be {' or '.join(fitting)}: write more of it")
-    if not fitting:
-        raise UserError(f"unknown key {name!r}{nearest(name, offered)}")
-    return fitting[0]
+    matches = [key for key in keys if key.endswith(f".{name}")]
+    if len(matches) > 1:
+        raise UserError(f"{name!r} is ambiguous: write {' or '.join(matches)}")
+    if not matches:
+        raise UserError(f"unknown key {name!r}{nearest(name, keys)}")
+    return matches[0]
 
 
-def text(value: Any) -> str:
-    """A setting as it is typed on the command line."""
+def as_override(value: Any) -> str:
+    """Return a setting's value as it is typed on the command line."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def frozen(value: Any) -> Any:
-    """A setting's value as something that can be hashed and compared."""
+def hashable(value: Any) -> Any:
+    """Return a setting's value with lists and mappings made hashable."""
     if isinstance(value, Mapping):
-        return frozenset((key, frozen(part)) for key, part in value.items())
-    return tuple(frozen(part) for part in value) if isinstance(value, list) else value
+        return frozenset((key, hashable(item)) for key, item in value.items())
+    return tuple(hashable(item) for item in value) if isinstance(value, list) else value
 
 
 def _ends(key: str) -> list[str]:
-    """hidden, decoder.hidden, model.decoder.hidden."""
+    """Return all suffixes of a key: hidden, decoder.hidden, model.decoder.hidden."""
     parts = key.split(".")
     return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
 
@@ -151,13 +151,13 @@ def _choices_differ(group: str, runs: Iterable[Run]) -> bool:
     return len({run.choices.get(group) for run in runs if run.choices}) > 1
 
 
-def _tells_apart(key: str, groups: Collection[str], typed: Collection[str], runs: Sequence[Run]) -> bool:
-    """Whether a setting differs between runs, and not just because the choice for its group does.
+def _has_column(key: str, groups: Collection[str], typed: Collection[str], runs: Sequence[Run]) -> bool:
+    """Return whether a setting differs between runs, and not only because its group's choice differs.
 
     Args:
         key: the setting.
         groups: config groups whose choice differs.
-        typed: keys that somebody set on a command line, which is reason enough for a column.
+        typed: keys that a user set on a command line; these get a column whenever they differ.
         runs: the runs of the table.
     """
     group = key.partition(".")[0]
@@ -166,14 +166,20 @@ def _tells_apart(key: str, groups: Collection[str], typed: Collection[str], runs
         if run.settings:
             choice = run.choices.get(group) if group in groups else None
             by_choice.setdefault(choice, []).append(run)
-    if any(_differs(key, alike) for alike in by_choice.values()):
+    if any(_differs(key, same_choice) for same_choice in by_choice.values()):
         return True
-    return key in typed and len({frozen(run.settings[key]) for run in runs if key in run.settings}) > 1
+    return key in typed and len(_values(key, runs)) > 1
 
 
 def _differs(key: str, runs: Sequence[Run]) -> bool:
-    """Whether runs have different values, or some have none although their version of capsexp has the key."""
-    having = [run for run in runs if key in run.settings]
-    lacking = {run.version for run in runs if key not in run.settings}
-    values = {frozen(run.settings[key]) for run in having}
-    return len(values) > 1 or bool(lacking & {run.version for run in having})
+    """Return whether runs differ in a setting.
+
+    A run without the setting counts as different only if its version of capsexp knows the setting.
+    """
+    with_key = {run.version for run in runs if key in run.settings}
+    without_key = {run.version for run in runs if key not in run.settings}
+    return len(_values(key, runs)) > 1 or bool(with_key & without_key)
+
+
+def _values(key: str, runs: Iterable[Run]) -> set[Any]:
+    return {hashable(run.settings[key]) for run in runs if key in run.settings}

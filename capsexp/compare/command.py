@@ -1,45 +1,58 @@
-"""The commands that look at runs, as they are typed: `capsexp runs`, `compare` and `report`."""
+"""The commands `capsexp runs`, `compare` and `report`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
+from capsexp.compare import selection, tables
+from capsexp.compare.comparison import Comparison, compare
+from capsexp.compare.curves import TAGS, draw, learning_curves, mean_over_seeds
 from capsexp.errors import Notes, UserError
 from capsexp.files import require_figure_file
 
-WORDS = """\
-DIRS     directories of runs, or folders with runs below them; without one, $CAPSEXP_OUTPUTS or outputs
-FILTERS  KEY=VALUE[,VALUE…]: a setting (routing.iterations=3, or iterations=3 where no other key ends so),
-         a choice (model=, dataset=, experiment= …) or status=running|finished|failed|interrupted|died"""
+ARGUMENTS = """\
+arguments:
+  DIRS                  run directories, or folders that contain runs
+                        (default: $CAPSEXP_OUTPUTS if set, else outputs)
+  FILTERS               KEY=VALUE[,VALUE…]; a run must pass every filter. KEY is
+                        - a setting, in full or by a unique ending: routing.iterations=3, iterations=3
+                        - a config group: model=em_routing, dataset=mnist, experiment=quickstart
+                        - status: status=running|finished|failed|interrupted|died"""
+
+EXAMPLES = {
+    "runs": "capsexp runs outputs/sweeps status=failed,died",
+    "compare": "capsexp compare outputs/sweeps model=em_routing --group-by seed --show train/loss",
+    "report": "capsexp report outputs/sweeps iterations=2,3 --sort-by test -o report.html",
+}
 
 
 class _Parser(argparse.ArgumentParser):
-    """A mistake is one line, as everywhere else."""
+    """A parser that reports errors as UserError."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} ({self.prog} -h tells what there is)")
+        raise UserError(f"{message} (see {self.prog} -h)")
 
 
 def run(command: str, arguments: Sequence[str], description: str) -> int:
-    """Do what one of the commands was asked to do.
+    """Run one of the commands.
 
     Args:
         command: runs, compare or report.
-        arguments: the words after it.
+        arguments: the arguments that follow it.
         description: one line for its help.
 
     Returns:
         The exit code.
 
     Raises:
-        UserError: at the end of the work, every mistake in the arguments.
+        UserError: all errors in the arguments. Whatever can be printed is printed first.
     """
     parser = _parser(command, description)
+    notes = Notes()
     try:
         options = parser.parse_intermixed_args(list(arguments))
-        notes = Notes()
         {"runs": _runs, "compare": _compare, "report": _report}[command](options, notes)
     except KeyboardInterrupt:
         return 130
@@ -54,107 +67,135 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=f"capsexp {command}",
         usage=f"capsexp {command} [DIRS] [FILTERS]" + " [OPTIONS]" * (command != "runs"),
-        description=f"{command}: {description}\n\n{WORDS}",
+        description=f"{command}: {description}\n\n{ARGUMENTS}",
+        epilog=f"example:\n  {EXAMPLES[command]}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("dirs_and_filters", nargs="*", help=argparse.SUPPRESS)
     if command != "runs":
         _add_table_options(parser)
     if command == "compare":
         _add_compare_options(parser)
     if command == "report":
-        page: dict[str, Any] = {"type": Path, "default": Path("report.html"), "metavar": "FILE"}
-        parser.add_argument("-o", "--output", **page, help="the page (report.html)")
+        parser.add_argument(
+            "-o",
+            "--output",
+            type=Path,
+            default=Path("report.html"),
+            metavar="FILE",
+            help="the HTML file to write (default: report.html)",
+        )
     return parser
 
 
 def _add_table_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "--show",
-        type=_names,
+        type=_split,
         default=[],
         metavar="TAG[,TAG]",
-        help="last values of these, such as train/loss",
+        help="add a column with the last value of each metric: --show train/loss",
     )
-    add(
+    parser.add_argument(
         "--sort-by",
-        metavar="NAME",
         default="validation",
-        help="a setting, choice, figure or tag (validation)",
+        metavar="NAME",
+        help="sort rows by a setting, config group, metric or tag: --sort-by test (default: validation)",
     )
     order = parser.add_mutually_exclusive_group()
-    switch: dict[str, Any] = {"dest": "descending", "action": "store_const"}
-    order.add_argument("--ascending", **switch, const=False, help="smallest first; else figures best first")
-    order.add_argument("--descending", **switch, const=True, help="largest first")
-    add("--hide-failed", action="store_true", help="without runs that failed or died")
-    add("--metric", type=_names, metavar="TAG[,TAG]", help="curves of these (validation/accuracy,train/loss)")
+    order.add_argument(
+        "--ascending",
+        dest="descending",
+        action="store_const",
+        const=False,
+        help="smallest first (default: best first for metrics, smallest first for settings)",
+    )
+    order.add_argument("--descending", action="store_const", const=True, help="largest first")
+    parser.add_argument("--hide-failed", action="store_true", help="leave out runs that failed or died")
+    parser.add_argument(
+        "--metric",
+        type=_split,
+        metavar="TAG[,TAG]",
+        help="draw curves of these metrics: --metric train/loss (default: validation/accuracy,train/loss)",
+    )
 
 
 def _add_compare_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--group-by", type=_names, default=[], metavar="KEY[,KEY]", help="mean ± sd over these, such as seed")
-    add("--plot", type=Path, metavar="FILE", help="draw learning curves, means over the seeds or --group-by")
+    parser.add_argument(
+        "--group-by",
+        type=_split,
+        default=[],
+        metavar="KEY[,KEY]",
+        help="average over these settings, and show mean ± standard deviation: --group-by seed",
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw learning curves, averaged over --group-by (default: over seeds): --plot curves.png",
+    )
     form = parser.add_mutually_exclusive_group()
-    for name, words in (
-        ("csv", "CSV, every digit"),
-        ("md", "Markdown, rounded"),
-        ("json", "JSON, every digit"),
+    for name, text in (
+        ("csv", "print CSV with all digits: capsexp compare --csv > table.csv"),
+        ("md", "print Markdown with rounded metrics"),
+        ("json", "print JSON with all digits"),
     ):
-        form.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=words)
+        form.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=text)
 
 
-def _names(words: str) -> list[str]:
-    return [word.strip() for word in words.split(",") if word.strip()]
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def _runs(options: argparse.Namespace, notes: Notes) -> None:
-    from capsexp.compare.selection import select
-    from capsexp.compare.tables import print_runs
-
-    print_runs(select(options.words, notes))
+    tables.print_runs(selection.select(options.dirs_and_filters, notes))
 
 
 def _compare(options: argparse.Namespace, notes: Notes) -> None:
     if options.plot:
         require_figure_file(options.plot, option="--plot")
-    from capsexp.compare import tables
-
     comparison = _comparison(options, notes, group_by=options.group_by)
     forms = {"csv": tables.csv_text, "md": tables.markdown, "json": tables.json_text}
     if options.form:
-        tables.put(forms[options.form](comparison))
+        tables.write_stdout(forms[options.form](comparison))
     else:
         tables.print_comparison(comparison)
     if options.plot:
-        from capsexp.compare import curves
+        _plot(options, comparison, notes)
 
-        tags = options.metric or curves.TAGS
-        if drawn := curves.curves(curves.by_setting(comparison), tags, notes):
-            curves.draw(drawn, tags, options.plot)
-            print(f"curves: {options.plot}", file=sys.stderr)
+
+def _plot(options: argparse.Namespace, comparison: Comparison, notes: Notes) -> None:
+    tags = options.metric or TAGS
+    if curves := learning_curves(mean_over_seeds(comparison), tags, notes):
+        draw(curves, tags, options.plot)
+        print(f"curves: {options.plot}", file=sys.stderr)
 
 
 def _report(options: argparse.Namespace, notes: Notes) -> None:
-    page = options.output
-    if page.is_dir() or not page.absolute().parent.is_dir():
-        raise UserError(f"--output: {page} cannot be written: no such folder, or a folder itself")
-    from capsexp.compare.curves import TAGS
-    from capsexp.compare.report import write
+    file: Path = options.output
+    if file.is_dir():
+        raise UserError(f"--output: {file} is a folder")
+    if not file.absolute().parent.is_dir():
+        raise UserError(f"--output: no such folder: {file.parent}")
+    from capsexp.compare.report import write  # imports jinja2, which no other command needs
 
     comparison = _comparison(options, notes)
     if comparison.rows:
-        write(page, comparison, options.metric or TAGS, notes)
+        write(file, comparison, options.metric or TAGS, notes)
         count = len(comparison.rows)
-        print(f"{page}: {count} run{'s' * (count != 1)}, {page.stat().st_size / 1e6:.1f} MB")
+        print(f"{file}: {count} run{'s' * (count != 1)}, {file.stat().st_size / 1e6:.1f} MB")
     else:
-        notes.warning(f"{page} is not written: there are no runs to show")
+        notes.warning(f"no runs to show: {file} is not written")
 
 
-def _comparison(options: argparse.Namespace, notes: Notes, *, group_by: Sequence[str] = ()) -> Any:
-    from capsexp.compare.comparison import compare
-    from capsexp.compare.selection import select
-
-    wishes = {name: getattr(options, name) for name in ("show", "sort_by", "descending", "hide_failed")}
-    return compare(select(options.words, notes), notes, group_by=group_by, **wishes)
+def _comparison(options: argparse.Namespace, notes: Notes, *, group_by: Sequence[str] = ()) -> Comparison:
+    return compare(
+        selection.select(options.dirs_and_filters, notes),
+        notes,
+        show=options.show,
+        group_by=group_by,
+        sort_by=options.sort_by,
+        descending=options.descending,
+        hide_failed=options.hide_failed,
+    )

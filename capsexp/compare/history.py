@@ -1,4 +1,4 @@
-"""What a run's metrics.jsonl says: its figures step by step. Only lines that are asked for are parsed."""
+"""Read a run's metrics.jsonl. Only lines that contain a requested tag are parsed."""
 
 import json
 import re
@@ -6,46 +6,52 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from capsexp.compare.runs import number
-from capsexp.errors import Notes
+from capsexp.compare.runs import Run, get_number
+from capsexp.errors import Notes, nearest
 
-NO_TAGS = {"step", "epoch"}
+NOT_TAGS = {"step", "epoch"}
 Series = dict[int, float]
-"""A figure by step, in the order of the steps."""
+"""A metric by step, in the order of the steps."""
 
 
-def series(run: Path, tags: Collection[str], notes: Notes) -> dict[str, Series]:
-    """All values of some tags; a tag that the run lacks has none."""
-    found: dict[str, Series] = {tag: {} for tag in tags}
+def all_values(run: Path, tags: Collection[str], notes: Notes) -> dict[str, Series]:
+    """Return all values of some tags; a tag that the run lacks gets an empty series."""
+    series: dict[str, Series] = {tag: {} for tag in tags}
     for entry in _entries(_lines(run, notes), tags, run, notes):
         for tag in tags:
-            if (value := number(entry, tag)) is not None:
-                found[tag][entry["step"]] = value
-    return {tag: dict(sorted(values.items())) for tag, values in found.items()}
+            if (value := get_number(entry, tag)) is not None:
+                series[tag][entry["step"]] = value
+    return {tag: dict(sorted(values.items())) for tag, values in series.items()}
 
 
 def last_values(run: Path, tags: Collection[str], notes: Notes) -> dict[str, float]:
-    """The last value of each tag that the run has. Reads from the end, so most lines are left alone."""
-    found: dict[str, float] = {}
-    wanted = set(tags)
-    for entry in _entries(reversed(_lines(run, notes)), wanted, run, notes):
-        for tag in list(wanted):
-            if (value := number(entry, tag)) is not None:
-                found[tag] = value
-                wanted.remove(tag)
-        if not wanted:
+    """Return the last value of each tag that the run has. Read from the end, so that few lines are parsed."""
+    values: dict[str, float] = {}
+    missing = set(tags)
+    for entry in _entries(reversed(_lines(run, notes)), missing, run, notes):
+        for tag in list(missing):
+            if (value := get_number(entry, tag)) is not None:
+                values[tag] = value
+                missing.remove(tag)
+        if not missing:
             break
-    return found
+    return values
 
 
-def tags(run: Path) -> set[str]:
-    """All tags that the run has, found without parsing."""
-    found = re.findall(rb'"([^"\\]+)": ', b"\n".join(_lines(run, Notes())))
-    return {tag.decode(errors="replace") for tag in set(found)} - NO_TAGS
+def logged_tags(run: Path) -> set[str]:
+    """Return all tags that the run has. Nothing is parsed."""
+    keys = re.findall(rb'"([^"\\]+)": ', b"\n".join(_lines(run, Notes())))
+    return {key.decode(errors="replace") for key in set(keys)} - NOT_TAGS
+
+
+def unknown_tag(tag: str, runs: Iterable[Run]) -> str:
+    """Return the message for a tag that no run has, with the nearest one that exists."""
+    known = {name for run in runs for name in logged_tags(run.path)}
+    return f"no run has the metric {tag!r}{nearest(tag, known)}"
 
 
 def _lines(run: Path, notes: Notes) -> list[bytes]:
-    """The lines that look whole."""
+    """Return the lines that look complete."""
     file = run / "metrics.jsonl"
     try:
         lines = file.read_bytes().split(b"\n")
@@ -54,18 +60,18 @@ def _lines(run: Path, notes: Notes) -> list[bytes]:
     except OSError as error:
         notes.warning(str(error))
         return []
-    last, whole = lines.pop(), [line for line in lines if line[:1] == b"{" and line[-1:] == b"}"]
+    last, complete = lines.pop(), [line for line in lines if line[:1] == b"{" and line[-1:] == b"}"]
     if last:
-        notes.warning(f"{file}: the last line is half written and left out")
-    if len(whole) < len(lines):
-        _tell_of_damage(run, notes)
-    return whole
+        notes.warning(f"{file}: ignored the incomplete last line")
+    if len(complete) < len(lines):
+        _warn_of_damage(run, notes)
+    return complete
 
 
 def _entries(
     lines: Iterable[bytes], tags: Collection[str], run: Path, notes: Notes
 ) -> Iterator[dict[str, Any]]:
-    """The lines that speak of any of these tags."""
+    """Parse the lines that contain any of these tags."""
     needles = [f'"{tag}"'.encode() for tag in tags]
     for line in lines:
         if not any(needle in line for needle in needles):
@@ -77,8 +83,8 @@ def _entries(
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
             yield entry
         else:
-            _tell_of_damage(run, notes)
+            _warn_of_damage(run, notes)
 
 
-def _tell_of_damage(run: Path, notes: Notes) -> None:
-    notes.warning(f"{run / 'metrics.jsonl'}: damaged lines are left out")
+def _warn_of_damage(run: Path, notes: Notes) -> None:
+    notes.warning(f"{run / 'metrics.jsonl'}: ignored damaged lines")

@@ -1,83 +1,87 @@
-"""Which runs a command is about: directories, and filters such as iterations=3 or status=failed."""
+"""Select runs by directories and by filters such as iterations=3 or status=failed."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from capsexp.compare import runs
-from capsexp.compare.columns import distinct_keys, resolve, text
+from capsexp.compare.columns import as_override, distinct_keys, full_key
 from capsexp.compare.runs import STATUSES, Run, is_number
 from capsexp.errors import Notes, UserError, nearest
 
-_COMMA = re.compile(r",(?![^\[]*\])")  # not within a list
+_COMMA = re.compile(r",(?![^\[]*\])")  # outside brackets
 
 
-def select(words: Sequence[str], notes: Notes) -> list[Run]:
-    """The runs below the directories among the words that pass the filters among them.
+def select(arguments: Sequence[str], notes: Notes) -> list[Run]:
+    """Return the runs below some directories that pass all filters.
 
     Args:
-        words: directories, and filters KEY=VALUE[,VALUE…]; without a directory, the output root is meant.
-        notes: gets what is wrong with them, and with files.
+        arguments: directories, and filters KEY=VALUE[,VALUE…]. Without a directory: the output root.
+        notes: collects errors in the arguments, and warnings about files.
     """
-    filters = [word for word in words if "=" in word and not Path(word).is_dir()]
-    folders = [Path(word) for word in words if word not in filters]
+    filters = [argument for argument in arguments if "=" in argument and not Path(argument).is_dir()]
+    folders = [Path(argument) for argument in arguments if argument not in filters]
     if folders:
         found = runs.read_all(runs.find_all(folders, notes), notes)
     else:
         root = runs.default_root()
         found = runs.read_all(runs.find(root, notes) if root.is_dir() else [], notes)
         if not found:
-            notes.warning(f"{root}: no runs yet; `capsexp train` makes one")
+            notes.warning(f"{root}: no runs yet; start one with `capsexp train`")
     if not found:
         return []
-    passing = [{run.path for run in _passing(word, found, notes)} for word in filters]
-    kept = [run for run in found if all(run.path in some for some in passing)]
-    if not kept and all(passing):
+    passing = [{run.path for run in _passing(condition, found, notes)} for condition in filters]
+    selected = [run for run in found if all(run.path in paths for paths in passing)]
+    if not selected and all(passing):
         notes.warning(f"no run has {' and '.join(filters)}")
-    return kept
+    return selected
 
 
-def _passing(word: str, found: list[Run], notes: Notes) -> list[Run]:
-    """The runs that one filter lets through: all of them, with a note, if it cannot be understood."""
-    name, _, wanted = word.partition("=")
+def _passing(condition: str, found: list[Run], notes: Notes) -> list[Run]:
+    """Return the runs that pass one filter; all of them, with an error noted, if the filter is invalid."""
+    name, _, expected = condition.partition("=")
     try:
-        key = resolve(name, ["status", *_groups(found), *distinct_keys(found)], among=_keys(found))
+        key = full_key(name, ["status", *_groups(found), *distinct_keys(found)], unlisted=_keys(found))
     except UserError as error:
         for problem in error.problems:
-            notes.error(f"{word}: {problem}")
+            notes.error(f"{condition}: {problem}")
         return found
-    values = _COMMA.split(wanted)
+    values = _COMMA.split(expected)
     if key == "status" and (wrong := [value for value in values if value not in STATUSES]):
-        notes.error(f"{word}: unknown status {wrong[0]!r}{nearest(wrong[0], STATUSES)}")
+        notes.error(f"{condition}: unknown status {wrong[0]!r}{nearest(wrong[0], STATUSES)}")
         return found
-    passing = [run for run in found if any(_is(run, key, value) for value in values)]
+    passing = [run for run in found if any(_matches(run, key, value) for value in values)]
     if not passing and found:
-        there = sorted({text(value) for run in found if (value := _value(run, key)) is not None})
-        known = f"; there is {', '.join(there)}" if key != "status" and 0 < len(there) <= 20 else ""
-        notes.warning(f"no run has {word}{known}")
+        notes.warning(f"no run has {condition}{_known_values(key, found)}")
     return passing
 
 
+def _known_values(key: str, found: Iterable[Run]) -> str:
+    """Return the values that runs have, for a message; empty if there are too many."""
+    values = sorted({as_override(value) for run in found if (value := _value(run, key)) is not None})
+    return f"; values: {', '.join(values)}" if key != "status" and 0 < len(values) <= 20 else ""
+
+
 def _value(run: Run, key: str) -> Any:
-    """What a filter looks at; None for what the run has not."""
+    """Return the value that a filter tests; None if the run has none."""
     if key == "status":
         return run.status
     return run.settings[key] if key in run.settings else run.choices.get(key)
 
 
-def _is(run: Run, key: str, wanted: str) -> bool:
+def _matches(run: Run, key: str, expected: str) -> bool:
     value = _value(run, key)
     if is_number(value):
-        return _as_number(wanted) == value
+        return _parse_number(expected) == value
     if value is None:
-        return wanted == "null" and key in run.settings
-    return text(value).replace(" ", "") == wanted.replace(" ", "")
+        return expected == "null" and key in run.settings
+    return as_override(value).replace(" ", "") == expected.replace(" ", "")
 
 
-def _as_number(word: str) -> float | None:
+def _parse_number(string: str) -> float | None:
     try:
-        return float(word)
+        return float(string)
     except ValueError:
         return None
 
@@ -86,5 +90,5 @@ def _groups(found: Iterable[Run]) -> list[str]:
     return sorted({group for run in found for group in run.choices})
 
 
-def _keys(found: Iterable[Run]) -> Mapping[str, None]:
-    return {key: None for run in found for key in run.settings}
+def _keys(found: Iterable[Run]) -> set[str]:
+    return {key for run in found for key in run.settings}

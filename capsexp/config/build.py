@@ -26,7 +26,7 @@ def build_components(config: dict[str, Any], *, plugins: Sequence[str]) -> Compo
         plugins: further packages that `_target_` may name, from this call's command line only.
 
     Raises:
-        UserError: every problem that was found, one line each.
+        UserError: every problem, one line each.
     """
     by_key = _static_problems(config, plugins)
     problems = [problem for key in by_key for problem in by_key[key]]
@@ -67,7 +67,7 @@ def build_checked(node: Any, *, at: str, plugins: Sequence[str]) -> Any:
     """Check and build a node that belongs to no run, such as a study.
 
     Raises:
-        UserError: every problem that was found, one line each.
+        UserError: every problem, one line each.
     """
     if problems := list(_node_problems(node, at, plugins)):
         raise UserError(*problems)
@@ -176,11 +176,11 @@ def _label_problems(built: dict[str, Any]) -> Iterator[str]:
     if "dataset" not in built or "loss" not in built:
         return
     dataset, loss = built["dataset"], built["loss"]
-    targets = getattr(dataset, "targets", 1)
+    targets = getattr(dataset, "labels_per_image", 1)
     if targets > 1 and not getattr(loss, "multi_label", False):
         name = getattr(loss, "__name__", type(loss).__name__)
         yield (
-            f"loss: {name} takes one class in each picture, and {dataset.name} has {targets}: "
+            f"loss: {name} takes one label per image, and {dataset.name} has {targets}: "
             "choose loss=margin or loss=sigmoid_cross_entropy"
         )
 

@@ -32,12 +32,12 @@ class Components(NamedTuple):
 
     def batches(self, split: "Split", *, limit: int | None, training: bool = False) -> "Batches":
         """Return a split in batches on the run's device."""
-        return self.dataset.batches(
+        batches = self.dataset.batches(
             split,
             batch_size=self.trainer.batch_size,
             seed=self.seed,
             device=self.device.torch_device,
             memory_format=self.device.memory_format,
             limit=limit,
-            training=training,
         )
+        return batches.for_training() if training else batches

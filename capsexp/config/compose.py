@@ -1,4 +1,4 @@
-"""From a command line to a composed config, with every mistake in it found at once.
+"""Compose a config from a command line, and report every mistake in it at once.
 
 Hydra stops at the first override that it cannot apply. `compose` judges each override by itself, so all
 of them are reported together, each with the nearest right name.

@@ -1,6 +1,6 @@
 """The saved config of a run directory: read it, and make it available to Hydra like conf/."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,17 @@ RENAMED_TARGETS = {
     "capsexp.preprocess.": "capsexp.data.preprocess.",
     "capsexp.trainer.": "capsexp.training.trainer.",
 }
-RENAMED_KEYS: dict[str, str] = {
-    "loss.average": "loss.mean_over_classes",
-    "model.identity": "model.init_identity",
+RENAMED_KEYS = {
     "model.mask": "model.decode",
+    "model.identity": "model.init_identity",
     "model.noise": "model.init_noise",
+    "loss.average": "loss.mean_over_classes",
+    "dataset.preprocess.light": "dataset.preprocess.contrast_mean",
+    "dataset.source.preprocess.light": "dataset.source.preprocess.contrast_mean",
+}
+RENAMED_VALUES = {  # by the new name of the key
+    "dataset.preprocess.contrast_mean": {"picture": "image"},
+    "dataset.source.preprocess.contrast_mean": {"picture": "image"},
 }
 
 
@@ -65,19 +71,18 @@ def _with_renamed_targets(node: Any) -> Any:
 
 
 def _with_renamed_keys(node: Any, prefix: str = "") -> Any:
-    """The node with its renamed keys, in their old order; a plugin's own class keeps its keys."""
+    """Return the node with its renamed keys, in their old order; the class of a plugin keeps its keys."""
     if not isinstance(node, dict):
         return node
     is_own = str(node.get("_target_")).startswith("capsexp.")
-    return dict(_renamed_items(node, prefix, RENAMED_KEYS if is_own else {}))
-
-
-def _renamed_items(
-    node: Mapping[str, Any], prefix: str, renamed: Mapping[str, str]
-) -> Iterator[tuple[str, Any]]:
+    renamed = {}
     for key, child in node.items():
         old = f"{prefix}{key}"
-        yield renamed.get(old, old).removeprefix(prefix), _with_renamed_keys(child, f"{old}.")
+        new = RENAMED_KEYS.get(old, old) if is_own else old
+        if isinstance(child, str) and is_own:
+            child = RENAMED_VALUES.get(new, {}).get(child, child)
+        renamed[new.removeprefix(prefix)] = _with_renamed_keys(child, f"{old}.")
+    return renamed
 
 
 def register_saved_config(
@@ -105,8 +110,8 @@ def register_saved_config(
 def load_saved_config(path: Path) -> dict[str, Any]:
     """Load the plain config of a run from its directory. Hydra's global state stays as it is.
 
-    `hydra`, `defaults` and `plugins` of a stored config would let a run directory run its own code; so would
-    the `defaults` of a group, which can place another group's keys at `hydra`.
+    Raises:
+        UserError: there is no such run, or its config cannot be read.
     """
     groups, root = _divide(_read(path))
     return to_plain(OmegaConf.create({**root, **groups, "run": str(path), "plugins": []}))

@@ -38,15 +38,15 @@ def resolve(target: Any, *, plugins: Sequence[str] = ()) -> Any:
             f"{refusal}: allowed are classes in capsexp, torch.nn, torch.optim, torchvision.transforms "
             "and torchvision.models; name your own package on the command line with plugins=[PACKAGE]"
         )
-    found = _locate(target)
+    candidate = _locate(target)
     # The path may lead elsewhere through a module's imports: the object's own name is what counts.
-    name = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"
-    if name.startswith(added) and callable(found):
-        return found
-    if not inspect.isclass(found):
+    name = f"{getattr(candidate, '__module__', None)}.{getattr(candidate, '__qualname__', None)}"
+    if name.startswith(added) and callable(candidate):
+        return candidate
+    if not inspect.isclass(candidate):
         raise UserError(f"{refusal}: it is {name}, which is not a class")
-    if name.startswith(own) or (name.startswith(OUTSIDE) and issubclass(found, _outside_bases())):
-        return found
+    if name.startswith(own) or (name.startswith(OUTSIDE) and issubclass(candidate, _outside_bases())):
+        return candidate
     raise UserError(
         f"{refusal}: it is {name}, which is not a module, optimizer or schedule of those packages"
     )
@@ -66,17 +66,17 @@ def _locate(target: str) -> Any:
     names = target.split(".")
     for end in range(len(names) - 1, 0, -1):
         try:
-            found = importlib.import_module(".".join(names[:end]))
+            owner = importlib.import_module(".".join(names[:end]))
         except ModuleNotFoundError as error:
-            # Go on only if this prefix is no module: an import that fails inside one is a bug.
+            # Try a shorter prefix only if this one is not a module: an import that fails inside one is a bug.
             if error.name is None or not ".".join(names[:end]).startswith(error.name):
                 raise
             continue
         for name in names[end:]:
-            if not hasattr(found, name):
-                public = [attribute for attribute in dir(found) if not attribute.startswith("_")]
-                owner = getattr(found, "__name__", type(found).__name__)
-                raise UserError(f"no {target!r}: {owner} has no {name!r}{nearest(name, public)}")
-            found = getattr(found, name)
-        return found
+            if not hasattr(owner, name):
+                public = [attribute for attribute in dir(owner) if not attribute.startswith("_")]
+                owner_name = getattr(owner, "__name__", type(owner).__name__)
+                raise UserError(f"no {target!r}: {owner_name} has no {name!r}{nearest(name, public)}")
+            owner = getattr(owner, name)
+        return owner
     raise UserError(f"no {target!r}: there is no module {names[0]!r}")

@@ -1,7 +1,8 @@
-"""Batches of a split that lives as bytes on the training device."""
+"""Batches of a split that is kept as bytes on the training device."""
 
 import copy
 from collections.abc import Iterator
+from typing import TypedDict
 
 import torch
 from jaxtyping import Int64
@@ -13,20 +14,30 @@ from capsexp.data.seeds import derive_seed, epoch_order
 from capsexp.data.split import Split
 
 
+class BatchOptions(TypedDict):
+    """The keyword arguments of `Batches` that do not depend on the dataset."""
+
+    batch_size: int
+    seed: int
+    device: torch.device | str
+    memory_format: torch.memory_format
+    limit: int | None
+
+
 class Batches:
     """A split on the training device, in batches. The last batch of an epoch may be smaller.
 
     Args:
-        split: the pictures; moved to `device` once, here.
-        preprocess: what happens to them on the way to the network.
-        batch_size: pictures in a batch.
+        split: the images; moved to `device` once, here.
+        preprocess: applied to each batch.
+        batch_size: images in a batch.
         seed: of the order and the augmentation.
-        device: where the batches are wanted.
+        device: where the images are kept and the batches are made.
         memory_format: of the network's input.
-        limit: batches per epoch at most; None for all.
+        limit: largest number of batches per epoch; None for all.
 
     Raises:
-        ValueError: no pictures, or `batch_size` or `limit` below 1.
+        ValueError: no images, or `batch_size` or `limit` below 1.
     """
 
     def __init__(
@@ -41,7 +52,7 @@ class Batches:
         limit: int | None,
     ) -> None:
         if split.size == 0:
-            raise ValueError("split must have >= 1 picture, got 0")
+            raise ValueError("split must have >= 1 image, got 0")
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         if limit is not None and limit < 1:
@@ -51,9 +62,9 @@ class Batches:
         self.device, self.memory_format = self.images.device, memory_format
         self.limit = limit
         self.count = split.size
-        """Pictures that there are."""
-        self.places = torch.arange(split.size)
-        """Which of them `in_order` and `views` go through."""
+        """Images in an epoch without a limit."""
+        self.positions = torch.arange(split.size)
+        """Positions of the images that `in_order` and `views` return."""
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -62,19 +73,23 @@ class Batches:
 
     @property
     def visited(self) -> int:
-        """Pictures that one epoch visits: all, unless a limit cuts it short."""
+        """Images in an epoch: all, unless a limit ends it early."""
         return min(self.count, len(self) * self.batch_size)
 
-    def only(self, places: Int64[Tensor, " N"]) -> "Batches":
-        """The same, of the pictures at these places alone; for `in_order` and `views`."""
-        fewer = copy.copy(self)
-        fewer.count, fewer.places = len(places), places
-        return fewer
+    def for_training(self) -> "Batches":
+        """Return the batches to train on; a subclass that repeats images for evaluation returns each once."""
+        return self
+
+    def subset(self, positions: Int64[Tensor, " N"]) -> "Batches":
+        """Return these batches with only the images at these positions; for `in_order` and `views`."""
+        subset = copy.copy(self)
+        subset.count, subset.positions = len(positions), positions
+        return subset
 
     def training(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
-        """One epoch, shuffled and augmented, from batch number `start` on.
+        """Yield one epoch, shuffled and augmented, from batch number `start` on.
 
-        Batch `b` of epoch `e` is the same whatever came before it.
+        Batch `b` of epoch `e` depends only on (seed, e, b).
         """
         order = epoch_order(self.count, seed=self.seed, epoch=epoch).to(self.device)
         for number in range(start, len(self)):
@@ -83,18 +98,18 @@ class Batches:
             yield self._batch(indices, self.preprocess.train(self.images[indices], generator))
 
     def in_order(self) -> Iterator[Batch]:
-        """All pictures as they lie, with nothing left to chance."""
-        for indices in self._as_they_lie():
+        """Yield all images in their order in the split, without augmentation."""
+        for indices in self._ordered_indices():
             yield self._batch(indices, self.preprocess.test(self.images[indices]))
 
     def views(self) -> Iterator[list[Batch]]:
-        """What `in_order` gives, each batch followed by the other crops of the same pictures, if any."""
-        for indices in self._as_they_lie():
+        """Yield the batches of `in_order`, each followed by the other test crops of its images, if any."""
+        for indices in self._ordered_indices():
             views = self.preprocess.test_views(self.images[indices])
             yield [self._batch(indices, view) for view in views]
 
-    def _as_they_lie(self) -> Iterator[Int64[Tensor, " B"]]:
-        order = self.places.to(self.device)
+    def _ordered_indices(self) -> Iterator[Int64[Tensor, " B"]]:
+        order = self.positions.to(self.device)
         yield from (self._slice(order, number) for number in range(len(self)))
 
     def _slice(self, order: Int64[Tensor, " N"], number: int) -> Int64[Tensor, " B"]:

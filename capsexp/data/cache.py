@@ -1,4 +1,4 @@
-"""Bytes that take a while to compute, kept in a file that is used only if it is whole and still fits."""
+"""A file cache for arrays of bytes that are slow to compute, verified by key and checksum."""
 
 import contextlib
 import hashlib
@@ -14,35 +14,35 @@ from capsexp.files import write_atomic
 Bytes = NDArray[np.uint8]
 
 SAMPLES, SAMPLE_SIZE = 64, 4096
-LONGEST_TITLE = 1024
+LONGEST_HEADER = 1024
 
 
 def cached(path: Path, *, key: str, shape: tuple[int, ...], compute: Callable[[], Bytes]) -> Bytes:
-    """An array of bytes out of a file, or else computed and kept there for the next time.
+    """Read an array from a cache file, or compute it and write the file.
 
-    ProcessGroup that start together may all compute it; each puts the same file in place, whole. Where no
-    file can be written it is computed every time. The file may be deleted at any time.
+    Processes that start together may all compute the array; each writes the same file atomically. Where the
+    file cannot be written, the array is computed every time. The file may be deleted at any time.
 
     Args:
         path: the file, in a folder that exists.
-        key: all that the array depends on, in one line; a file with another key is not used.
+        key: everything that the array depends on, in one line; a file with another key is not used.
         shape: of the array.
-        compute: makes the array.
+        compute: returns the array.
     """
-    found = _kept(path, key, shape)
-    if found is not None:
-        return found
+    stored = _read(path, key, shape)
+    if stored is not None:
+        return stored
     array = np.ascontiguousarray(compute())
     with contextlib.suppress(OSError):
         write_atomic(path, lambda file: _write(file, key, array))
     return array
 
 
-def fingerprint(path: Path) -> str:
-    """Tells a file from another in its place, or from itself before a change, without reading all of it.
+def file_fingerprint(path: Path) -> str:
+    """Return a hash that detects a changed or replaced file without reading all of it.
 
-    Size, time of the last change and samples from all over it. Size and time alone would take a copy that
-    kept its time for the file that it replaced.
+    It covers size, modification time and samples from the whole file. Size and time alone would miss a
+    replacement that preserves the time.
     """
     stat = path.stat()
     digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
@@ -53,22 +53,22 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _kept(path: Path, key: str, shape: tuple[int, ...]) -> Bytes | None:
+def _read(path: Path, key: str, shape: tuple[int, ...]) -> Bytes | None:
     try:
         with path.open("rb") as file:
-            title = file.readline(LONGEST_TITLE)
+            header = file.readline(LONGEST_HEADER)
             array = np.empty(shape, np.uint8)
             whole = file.readinto(array.data) == array.nbytes and not file.read(1)
     except OSError:
         return None
-    return array if whole and title == _title(key, array) else None
+    return array if whole and header == _header(key, array) else None
 
 
 def _write(file: Any, key: str, array: Bytes) -> None:
-    file.write(_title(key, array))
+    file.write(_header(key, array))
     file.write(array.data)
 
 
-def _title(key: str, array: Bytes) -> bytes:
-    """The file's first line: what the bytes after it were made from, and their checksum."""
+def _header(key: str, array: Bytes) -> bytes:
+    """Return the file's first line: the key, the array's shape and the checksum of its bytes."""
     return f"{key} {array.shape} {hashlib.sha256(array.data).hexdigest()}\n".encode()

@@ -1,4 +1,4 @@
-"""Data sets made from the pictures of another one, whose files and classes are theirs."""
+"""Datasets made from the images of another dataset, with that dataset's files and classes."""
 
 from pathlib import Path
 
@@ -8,10 +8,12 @@ from capsexp.data.preprocess import Preprocess
 
 
 class DerivedDataset(Dataset):
-    """What such sets leave to their source. A subclass sets `stored_shape` before it calls this constructor.
+    """A dataset whose files and classes are those of its source.
+
+    A subclass sets `file_shape` before it calls this constructor.
 
     Args:
-        source: the other set.
+        source: the dataset that the images come from.
         preprocess, validation, split_seed: see `Dataset`.
     """
 
@@ -23,21 +25,21 @@ class DerivedDataset(Dataset):
         super().__init__(preprocess=preprocess, validation=validation, split_seed=split_seed)
 
     def missing_files(self) -> list[str]:
-        """Names of the source's files that are not there."""
+        """Return the names of the source's missing files."""
         return self.source.missing_files()
 
     def require_files(self) -> None:
-        """Refuse to start without the source's files."""
+        """Raise an error if the source's files are missing."""
         self.source.require_files()
 
     def prepare(self, progress: Progress) -> None:
-        """Get what is missing of the source."""
+        """Download the source's missing files."""
         self.source.prepare(progress)
 
     def problems(self) -> list[str]:
-        """The source's."""
+        """Return one line for every missing or damaged file of the source."""
         return self.source.problems()
 
     def caveats(self) -> list[str]:
-        """The source's."""
+        """Return the source's caveats."""
         return self.source.caveats()

@@ -1,7 +1,7 @@
-"""Files of published data sets: download, check, unpack. Nothing unverified is ever put in place.
+"""Download, verify and unpack the files of published datasets.
 
-A file comes over https only, to `NAME.part`, is checked against its sha256 and then renamed, so a file
-with its final name is whole. An exclusive lock in the data root keeps two processes from doing it twice.
+A file is downloaded over https to `NAME.part`, verified by its sha256 and then renamed, so a file with its
+final name is complete. An exclusive lock in the data root keeps two processes from doing the same work.
 """
 
 import gzip
@@ -22,24 +22,24 @@ from capsexp.errors import DataError
 from capsexp.files import locked, replace_durably
 
 Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, bytes done, bytes in all; 0 if unknown)."""
+"""Called with (activity, bytes done, bytes in total or 0 if unknown)."""
 
 LOCK = ".capsexp.lock"
 BLOCK = 1 << 20
 TIMEOUT = 60.0
-"""Seconds without an answer after which a download is given up."""
+"""Seconds without a response after which a download fails."""
 
 
 class StoredFile(NamedTuple):
-    """A file as it is read: `name` below the data root, and its checksum."""
+    """A file that is read: its name below the data root, and its checksum."""
 
     name: str
     checksum: str
-    """`sha256:HEX`, or `md5:HEX` where only that has been published."""
+    """`sha256:HEX`, or `md5:HEX` where only that is published."""
 
 
 class RemoteFile(NamedTuple):
-    """A file as it is published, and what lies on disk once it is unpacked (.gz, .tar.gz) or just there."""
+    """A published file, and the files on disk after unpacking it (.gz, .tar.gz) or storing it as it is."""
 
     name: str
     """Below the data root."""
@@ -49,34 +49,34 @@ class RemoteFile(NamedTuple):
 
 
 def missing_files(root: Path, files: Sequence[RemoteFile]) -> list[StoredFile]:
-    """The files under `root` that are not there."""
+    """Return the files that are missing under `root`."""
     return [stored for remote in files for stored in remote.contents if not (root / stored.name).is_file()]
 
 
 def verify(path: Path, checksum: str) -> None:
-    """Check a file against its checksum.
+    """Compare a file with its checksum.
 
     Args:
         path: the file.
         checksum: `sha256:HEX` or `md5:HEX`.
 
     Raises:
-        DataError: it differs, or cannot be read.
+        DataError: the checksum differs, or the file cannot be read.
     """
     algorithm, expected = checksum.split(":")
-    found = digest(path, algorithm)
-    if found != expected:
+    actual = digest(path, algorithm)
+    if actual != expected:
         raise DataError(
-            f"{path} is damaged or incomplete: expected {algorithm} {expected}, found {found} "
-            f"({path.stat().st_size} bytes); delete it and prepare the data set again"
+            f"{path} is damaged or incomplete: expected {algorithm} {expected}, found {actual} "
+            f"({path.stat().st_size} bytes); delete it and prepare the dataset again"
         )
 
 
 def digest(path: Path, algorithm: str) -> str:
-    """Of a file, in hexadecimal digits; `algorithm` as `hashlib` calls it.
+    """Return the hash of a file in hexadecimal; `algorithm` is the name of a `hashlib` algorithm.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the file cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -88,17 +88,17 @@ def digest(path: Path, algorithm: str) -> str:
 def download_all(
     root: Path, files: Sequence[RemoteFile], *, dataset: str, online: bool, progress: Progress | None
 ) -> None:
-    """Put everything in place: unpack archives that are there, download the others.
+    """Make all files available: unpack the archives on disk, download the others.
 
     Args:
         root: the data root.
-        files: all of the data set; those that are in place are left alone.
+        files: all files of the dataset; those on disk are not touched.
         dataset: its name, for messages.
         online: whether missing files may be downloaded.
-        progress: called now and then.
+        progress: called during downloading and unpacking.
 
     Raises:
-        DataError: files are missing and may not, or cannot, be downloaded; a file is damaged.
+        DataError: files are missing and may not or cannot be downloaded; or a file is damaged.
     """
     if not online:
         _require_local(root, files, dataset)
@@ -106,19 +106,19 @@ def download_all(
         root.mkdir(parents=True, exist_ok=True)
         with locked(root / LOCK, wait=True):
             _discard_leftovers(root)
-            # Looked at again: another process may have done it while this one waited.
+            # Checked under the lock: another process may have downloaded it while this one waited.
             for remote in files:
                 if missing_files(root, [remote]):
-                    _obtain_one(root, remote, progress or _silent)
+                    _download_or_unpack(root, remote, progress or _no_progress)
     except OSError as error:
         raise DataError(f"cannot prepare {dataset} under {root}: {error}") from error
 
 
 def fetch(remote: RemoteFile, root: Path, progress: Progress) -> Path:
-    """Download one file to its place, whole and checked, or not at all.
+    """Download and verify one file. On an error nothing is left.
 
     Raises:
-        DataError: the address is not https, does not answer, or gives something else.
+        DataError: the address is not https or does not respond, or the file has another checksum.
     """
     path = root / remote.name
     part = path.with_name(path.name + ".part")
@@ -126,27 +126,27 @@ def fetch(remote: RemoteFile, root: Path, progress: Progress) -> Path:
     try:
         _stream(remote, part, progress)
         verify(part, f"sha256:{remote.sha256}")
-        _put_in_place(part, path)
+        _move(part, path)
     finally:
         part.unlink(missing_ok=True)
     return path
 
 
 def _require_local(root: Path, files: Sequence[RemoteFile], dataset: str) -> None:
-    absent = [r for r in files if missing_files(root, [r]) and not (root / r.name).is_file()]
-    if absent:
-        names = ", ".join(stored.name for stored in missing_files(root, absent))
-        urls = ", ".join(remote.url for remote in absent)
-        folders = ", ".join(dict.fromkeys(str((root / remote.name).parent) for remote in absent))
+    missing = [r for r in files if missing_files(root, [r]) and not (root / r.name).is_file()]
+    if missing:
+        names = ", ".join(stored.name for stored in missing_files(root, missing))
+        urls = ", ".join(remote.url for remote in missing)
+        folders = ", ".join(dict.fromkeys(str((root / remote.name).parent) for remote in missing))
         raise DataError(
-            f"data set {dataset} is not complete under {root}: missing {names}; get it with "
+            f"dataset {dataset} is not complete under {root}: missing {names}; download it with "
             f"`capsexp data prepare {dataset}` or dataset.download=true (from {urls}), or put these files "
-            f"into {folders} by hand, as they are or unpacked, "
-            "or say where it lies with data_root=FOLDER or the environment variable CAPSEXP_DATA"
+            f"into {folders} by hand, packed or unpacked, "
+            "or set data_root=FOLDER or the environment variable CAPSEXP_DATA to where they are"
         )
 
 
-def _obtain_one(root: Path, remote: RemoteFile, progress: Progress) -> None:
+def _download_or_unpack(root: Path, remote: RemoteFile, progress: Progress) -> None:
     archive = root / remote.name
     if archive.is_file():
         verify(archive, f"sha256:{remote.sha256}")
@@ -158,7 +158,7 @@ def _obtain_one(root: Path, remote: RemoteFile, progress: Progress) -> None:
 
 
 def _unpack(archive: Path, root: Path, contents: Sequence[StoredFile]) -> None:
-    """Unpack into a folder of its own, check every file there, then move each to its place."""
+    """Unpack into a temporary folder, verify every file there, then move each to its final place."""
     with tempfile.TemporaryDirectory(prefix=".unpack-", dir=root) as folder:
         try:
             _extract(archive, Path(folder), contents)
@@ -168,7 +168,7 @@ def _unpack(archive: Path, root: Path, contents: Sequence[StoredFile]) -> None:
             verify(Path(folder) / stored.name, stored.checksum)
         for stored in contents:
             (root / stored.name).parent.mkdir(parents=True, exist_ok=True)
-            _put_in_place(Path(folder) / stored.name, root / stored.name)
+            _move(Path(folder) / stored.name, root / stored.name)
 
 
 def _extract(archive: Path, folder: Path, contents: Sequence[StoredFile]) -> None:
@@ -184,21 +184,21 @@ def _extract(archive: Path, folder: Path, contents: Sequence[StoredFile]) -> Non
 
 def _stream(remote: RemoteFile, part: Path, progress: Progress) -> None:
     try:
-        with _open(remote.url) as answer, part.open("wb") as sink:
-            total, done = int(answer.headers.get("Content-Length") or 0), 0
-            while block := answer.read(BLOCK):
+        with open_url(remote.url) as response, part.open("wb") as sink:
+            total, done = int(response.headers.get("Content-Length") or 0), 0
+            while block := response.read(BLOCK):
                 sink.write(block)
                 done += len(block)
                 progress(f"downloading {remote.name}", done, total)
     except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
         raise DataError(
             f"cannot download {remote.url}: {error}; put the file at {part.with_suffix('')} "
-            "by hand, or say where the data lie with data_root=FOLDER or CAPSEXP_DATA"
+            "by hand, or set data_root=FOLDER or CAPSEXP_DATA to where the data are"
         ) from error
 
 
 class _HttpsOnly(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect only to https."""
+    """Refuses redirects to anything but https."""
 
     def redirect_request(
         self,
@@ -213,7 +213,12 @@ class _HttpsOnly(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _open(url: str) -> Any:
+def open_url(url: str) -> Any:
+    """Open an https address for reading.
+
+    Raises:
+        DataError: the address, or a redirect, is not https.
+    """
     _require_https(url)
     return urllib.request.build_opener(_HttpsOnly).open(url, timeout=TIMEOUT)
 
@@ -224,16 +229,16 @@ def _require_https(url: str) -> None:
 
 
 def _discard_leftovers(root: Path) -> None:
-    """Half-unpacked folders of a process that was killed; only to be called under the lock."""
+    """Remove the temporary folders of killed processes. Call it only while holding the lock."""
     for folder in root.glob(".unpack-*"):
         shutil.rmtree(folder)
 
 
-def _put_in_place(source: Path, target: Path) -> None:
+def _move(source: Path, target: Path) -> None:
     with source.open("rb") as file:
         os.fsync(file.fileno())
     replace_durably(source, target)
 
 
-def _silent(what: str, done: int, total: int) -> None:
+def _no_progress(activity: str, done: int, total: int) -> None:
     pass

@@ -1,32 +1,34 @@
-"""The file format of the NORB data sets: a magic number, the dimensions, then the numbers; all little endian.
+"""The file format of the NORB datasets: a magic number, the dimensions, then the numbers; all little endian.
 
-It is described at https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/.
+Described at https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int64
 from numpy.typing import NDArray
+from torch import Tensor
 
 from capsexp.errors import DataError
 
 MAGIC = {"uint8": 0x1E3D4C55, "int32": 0x1E3D4C54}
 LEAST_DIMENSIONS = 3
-"""The header has room for at least so many; those that an array has not are 1."""
+"""The header lists at least this many; those that an array does not have are 1."""
 
 
 def open_norb(path: Path, *, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    """The numbers of an unpacked file, read from the disk when they are looked at.
+    """Map an unpacked file into memory; numbers are read from disk on access.
 
     Args:
         path: the file.
         dtype: `uint8` or `int32`.
-        shape: what the file must hold.
+        shape: the shape that the file must have.
 
     Raises:
-        DataError: a field of the header or the size of the file is another; it cannot be read.
+        DataError: the file cannot be read, or its header or its size differs.
     """
     fields = list(_header(dtype, shape))
     offset = 4 * len(fields)
@@ -36,10 +38,10 @@ def open_norb(path: Path, *, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]
         size = path.stat().st_size
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    found = np.frombuffer(header[: len(header) // 4 * 4], "<u4").tolist()
-    for (name, expected), got in zip(fields, found, strict=False):
-        if got != expected:
-            raise DataError(f"{path}: {name} must be {_shown(name, expected)}, got {_shown(name, got)}")
+    values = np.frombuffer(header[: len(header) // 4 * 4], "<u4").tolist()
+    for (name, expected), value in zip(fields, values, strict=False):
+        if value != expected:
+            raise DataError(f"{path}: {name} must be {_text(name, expected)}, got {_text(name, value)}")
     little_endian = np.dtype(dtype).newbyteorder("<")
     expected_size = offset + little_endian.itemsize * int(np.prod(shape))
     if size != expected_size:
@@ -47,14 +49,36 @@ def open_norb(path: Path, *, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]
     return np.memmap(path, little_endian, "r", offset, shape)
 
 
+def check_values(
+    path: Path, table: Int64[Tensor, "N F"], names: Sequence[str], values: Sequence[Sequence[int]]
+) -> None:
+    """Check that each column of a table has exactly the given values.
+
+    Args:
+        path: the file, for messages.
+        table: the numbers of the file.
+        names: of the columns, for messages.
+        values: the sorted values of each column.
+
+    Raises:
+        DataError: a column has another value, or misses one.
+    """
+    for column, name, allowed in zip(table.T, names, values, strict=True):
+        values_in_file = column.unique().tolist()
+        if values_in_file != list(allowed):
+            raise DataError(
+                f"{path}: the values of {name} must be {list(allowed)}, got {values_in_file[:40]}"
+            )
+
+
 def _header(dtype: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int]]:
-    """Name and value of each field."""
+    """Yield the name and value of each field."""
     yield f"the magic number of {dtype}", MAGIC[dtype]
     yield "the number of dimensions", len(shape)
     padding = (1,) * (LEAST_DIMENSIONS - len(shape))
-    for place, size in enumerate((*shape, *padding), start=1):
-        yield f"dimension {place}", size
+    for number, size in enumerate((*shape, *padding), start=1):
+        yield f"dimension {number}", size
 
 
-def _shown(name: str, value: int) -> str:
+def _text(name: str, value: int) -> str:
     return f"0x{value:08X}" if "magic" in name else str(value)

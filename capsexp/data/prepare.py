@@ -1,4 +1,4 @@
-"""What `capsexp data list`, `prepare` and `verify` do."""
+"""`capsexp data list`, `prepare` and `verify`."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,24 +13,23 @@ from capsexp.data.dataset import Dataset
 from capsexp.data.download import Progress
 from capsexp.errors import DataError
 
-Say = Callable[[str], None]
-"""Prints one line."""
+PrintLine = Callable[[str], None]
 
 
 class DatasetRow(NamedTuple):
-    """A data set as `capsexp data list` shows it."""
+    """A row of `capsexp data list`."""
 
     name: str
     state: str
     """`embedded`, `present` (not verified), `incomplete` or `missing`."""
     size: int
-    """Bytes on disk, of everything in its folder."""
+    """Bytes on disk of everything in the folder."""
     folder: Path | None
-    """None for an embedded set."""
+    """None for an embedded dataset."""
 
 
 def list_datasets(datasets: Mapping[str, Dataset]) -> list[DatasetRow]:
-    """What is there and what is not, by name. Looks for files; does not read them."""
+    """Return the state of every dataset, sorted by name. Looks for files; does not read them."""
     return [
         DatasetRow(name, _state(dataset), _size(dataset.folder), dataset.folder)
         for name, dataset in sorted(datasets.items())
@@ -38,69 +37,71 @@ def list_datasets(datasets: Mapping[str, Dataset]) -> list[DatasetRow]:
 
 
 def print_list(datasets: Mapping[str, Dataset]) -> None:
-    """A table of the data sets."""
-    table = Table("data set", "state", "MB on disk", "folder")
+    """Print a table of the datasets."""
+    table = Table("dataset", "state", "MB on disk", "folder")
     for row in list_datasets(datasets):
         table.add_row(row.name, row.state, f"{row.size / 1e6:.0f}", str(row.folder or ""))
     Console().print(table)
 
 
-def work_through(action: str, datasets: Mapping[str, Dataset]) -> int:
-    """`prepare` or `verify` data sets one after the other. Returns 0 if all are as published, otherwise 1."""
+def run_action(action: str, datasets: Mapping[str, Dataset]) -> int:
+    """Run `prepare` or `verify` for several datasets. Return 0 if all are as published, otherwise 1."""
     console = Console(soft_wrap=True, highlight=False)
     with Bars(console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
 
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what)
-            bars.update(tasks[what], completed=done, total=total or None)
+        def progress(activity: str, done: int, total: int) -> None:
+            if activity not in tasks:
+                tasks[activity] = bars.add_task(activity)
+            bars.update(tasks[activity], completed=done, total=total or None)
 
         codes = [
-            prepare(dataset, say=console.print, progress=progress)
+            prepare(dataset, print_line=console.print, progress=progress)
             if action == "prepare"
-            else verify(dataset, say=console.print)
+            else verify(dataset, print_line=console.print)
             for dataset in datasets.values()
         ]
     return max(codes, default=0)
 
 
-def prepare(dataset: Dataset, *, say: Say, progress: Progress) -> int:
-    """Download what is missing, reduce what is kept reduced, then verify everything.
+def prepare(dataset: Dataset, *, print_line: PrintLine, progress: Progress) -> int:
+    """Download missing files, write caches of resized images, then verify everything.
 
     Args:
-        dataset: the data set.
-        say: prints one line.
-        progress: called while something is downloaded, unpacked or reduced.
+        dataset: the dataset.
+        print_line: prints one line.
+        progress: called during downloading, unpacking and resizing.
 
     Returns:
-        Exit code: 0 if the set is as it was published, 1 if not (what is wrong was said).
+        Exit code: 0 if the dataset is as published, 1 after printing the problems.
     """
-    if absent := dataset.missing_files():
-        say(f"{dataset.name}: getting {', '.join(absent)} in {dataset.folder}")
+    if missing := dataset.missing_files():
+        print_line(f"{dataset.name}: getting {', '.join(missing)} in {dataset.folder}")
     try:
         dataset.prepare(progress)
     except DataError as error:
-        say(f"{dataset.name}: {error}")
+        print_line(f"{dataset.name}: {error}")
         return 1
-    return verify(dataset, say=say)
+    return verify(dataset, print_line=print_line)
 
 
-def verify(dataset: Dataset, *, say: Say) -> int:
-    """Read every file and compare it with what was published; a user's own pictures are decoded.
+def verify(dataset: Dataset, *, print_line: PrintLine) -> int:
+    """Read every file and compare it with the published one; decode a user's own images.
 
     Args:
-        dataset: the data set.
-        say: prints one line, here one for each bad file or one for all that are good.
+        dataset: the dataset.
+        print_line: prints one line: one for each bad file, or one if all are good.
 
     Returns:
-        Exit code: 0 if all is well, 1 if not.
+        Exit code: 0 without problems, otherwise 1.
     """
     problems = dataset.problems()
     for problem in problems:
-        say(f"{dataset.name}: {problem}")
+        print_line(f"{dataset.name}: {problem}")
     if not problems:
-        say(f"{dataset.name}: verified" + (f" in {dataset.folder}" if dataset.folder else " (embedded)"))
+        print_line(
+            f"{dataset.name}: verified" + (f" in {dataset.folder}" if dataset.folder else " (embedded)")
+        )
     return 1 if problems else 0
 
 

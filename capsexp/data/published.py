@@ -1,4 +1,4 @@
-"""Published data sets whose files lie under a data root."""
+"""Published datasets whose files are under a data root."""
 
 from abc import abstractmethod
 from pathlib import Path
@@ -15,18 +15,18 @@ IDX_PREFIX: dict[SplitName, str] = {"train": "train-", "test": "t10k-"}
 
 
 class PublishedDataset(Dataset):
-    """A published data set: known files, each with a checksum that is compared before it is read.
+    """A dataset with known files, each verified by its checksum before it is read.
 
     Args:
         root: the data root (`~` is expanded).
-        download: get what is missing when the set is first read.
+        download: download missing files on the first read.
         preprocess: see `Dataset`.
         validation: see `Dataset`.
         split_seed: see `Dataset`.
     """
 
     files: tuple[RemoteFile, ...]
-    """What can be downloaded, and the files on disk that come out of it."""
+    """The files to download, and the files on disk that they contain."""
 
     def __init__(
         self, *, root: str, download: bool, preprocess: Preprocess, validation: int | float, split_seed: int
@@ -37,30 +37,34 @@ class PublishedDataset(Dataset):
         super().__init__(preprocess=preprocess, validation=validation, split_seed=split_seed)
 
     def missing_files(self) -> list[str]:
-        """Names, below the data root, of the files that are not there."""
+        """Return the names, below the data root, of the missing files."""
         return [stored.name for stored in missing_files(self.root, self.files)]
 
     def require_files(self) -> None:
-        """Refuse to start without the files, unless they may be downloaded.
+        """Raise an error if files are missing and may not be downloaded.
 
         Raises:
-            DataError: files are missing; names them, their address and the settings that help.
+            DataError: names the files, their address and the settings that help.
         """
         if not self.download and self.missing_files():
             download_all(self.root, self.files, dataset=self.name, online=False, progress=None)
 
     def prepare(self, progress: Progress) -> None:
-        """Download and unpack what is missing; one process at a time.
+        """Download and unpack missing files; one process at a time.
 
         Raises:
-            DataError: a file cannot be had, or is not what was published.
+            DataError: a file cannot be downloaded, or differs from the published one.
         """
         if self.missing_files():
             download_all(self.root, self.files, dataset=self.name, online=True, progress=progress)
 
     def problems(self) -> list[str]:
-        """Every missing or damaged file, one line each."""
-        return [problem for stored in self._stored() if (problem := self._problem(stored))]
+        """Return one line for every missing or damaged file."""
+        return [problem for stored in self._stored_files() if (problem := self._problem(stored))]
+
+    def files_of(self, split: SplitName) -> list[StoredFile]:
+        """Return the files that reading this split opens."""
+        return [stored for stored in self._stored_files() if self._needs(stored, split)]
 
     def _problem(self, stored: StoredFile) -> str:
         path = self.root / stored.name
@@ -72,35 +76,35 @@ class PublishedDataset(Dataset):
             return str(error)
         return ""
 
-    def _stored(self) -> list[StoredFile]:
+    def _stored_files(self) -> list[StoredFile]:
         return [stored for remote in self.files for stored in remote.contents]
 
-    def _verified(self, part: SplitName) -> dict[str, Path]:
-        """Paths, by file name, of the files that reading this part takes."""
+    def _verified(self, split: SplitName) -> dict[str, Path]:
+        """Verify the files that reading this split opens; return their paths by file name."""
         if self.missing_files():
             download_all(self.root, self.files, dataset=self.name, online=self.download, progress=None)
-        needed = [stored for stored in self._stored() if self._needs(stored, part)]
-        for stored in needed:
+        files = self.files_of(split)
+        for stored in files:
             verify(self.root / stored.name, stored.checksum)
-        return {Path(stored.name).name: self.root / stored.name for stored in needed}
+        return {Path(stored.name).name: self.root / stored.name for stored in files}
 
     @abstractmethod
-    def _needs(self, stored: StoredFile, part: SplitName) -> bool:
-        """Whether reading this part opens this file."""
+    def _needs(self, stored: StoredFile, split: SplitName) -> bool:
+        """Return whether reading this split opens this file."""
 
 
 class IdxDataset(PublishedDataset):
-    """A set in MNIST's own file format: 28x28 grey pictures and their labels, for training and for testing.
+    """A dataset in MNIST's file format: 28x28 grayscale images and their labels.
 
-    Its files must have the names of MNIST's, such as `train-images-idx3-ubyte`.
+    Its files have the names of MNIST's files, such as `train-images-idx3-ubyte`.
     """
 
-    stored_shape = (1, 28, 28)
+    file_shape = (1, 28, 28)
 
-    def _needs(self, stored: StoredFile, part: SplitName) -> bool:
-        return Path(stored.name).name.startswith(IDX_PREFIX[part])
+    def _needs(self, stored: StoredFile, split: SplitName) -> bool:
+        return Path(stored.name).name.startswith(IDX_PREFIX[split])
 
-    def _load(self, part: SplitName) -> Split:
-        paths, prefix = self._verified(part), IDX_PREFIX[part]
+    def _load(self, split: SplitName) -> Split:
+        paths, prefix = self._verified(split), IDX_PREFIX[split]
         images = read_image_file(str(paths[f"{prefix}images-idx3-ubyte"]))
         return Split(images[:, None], read_label_file(str(paths[f"{prefix}labels-idx1-ubyte"])))

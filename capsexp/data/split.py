@@ -1,4 +1,4 @@
-"""Images with their labels, and how a validation split is drawn from them."""
+"""Images with their labels, and how validation images are set aside."""
 
 from typing import Literal, NamedTuple
 
@@ -6,54 +6,54 @@ import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
-from capsexp.data.seeds import _permutation, derive_seed
+from capsexp.data.seeds import derive_seed, permutation
 
 SplitName = Literal["train", "test"]
 
 
 class Split(NamedTuple):
-    """Pictures with their classes."""
+    """Images with their labels."""
 
     images: UInt8[Tensor, "N C H W"]
     labels: Int64[Tensor, " N"]
-    """Class of each picture, 0 … classes-1."""
+    """Class of each image, 0 … classes - 1."""
 
     def take(self, indices: Int64[Tensor, " M"]) -> "Split":
-        """The pictures at these positions, in this order."""
+        """Return the images at these positions, in this order."""
         return Split(self.images[indices], self.labels[indices])
 
     @property
     def size(self) -> int:
-        """Number of pictures (`len` and `count` are those of a tuple)."""
+        """Number of images (`len` and `count` are those of a tuple)."""
         return len(self.labels)
 
 
 def split_validation(split: Split, *, count: int | float, seed: int) -> tuple[Split, Split]:
-    """Set pictures aside for validation, chosen by `seed`.
+    """Set images aside for validation, chosen by `seed`.
 
     Args:
-        split: the training part.
-        count: pictures to set aside: an integer >= 0, or a share in (0, 1).
+        split: the training images.
+        count: images to set aside: an integer >= 0, or a share in (0, 1).
         seed: chooses which.
 
     Returns:
-        What is left for training, and the validation pictures, both in their original order.
+        The remaining training images and the validation images, both in their original order.
 
     Raises:
         ValueError: nothing would be left to train on.
     """
-    wanted = max(1, round(count * split.size)) if isinstance(count, float) else count
-    if not 0 <= wanted < split.size:
-        raise ValueError(f"validation must leave a picture to train on: got {count} of {split.size}")
-    order = _permutation(split.size, derive_seed(seed, "validation"))
-    return split.take(order[wanted:].sort().values), split.take(order[:wanted].sort().values)
+    size = max(1, round(count * split.size)) if isinstance(count, float) else count
+    if not 0 <= size < split.size:
+        raise ValueError(f"validation must leave an image to train on: got {count} of {split.size}")
+    order = permutation(split.size, derive_seed(seed, "validation"))
+    return split.take(order[size:].sort().values), split.take(order[:size].sort().values)
 
 
 def stratified(labels: Int64[Tensor, " N"], *, share: float, seed: int) -> Bool[Tensor, " N"]:
-    """True for a share of each class (at least one picture of it), chosen by `seed`."""
+    """Return True for a share of each class, chosen by `seed`, and for at least one image of each."""
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in torch.unique(labels).tolist():
         members = (labels == label).nonzero().flatten()
-        order = _permutation(len(members), derive_seed(seed, "stratified", label))
+        order = permutation(len(members), derive_seed(seed, "stratified", label))
         chosen[members[order[: max(1, round(share * len(members)))]]] = True
     return chosen

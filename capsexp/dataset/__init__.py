@@ -1,1 +1,1 @@
-"""One data set per file."""
+"""One dataset per file."""

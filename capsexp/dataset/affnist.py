@@ -1,4 +1,4 @@
-"""affNIST: MNIST at random places for training, affine transforms of it for testing; 40x40, grey."""
+"""affNIST: MNIST at random positions for training, affine transforms of it to test; 40x40, grayscale."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -24,26 +24,26 @@ FIELDS = ("image", "label_int", "label_one_of_n")
 
 
 class AffNIST(PlacedDataset):
-    """60,000 training pictures, of which 5,000 are for validation, and 320,000 affNIST test pictures.
+    """60,000 training images, of which 5,000 are for validation, and 320,000 affNIST test images.
 
-    The file of the test pictures has no published checksum, so it is neither downloaded nor ever called
-    verified; its structure is checked in full. The other test pictures are the 10,000 of MNIST.
+    The file of the test images has no published checksum, so it is not downloaded and never reported as
+    verified; its structure is checked in full. The familiar test images are the 10,000 of MNIST.
 
     Args:
-        root: the data root (`~` is expanded), in which the file is affNIST/test.mat.
+        root: the data root (`~` is expanded); the file is affNIST/test.mat below it.
         source: see `PlacedDataset`.
-        canvas: see `PlacedDataset`; that of the file is 40.
+        canvas: see `PlacedDataset`; 40 for the file.
         placement_seed: see `PlacedDataset`.
-        test_pictures: `affine` for the file, or `expanded` for the familiar ones, which do not need it.
+        test_pictures: `affine` for the file, or `expanded` for the familiar test images, without it.
         preprocess: see `PlacedDataset`.
 
     Raises:
-        ValueError: the source's pictures are not those that the file is of.
+        ValueError: the source's images do not fit those of the file.
     """
 
     name = "affnist"
     transforms = 32
-    """Of each of MNIST's test pictures."""
+    """Of each of MNIST's test images."""
     originals = 10_000
 
     def __init__(
@@ -58,7 +58,7 @@ class AffNIST(PlacedDataset):
     ) -> None:
         if source.raw_shape[0] != 1 or len(source.classes) != 10:
             raise ValueError(
-                f"source must have grey pictures in 10 classes, got {source.raw_shape[0]} channels and "
+                f"source must have grayscale images in 10 classes, got {source.raw_shape[0]} channels and "
                 f"{len(source.classes)} classes"
             )
         super().__init__(
@@ -72,42 +72,42 @@ class AffNIST(PlacedDataset):
         self.folder = self.path.parent
 
     def missing_files(self) -> list[str]:
-        """Names, below the data root, of the files that are not there."""
-        needed = self.test_pictures == "affine" and not self.path.is_file()
-        return [*self.source.missing_files(), *([FILE] if needed else [])]
+        """Return the names, below the data root, of the missing files."""
+        is_missing = self.test_pictures == "affine" and not self.path.is_file()
+        return [*self.source.missing_files(), *([FILE] if is_missing else [])]
 
     def require_files(self) -> None:
-        """Refuse to start without the files.
+        """Raise an error if files are missing.
 
         Raises:
-            DataError: one is missing; says where it is to be had.
+            DataError: names the file and where to get it.
         """
         self.source.require_files()
         if FILE in self.missing_files():
             raise DataError(
-                f"{self.path} is missing: get {URL} by hand and unpack it into {self.path.parent} (no "
-                "checksum is published, so it is not downloaded here), or do without it: "
+                f"{self.path} is missing: download {URL} by hand and unpack it into {self.path.parent} (no "
+                "checksum is published, so capsexp does not download it), or run without it: "
                 "dataset.test_pictures=expanded"
             )
 
     def prepare(self, progress: Progress) -> None:
-        """Get what is missing of MNIST.
+        """Download the missing files of MNIST.
 
         Raises:
-            DataError: the file of the test pictures is missing, or something else cannot be had.
+            DataError: the file of the test images is missing, or a download fails.
         """
         self.source.prepare(progress)
         self.require_files()
 
     def problems(self) -> list[str]:
-        """Every missing or damaged file, one line each, and what stays unverified."""
+        """Return one line for every missing, damaged or unverifiable file."""
         return [*self.source.problems(), *(self._file_problems() if self.test_pictures == "affine" else [])]
 
     def caveats(self) -> list[str]:
-        """A line that the test pictures could not be compared with a checksum."""
+        """Return the source's caveats, and that the test images have no checksum."""
         if self.test_pictures == "expanded":
             return self.source.caveats()
-        line = f"{self.name}: no checksum of {FILE} is published; its structure alone was checked"
+        line = f"{self.name}: no checksum of {FILE} is published; only its structure was checked"
         return [*self.source.caveats(), line]
 
     def _file_problems(self) -> list[str]:
@@ -117,10 +117,10 @@ class AffNIST(PlacedDataset):
             self._affine()
         except DataError as error:
             return [str(error)]
-        found = digest(self.path, "sha256")
+        sha256 = digest(self.path, "sha256")
         return [
-            f"{self.path} has the structure of affNIST's test part, but no checksum is published to "
-            f"compare it with (sha256 {found}); it can be used, but say so beside any figure"
+            f"{self.path} has the structure of affNIST's test split, but no checksum is published to "
+            f"compare it with (sha256 {sha256}); it can be used, but report this beside any metric"
         ]
 
     def _affine(self) -> Split:
@@ -128,16 +128,16 @@ class AffNIST(PlacedDataset):
         columns, labels = read_columns(
             self.path, pixels=self.canvas**2, count=self.transforms * self.originals
         )
-        # loadmat's arrays go down the columns: one picture after another, so this is a view.
+        # loadmat returns column-major arrays with one image after another, so this is a view.
         images = torch.from_numpy(columns.T.reshape(-1, 1, self.canvas, self.canvas))
-        return Split(upright(images, labels, self._centred(self.source.read("test"))), labels)
+        return Split(make_upright(images, labels, self.centered(self.source.read("test"))), labels)
 
 
 def read_columns(path: Path, *, pixels: int, count: int) -> tuple[NDArray[np.uint8], Tensor]:
-    """The `image` of affNIST's struct, one picture in each column, and their classes.
+    """Read `image` of affNIST's struct, with one image in each column, and the labels.
 
     Raises:
-        DataError: the file cannot be read, or is not as affNIST's are.
+        DataError: the file cannot be read, or does not have affNIST's structure.
     """
     fields = _fields(path)
     image, label, one_of_n = (fields[name] for name in FIELDS)
@@ -145,27 +145,29 @@ def read_columns(path: Path, *, pixels: int, count: int) -> tuple[NDArray[np.uin
         raise DataError(f"{path}: image must be uint8, got {image.dtype}")
     for name, rows in zip(FIELDS, (pixels, 1, 10), strict=True):
         if fields[name].shape != (rows, count):
-            raise DataError(f"{path}: {name} must be {rows}x{count}, got {_times(fields[name].shape)}")
+            raise DataError(f"{path}: {name} must be {rows}x{count}, got {_format_shape(fields[name].shape)}")
     if not np.isin(label, range(10)).all():
         raise DataError(f"{path}: label_int must be 0 … 9, got {np.setdiff1d(label, range(10))[:5].tolist()}")
     if not np.array_equal(one_of_n, np.arange(10)[:, None] == label):
-        raise DataError(f"{path}: label_one_of_n must have a 1 at label_int and 0 elsewhere; it has not")
+        raise DataError(f"{path}: label_one_of_n must have a 1 at label_int and 0 elsewhere")
     return image, torch.from_numpy(label[0].astype(np.int64))
 
 
-def upright(images: UInt8[Tensor, "N 1 H W"], labels: Tensor, originals: Split) -> UInt8[Tensor, "N 1 H W"]:
-    """The pictures, mirrored at the diagonal if that makes their classes more like the originals.
+def make_upright(
+    images: UInt8[Tensor, "N 1 H W"], labels: Tensor, originals: Split
+) -> UInt8[Tensor, "N 1 H W"]:
+    """Return the images, transposed if that makes the mean images of the classes more like the originals'.
 
-    Nothing published says whether affNIST's pixels go along rows, as most readers have it, or down columns.
+    affNIST does not document whether its pixels are in row order, as most readers assume, or in column order.
     """
     means = class_means(Split(images, labels))
     expected = class_means(originals)
-    along, down = ((means * one).sum() for one in (expected, expected.mT))
-    return images if along >= down else images.mT.contiguous()
+    upright, transposed = ((means * reference).sum() for reference in (expected, expected.mT))
+    return images if upright >= transposed else images.mT.contiguous()
 
 
 def class_means(split: Split) -> Tensor:
-    """The mean picture of each class less that of all, [10, 1, H, W]."""
+    """Return the mean image of each class minus the mean over classes, [10, 1, H, W]."""
     sums = torch.stack([split.images[split.labels == label].sum(0) for label in range(10)]).double()
     means = sums / split.labels.bincount(minlength=10).clamp_min(1)[:, None, None, None]
     return means - means.mean(0)
@@ -173,10 +175,10 @@ def class_means(split: Split) -> Tensor:
 
 def _fields(path: Path) -> dict[str, Any]:
     try:
-        found = loadmat(path, variable_names=[STRUCT])
+        content = loadmat(path, variable_names=[STRUCT])
     except Exception as error:  # scipy raises many kinds for a file that it cannot read
         raise DataError(f"{path} cannot be read as a MATLAB 5 file: {first_line(error)}") from error
-    struct = found.get(STRUCT)
+    struct = content.get(STRUCT)
     names = getattr(getattr(struct, "dtype", None), "names", None) or ()
     if struct is None or struct.shape != (1, 1) or not set(FIELDS) <= set(names):
         got = f"a struct of {', '.join(names)}" if names else "no struct" if struct is not None else "nothing"
@@ -184,5 +186,5 @@ def _fields(path: Path) -> dict[str, Any]:
     return {name: np.atleast_2d(struct[name][0, 0]) for name in FIELDS}
 
 
-def _times(shape: tuple[int, ...]) -> str:
+def _format_shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))

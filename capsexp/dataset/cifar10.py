@@ -1,4 +1,4 @@
-"""CIFAR-10: small colour photographs, 32x32."""
+"""CIFAR-10: small color photographs, 32x32."""
 
 import torch
 from torchvision import datasets
@@ -20,7 +20,7 @@ CHECKSUMS = {
 
 
 class CIFAR10(PublishedDataset):
-    """50,000 training and 10,000 test pictures in 10 classes."""
+    """50,000 training and 10,000 test images in 10 classes."""
 
     name = "cifar10"
     classes = (
@@ -35,7 +35,7 @@ class CIFAR10(PublishedDataset):
         "ship",
         "truck",
     )
-    stored_shape = (3, 32, 32)
+    file_shape = (3, 32, 32)
     files = (
         RemoteFile(
             "cifar-10-python.tar.gz",
@@ -45,12 +45,12 @@ class CIFAR10(PublishedDataset):
         ),
     )
 
-    def _needs(self, stored: StoredFile, part: SplitName) -> bool:
-        return stored.name.endswith("meta") or ("test" in stored.name) == (part == "test")
+    def _needs(self, stored: StoredFile, split: SplitName) -> bool:
+        return stored.name.endswith("meta") or ("test" in stored.name) == (split == "test")
 
-    def _load(self, part: SplitName) -> Split:
-        # The files are pickles: only verified ones may be opened.
-        self._verified(part)
-        source = datasets.CIFAR10(self.root, train=part == "train", download=False)
+    def _load(self, split: SplitName) -> Split:
+        # The files are pickles: never open an unverified one.
+        self._verified(split)
+        source = datasets.CIFAR10(self.root, train=split == "train", download=False)
         images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
         return Split(images, torch.tensor(source.targets, dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""Fashion-MNIST: articles of clothing, 28x28, grey."""
+"""Fashion-MNIST: articles of clothing, 28x28, grayscale."""
 
 from capsexp.data.download import RemoteFile, StoredFile
 from capsexp.data.published import IdxDataset
@@ -8,13 +8,13 @@ FOLDER = "FashionMNIST/raw/"
 
 
 def _file(name: str, packed: str, unpacked: str) -> RemoteFile:
-    # The archives are published with a sha256, the files inside them only with an md5.
+    # Published checksums: sha256 for the archives, md5 for the files inside them.
     stored = StoredFile(FOLDER + name, f"md5:{unpacked}")
     return RemoteFile(f"{FOLDER}{name}.gz", f"{URL}{name}.gz", packed, (stored,))
 
 
 class FashionMNIST(IdxDataset):
-    """60,000 training and 10,000 test pictures in 10 classes."""
+    """60,000 training and 10,000 test images in 10 classes."""
 
     name = "fashion_mnist"
     classes = (

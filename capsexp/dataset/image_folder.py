@@ -1,4 +1,4 @@
-"""A user's own pictures: one folder per class."""
+"""A user's own images: one folder per class."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,48 +16,50 @@ from capsexp.data.preprocess import Preprocess
 from capsexp.data.split import Split, SplitName, stratified
 from capsexp.errors import DataError
 
-GREY_MODES = {"1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I"}
-COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
+GRAY_MODES = {"1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I"}
+COLOR_MODES = {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
 CAMERA_FORMATS = {"JPEG", "MPO", "TIFF", "WEBP"}
-"""Whose EXIF data are heeded. In a PNG they may follow the pixels, so a header alone would not tell."""
+"""Formats whose EXIF orientation is applied. A PNG may have EXIF data after its pixels."""
 
 ORIENTATION = 0x0112
-"""EXIF tag; 5 … 8 exchange height and width."""
+"""EXIF tag; the values 5 … 8 swap height and width."""
 
 
-class _Picture(NamedTuple):
+class ImageFile(NamedTuple):
+    """An image file and its label."""
+
     path: str
     label: int
 
 
 class _Header(NamedTuple):
     path: str
-    grey: bool
+    is_gray: bool
     height: int
     width: int
 
 
 class ImageFolder(Dataset):
-    """Pictures of any size, channels and number of classes, found from the files.
+    """Images whose size, channels and classes are read from the files.
 
     Either `path/train/CLASS/…` and `path/test/CLASS/…`, or `path/CLASS/…`, of which a share of each class
-    is set aside for testing. Folders inside a class folder count as part of it. Files that are no pictures
-    by their ending, and names that start with a dot, are passed over. Classes are in alphabetical order.
+    is set aside for testing. Folders inside a class folder belong to that class. Files without the suffix of
+    an image and names that start with a dot are skipped. Classes are in alphabetical order.
 
-    One channel if every picture is grey, otherwise three. 16 bits are cut to their upper 8; palettes become
-    colours; transparent parts become white; a photograph is turned as its EXIF data say.
+    One channel if every image is grayscale, otherwise three. 16 bits are cut to their upper 8; palettes
+    become colors; transparent areas become white; the EXIF orientation of a photograph is applied.
 
     Args:
         path: the folder (`~` is expanded).
-        test_share: share of each class set aside for testing, in (0, 1), without `train` and `test` folders.
+        test_share: share of each class set aside for testing, in (0, 1), if there is no `test` folder.
         test_seed: chooses which ones.
-        preprocess: see `Dataset`. Pictures of different sizes need its `resize`.
+        preprocess: see `Dataset`. Images of different sizes need its `resize`.
         validation: see `Dataset`.
         split_seed: see `Dataset`.
 
     Raises:
-        DataError: the folder, a class or a picture is not as described.
-        ValueError: `test_share` is out of its range.
+        DataError: the folder, a class or an image is not as described.
+        ValueError: `test_share` is out of range.
     """
 
     name = "image_folder"
@@ -75,53 +77,52 @@ class ImageFolder(Dataset):
         if not 0 < test_share < 1:
             raise ValueError(f"test_share must be in (0, 1), got {test_share}")
         self.folder = Path(path).expanduser()
-        self.classes, self._pictures = _find(self.folder, test_share, test_seed)
-        headers = [_header(picture.path) for part in self._pictures.values() for picture in part]
-        channels = 1 if all(header.grey for header in headers) else 3
-        self.stored_shape = (channels, *(preprocess.resize or _common_size(headers)))
+        self.classes, self.image_files = _find(self.folder, test_share, test_seed)
+        headers = [_header(file.path) for files in self.image_files.values() for file in files]
+        channels = 1 if all(header.is_gray for header in headers) else 3
+        self.file_shape = (channels, *(preprocess.resize or _common_size(headers)))
         super().__init__(preprocess=preprocess, validation=validation, split_seed=split_seed)
 
     def problems(self) -> list[str]:
-        """Every picture that cannot be decoded, one line each."""
-        found = []
-        for picture in (p for part in self._pictures.values() for p in part):
+        """Return one line for every image that cannot be decoded."""
+        problems = []
+        for file in (file for files in self.image_files.values() for file in files):
             try:
-                decode(picture.path, self.stored_shape[0])
+                decode(file.path, self.file_shape[0])
             except DataError as error:
-                found.append(str(error))
-        return found
+                problems.append(str(error))
+        return problems
 
-    def _load(self, part: SplitName) -> Split:
-        pictures = self._pictures[part]
-        # Resized one by one: the whole set at its size on disk may not fit into memory, or into one tensor.
-        images = [
-            self.preprocess.resize_all(decode(picture.path, self.stored_shape[0])[None])
-            for picture in pictures
-        ]
-        return Split(torch.cat(images), torch.tensor([picture.label for picture in pictures]))
+    def _load(self, split: SplitName) -> Split:
+        files = self.image_files[split]
+        # Resized one by one: the dataset at its size on disk may not fit into memory, or into one tensor.
+        images = [self.preprocess.resize_all(decode(file.path, self.file_shape[0])[None]) for file in files]
+        return Split(torch.cat(images), torch.tensor([file.label for file in files]))
 
 
 def _find(
     folder: Path, test_share: float, test_seed: int
-) -> tuple[tuple[str, ...], dict[SplitName, list[_Picture]]]:
-    """The classes, and the pictures of each part."""
+) -> tuple[tuple[str, ...], dict[SplitName, list[ImageFile]]]:
+    """Find the classes and the image files of each split."""
     if not folder.is_dir():
         kind = "is not a folder" if folder.exists() else "does not exist"
-        raise DataError(f"image_folder: path {folder} {kind}; it must hold one folder of pictures per class")
+        raise DataError(f"image_folder: path {folder} {kind}; it must hold one folder of images per class")
     train, test = folder / "train", folder / "test"
     if train.is_dir() != test.is_dir():
-        there, absent = (train, test) if train.is_dir() else (test, train)
-        raise DataError(f"image_folder: {there} exists but {absent} does not; give both, or {folder}/CLASS/…")
+        present, missing = (train, test) if train.is_dir() else (test, train)
+        raise DataError(
+            f"image_folder: {present} exists but {missing} does not; add it, or use {folder}/CLASS/…"
+        )
     if not train.is_dir():
         index = _index(folder)
-        return tuple(index), _slices(_scan(folder, index), index, test_share, test_seed)
+        return tuple(index), _split_files(_scan(folder, index), index, test_share, test_seed)
     index = _index(train)
     if unknown := set(_class_names(test)) - set(index):
         raise DataError(
-            f"image_folder: {test} has classes that {train} has not: {', '.join(sorted(unknown))}"
+            f"image_folder: {test} has classes that {train} does not have: {', '.join(sorted(unknown))}"
         )
-    tested = {name: index[name] for name in _class_names(test)}
-    return tuple(index), {"train": _scan(train, index), "test": _scan(test, tested)}
+    test_index = {name: index[name] for name in _class_names(test)}
+    return tuple(index), {"train": _scan(train, index), "test": _scan(test, test_index)}
 
 
 def _class_names(folder: Path) -> list[str]:
@@ -129,53 +130,55 @@ def _class_names(folder: Path) -> list[str]:
 
 
 def _index(folder: Path) -> dict[str, int]:
-    """Label of each class."""
+    """Return the label of each class."""
     names = _class_names(folder)
     if len(names) < 2:
-        found = f"only the class {names[0]}" if names else "no class folder"
-        raise DataError(f"image_folder: {folder} has {found}; at least two are needed, one folder per class")
+        content = f"only the class {names[0]}" if names else "no class folder"
+        raise DataError(
+            f"image_folder: {folder} has {content}; at least two are needed, one folder per class"
+        )
     return {name: label for label, name in enumerate(names)}
 
 
-def _scan(folder: Path, index: dict[str, int]) -> list[_Picture]:
-    found = make_dataset(str(folder), index, extensions=IMG_EXTENSIONS, allow_empty=True)
-    pictures = [_Picture(*item) for item in found if not Path(item[0]).name.startswith(".")]
-    filled = {picture.label for picture in pictures}
+def _scan(folder: Path, index: dict[str, int]) -> list[ImageFile]:
+    items = make_dataset(str(folder), index, extensions=IMG_EXTENSIONS, allow_empty=True)
+    files = [ImageFile(*item) for item in items if not Path(item[0]).name.startswith(".")]
+    filled = {file.label for file in files}
     if empty := [str(folder / name) for name, label in index.items() if label not in filled]:
         raise DataError(
-            f"image_folder: no pictures in {', '.join(empty)} (looked for {', '.join(IMG_EXTENSIONS)})"
+            f"image_folder: no images in {', '.join(empty)} (looked for {', '.join(IMG_EXTENSIONS)})"
         )
-    return pictures
+    return files
 
 
-def _slices(
-    pictures: list[_Picture], index: dict[str, int], share: float, seed: int
-) -> dict[SplitName, list[_Picture]]:
-    labels = torch.tensor([picture.label for picture in pictures])
+def _split_files(
+    files: list[ImageFile], index: dict[str, int], share: float, seed: int
+) -> dict[SplitName, list[ImageFile]]:
+    labels = torch.tensor([file.label for file in files])
     chosen = stratified(labels, share=share, seed=seed)
     for name, label in index.items():
         if bool(chosen[labels == label].all()):
             raise DataError(
-                f"image_folder: a test share of {share} leaves no picture of the class {name} for training"
+                f"image_folder: a test share of {share} leaves no image of the class {name} for training"
             )
-    parts: dict[SplitName, list[_Picture]] = {"train": [], "test": []}
-    for picture, is_test in zip(pictures, chosen.tolist(), strict=True):
-        parts["test" if is_test else "train"].append(picture)
-    return parts
+    splits: dict[SplitName, list[ImageFile]] = {"train": [], "test": []}
+    for file, is_test in zip(files, chosen.tolist(), strict=True):
+        splits["test" if is_test else "train"].append(file)
+    return splits
 
 
 def _header(path: str) -> _Header:
-    """What the file says of itself; the pixels are not read."""
+    """Read size and mode from the header, without the pixels."""
     try:
         with Image.open(path) as image:
             (width, height), mode = image.size, image.mode
             if image.format in CAMERA_FORMATS and image.getexif().get(ORIENTATION, 1) >= 5:
                 width, height = height, width
-    except Exception as error:  # PIL raises many kinds for a file that it cannot read
-        raise DataError(f"image_folder: {path} cannot be read as a picture: {error}") from error
-    if mode not in GREY_MODES | COLOUR_MODES:
-        raise DataError(f"image_folder: {path} has pixels of kind {mode}; convert it to 8 or 16 bits")
-    return _Header(path, mode in GREY_MODES, height, width)
+    except Exception as error:  # PIL raises many types of errors for a file that it cannot read
+        raise DataError(f"image_folder: {path} cannot be read as an image: {error}") from error
+    if mode not in GRAY_MODES | COLOR_MODES:
+        raise DataError(f"image_folder: {path} has pixels of mode {mode}; convert it to 8 or 16 bits")
+    return _Header(path, mode in GRAY_MODES, height, width)
 
 
 def _common_size(headers: Sequence[_Header]) -> tuple[int, int]:
@@ -183,7 +186,7 @@ def _common_size(headers: Sequence[_Header]) -> tuple[int, int]:
     for header in headers:
         if (header.height, header.width) != (first.height, first.width):
             raise DataError(
-                f"image_folder: pictures differ in size (height x width): {first.path} is "
+                f"image_folder: images differ in size (height x width): {first.path} is "
                 f"{first.height}x{first.width}, {header.path} is {header.height}x{header.width}; "
                 "set dataset.preprocess.resize=[HEIGHT,WIDTH]"
             )
@@ -191,27 +194,27 @@ def _common_size(headers: Sequence[_Header]) -> tuple[int, int]:
 
 
 def decode(path: str, channels: int) -> UInt8[Tensor, "C H W"]:
-    """A picture file as bytes with 1 or 3 channels, converted as `ImageFolder` says.
+    """Read an image file as bytes with 1 or 3 channels, converted as described in `ImageFolder`.
 
     Raises:
-        DataError: it cannot be decoded.
+        DataError: the file cannot be decoded.
     """
     try:
         with Image.open(path) as image:
-            turned = ImageOps.exif_transpose(image) if image.format in CAMERA_FORMATS else image
-            pixels = np.array(_converted(turned, channels))
-    except Exception as error:  # PIL raises many kinds for a file that it cannot decode
+            upright = ImageOps.exif_transpose(image) if image.format in CAMERA_FORMATS else image
+            pixels = np.array(_convert(upright, channels))
+    except Exception as error:  # PIL raises many types of errors for a file that it cannot decode
         raise DataError(f"{path} is damaged and cannot be decoded: {error}") from error
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
 
 
-def _converted(image: Image.Image, channels: int) -> Image.Image:
-    """The picture in bytes with 1 or 3 channels."""
+def _convert(image: Image.Image, channels: int) -> Image.Image:
+    """Convert an image to bytes with 1 or 3 channels."""
     if image.mode.startswith("I"):
         upper = np.asarray(image).astype(np.int64) >> 8
         image = Image.fromarray(upper.clip(0, 255).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
-        page = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(page, image)
+        background = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(background, image)
     return image.convert("L" if channels == 1 else "RGB")

@@ -1,4 +1,4 @@
-"""MNIST: handwritten digits, 28x28, grey."""
+"""MNIST: handwritten digits, 28x28, grayscale."""
 
 from capsexp.data.download import RemoteFile, StoredFile
 from capsexp.data.published import IdxDataset
@@ -13,7 +13,7 @@ def _file(name: str, packed: str, unpacked: str) -> RemoteFile:
 
 
 class MNIST(IdxDataset):
-    """60,000 training and 10,000 test pictures in 10 classes."""
+    """60,000 training and 10,000 test images in 10 classes."""
 
     name = "mnist"
     classes = tuple("0123456789")

@@ -1,11 +1,11 @@
-"""MNIST at random places, tested on affine transforms of it that are made here."""
+"""MNIST at random positions, tested on affine transforms computed here."""
 
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
-from capsexp.data.affine import randomly_transformed
+from capsexp.data.affine import random_affine
 from capsexp.data.dataset import Dataset
 from capsexp.data.placed import PlacedDataset
 from capsexp.data.preprocess import Preprocess
@@ -15,28 +15,28 @@ from capsexp.errors import require_at_least_1
 
 
 class MNISTAffine(PlacedDataset):
-    """As `AffNIST`, with test images transformed at random by our own code, over affNIST's ranges.
+    """Like `AffNIST`, with test images transformed at random by our own code, over affNIST's ranges.
 
-    A picture is scaled, sheared and turned about its centre in one bilinear interpolation, then moved by
-    whole pixels to one of the places that keep all ink on the canvas. The order, and that a place is a whole
-    number of pixels, are ours. It depends on `affine_seed` alone: not on a run, batch or device.
+    An image is scaled, sheared and rotated about its center in one bilinear interpolation, then moved by
+    whole pixels to one of the positions that keep all ink on the canvas. The order and the whole pixels are
+    our choice. The test images depend only on `affine_seed`: not on a run, batch or device.
 
     Args:
         source: see `PlacedDataset`.
         canvas: see `PlacedDataset`.
         placement_seed: see `PlacedDataset`.
-        test_pictures: `affine`, or `expanded` for the familiar ones.
+        test_pictures: `affine`, or `expanded` for the familiar test images.
         rotation: largest angle to either side, in degrees.
-        shear: largest shear to either side: by how much of its height the top of a stroke moves sideways.
-        scale: smallest and largest factor, drawn for each axis by itself.
-        transforms: of each test picture. All pictures come once, then all of them again: number i of the test
-            part is made of number i modulo the count of the source's.
-        affine_seed: of the draws; a further transform leaves the others as they are.
+        shear: largest shear to either side: the sideways move of the top of a stroke over its height.
+        scale: smallest and largest factor, drawn for each axis separately.
+        transforms: of each test image. Test image i is a transform of the source's test image i modulo their
+            number.
+        affine_seed: of the draws. More `transforms` do not change the first ones.
         preprocess: see `PlacedDataset`.
 
     Raises:
-        ValueError: a range is none, or there are no transforms.
-        DataError: when the test part is read, ink that is larger than the canvas.
+        ValueError: a setting is out of range.
+        DataError: on reading the test split, if ink is larger than the canvas.
     """
 
     name = "mnist_affine"
@@ -75,7 +75,7 @@ class MNISTAffine(PlacedDataset):
     def _affine(self) -> Split:
         images, labels = self.source.read("test")
         rounds = [
-            randomly_transformed(
+            random_affine(
                 images,
                 rotation=self.rotation,
                 shear=self.shear,

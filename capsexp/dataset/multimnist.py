@@ -1,115 +1,105 @@
-"""Two digits in one picture: MultiMNIST, or the same with the pictures of any other set of one channel."""
+"""MultiMNIST: two overlaid digits in one image, or two images of any other dataset with one channel."""
 
-from typing import Any
+from typing import Unpack
 
 from torch.nn import functional as F
 
-from capsexp.data.batches import Batches
+from capsexp.data.batches import Batches, BatchOptions
 from capsexp.data.dataset import Dataset
 from capsexp.data.derived import DerivedDataset
 from capsexp.data.pairs import OverlaidPairs
 from capsexp.data.preprocess import Preprocess
 from capsexp.data.split import Split, SplitName
+from capsexp.errors import require_at_least_1
 
-PAPERS_PARTNERS = 1000
+PAPER_PARTNERS = 1000
 
 
 class MultiMNIST(DerivedDataset):
-    """Each picture overlaid with another of the same split but another class, both shifted.
+    """Each image overlaid with another image of the same split but another class, both shifted.
 
     Sabour et al., "Dynamic routing between capsules" (NIPS 2017), section 6. Pairs are made on the fly: an
-    epoch of training overlays every picture once. Differs from it in: the number of pairs, unless
-    `test_partners` is 1,000; that validation and test pairs are fixed.
-    The authors' code also moves a base picture in the same way for all of its partners; here each pair has
-    its own shifts.
+    epoch of training overlays every image once.
+    Differs from it in: the number of pairs, unless `test_partners` is 1,000; validation and test pairs are
+    fixed. The authors' code also shifts a base image in the same way for all of its partners; here each pair
+    has its own shifts.
 
-    Pictures, classes, files, the validation slice and `split_seed` are the source's. Of its `preprocess` only
-    `resize` counts, as it is done once when the pictures are read: shift, crop and flip would be a second
-    shift, and a change of light would not be the same for the two pictures and for their sum.
+    Images, classes, files, the validation images and `split_seed` are the source's. Of its `preprocess` only
+    `resize` applies, once, when the images are read: shift, crop and flip would be a second shift, and
+    brightness and contrast would not change the two images and their sum in the same way.
 
     Args:
-        source: the set that the single pictures come from.
-        shift: each is moved by its own integer in -shift ... shift along each axis.
-        pad: rows and columns that the canvas adds to the single pictures on each side; what a larger shift
+        source: the dataset that the single images come from.
+        shift: each image is moved by its own integer in -shift … shift along each axis.
+        pad: rows and columns that the canvas adds on each side of the single images; what a larger shift
             moves beyond them is cut off.
-        pair_seed: of the pairs for validation and test, which no setting of a run changes.
-        test_partners: pairs in which each picture is the base, for validation and for test.
+        pair_seed: of the validation and test pairs; no other setting of a run changes these pairs.
+        test_partners: number of validation and test pairs in which each image is the base.
 
     Raises:
-        ValueError: a setting is out of its range; the source's pictures are not of one channel and class.
+        ValueError: a setting is out of range, or the source's images have several channels or labels.
     """
 
     name = "multimnist"
-    targets = 2
+    labels_per_image = 2
 
     def __init__(self, *, source: Dataset, shift: int, pad: int, pair_seed: int, test_partners: int) -> None:
         channels, height, width = source.raw_shape
-        if channels != 1 or source.targets != 1:
+        if channels != 1 or source.labels_per_image != 1:
             raise ValueError(
-                f"source must have pictures of one channel that show one class, got {source.name}, "
-                f"which has {channels} and {source.targets}"
+                f"source must have images with one channel and one label, got {source.name}, "
+                f"which has {channels} and {source.labels_per_image}"
             )
-        smallest = {"shift": 0, "pad": 0, "pair_seed": 0, "test_partners": 1}
-        given = {"shift": shift, "pad": pad, "pair_seed": pair_seed, "test_partners": test_partners}
-        for key, value in given.items():
-            if value < smallest[key]:
-                raise ValueError(f"{key} must be >= {smallest[key]}, got {value}")
+        require_at_least_1(test_partners=test_partners)
+        for name, value in {"shift": shift, "pad": pad, "pair_seed": pair_seed}.items():
+            if value < 0:
+                raise ValueError(f"{name} must be >= 0, got {value}")
         if shift >= pad + min(height, width):
-            raise ValueError(f"shift must be < pad + the picture's {height}x{width}, got {shift}")
+            raise ValueError(f"shift must be < pad + the image's {height}x{width}, got {shift}")
         self.shift, self.pad = shift, pad
         self.pair_seed, self.test_partners = pair_seed, test_partners
-        self.stored_shape = (channels, height + 2 * pad, width + 2 * pad)
+        self.file_shape = (channels, height + 2 * pad, width + 2 * pad)
         super().__init__(
-            source, preprocess=_bytes_to_unit(), validation=source.validation, split_seed=source.split_seed
+            source,
+            preprocess=Preprocess.identity(),
+            validation=source.validation,
+            split_seed=source.split_seed,
         )
 
     def read_training(self) -> tuple[Split, Split]:
-        """The source's training part without its validation slice, and that slice; single pictures."""
+        """Read the source's training images and its validation images; single images on the canvas."""
         training, validation = self.source.read_training()
         return self._on_canvas(training), self._on_canvas(validation)
 
     def familiar(self) -> Split | None:
-        """The source's."""
+        """Read the source's familiar test images, if any; single images on the canvas."""
         split = self.source.familiar()
         return None if split is None else self._on_canvas(split)
 
-    def batches(self, split: Split, *, training: bool = False, **options: Any) -> Batches:
-        """Pairs of a split's images; see `OverlaidPairs`. For training each picture is the base of one."""
+    def batches(self, split: Split, **options: Unpack[BatchOptions]) -> Batches:
+        """Return pairs of a split's images; see `OverlaidPairs`."""
         return OverlaidPairs(
             split,
             self.preprocess,
             shift=self.shift,
             margin=self.pad,
-            partners=1 if training else self.test_partners,
+            partners=self.test_partners,
             pair_seed=self.pair_seed,
             **options,
         )
 
     def caveats(self) -> list[str]:
-        """The source's, and how many pairs there are where the paper has a thousand for each picture."""
-        if self.test_partners >= PAPERS_PARTNERS:
+        """Return the source's caveats, and the number of pairs if it is below the paper's 1,000 per image."""
+        if self.test_partners >= PAPER_PARTNERS:
             return self.source.caveats()
-        of = f"{self.name} of {self.source.name}"
-        size = f"pairs for each test picture: {self.test_partners:,}; in the paper {PAPERS_PARTNERS:,}"
-        return [*self.source.caveats(), f"{of}, {size}"]
+        line = (
+            f"{self.name} of {self.source.name}, pairs per test image: {self.test_partners:,}; "
+            f"in the paper: {PAPER_PARTNERS:,}"
+        )
+        return [*self.source.caveats(), line]
 
-    def _load(self, part: SplitName) -> Split:
-        return self._on_canvas(self.source.read(part))
+    def _load(self, split: SplitName) -> Split:
+        return self._on_canvas(self.source.read(split))
 
     def _on_canvas(self, split: Split) -> Split:
         return Split(F.pad(split.images, [self.pad] * 4), split.labels)
-
-
-def _bytes_to_unit() -> Preprocess:
-    """No change but the one to [0, 1]."""
-    return Preprocess(
-        resize=None,
-        shift=0,
-        crop=None,
-        flip=False,
-        brightness=0,
-        contrast=None,
-        light="window",
-        standardise=None,
-        test_crops=1,
-    )

@@ -1,7 +1,6 @@
-"""smallNORB: toys photographed by two cameras from many sides, in several lights; 96x96, grey."""
+"""smallNORB: toys photographed by two cameras, from many viewpoints and in several lightings; 96x96 gray."""
 
 import copy
-from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -12,9 +11,9 @@ from jaxtyping import Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capsexp.data.cache import cached, fingerprint
+from capsexp.data.cache import cached, file_fingerprint
 from capsexp.data.download import Progress, RemoteFile, StoredFile, digest
-from capsexp.data.norb_file import open_norb
+from capsexp.data.norb_file import check_values, open_norb
 from capsexp.data.preprocess import RESIZE_CHUNK, Preprocess
 from capsexp.data.published import PublishedDataset
 from capsexp.data.split import Split, SplitName
@@ -26,7 +25,7 @@ STEM: dict[SplitName, str] = {
     "train": "smallnorb-5x46789x9x18x6x2x96x96-training-",
     "test": "smallnorb-5x01235x9x18x6x2x96x96-testing-",
 }
-CHECKSUMS: dict[tuple[SplitName, str], tuple[str, str]] = {  # of the .mat.gz, and of the .mat inside it
+CHECKSUMS: dict[tuple[SplitName, str], tuple[str, str]] = {  # of the .mat.gz and of the .mat inside it
     ("train", "dat"): (
         "5ffd6272a07d32695ee1082a26a41a93a37aab8c28da047f8c34ed348d214873",
         "md5:8138a0902307b32dfa0025a36dfa45ec",
@@ -56,56 +55,57 @@ CHECKSUMS: dict[tuple[SplitName, str], tuple[str, str]] = {  # of the .mat.gz, a
 CAMERAS = {"stereo": slice(0, 2), "left": slice(0, 1), "right": slice(1, 2)}
 FACTORS = ("instance", "elevation", "azimuth", "lighting")
 FAMILIAR = {"azimuth": (30, 32, 34, 0, 2, 4), "elevation": (0, 1, 2)}
-"""Viewpoints of the training pictures in Table 2 of Hinton et al. 2018."""
+"""Viewpoints of the training images in Table 2 of Hinton et al. 2018."""
 
 REDUCTION = "reduction-1"
-"""SplitName of a cache's key; another number for another way to make pictures smaller."""
+"""First word of a cache's key. Change the number when the resizing changes."""
 
 
 class Setup(NamedTuple):
-    """What was photographed: in each part all instances of all classes, from everywhere, in every light."""
+    """The photographed factors. Each split has all combinations of class and factors."""
 
     instances: dict[SplitName, tuple[int, ...]]
     elevations: tuple[int, ...]
-    """0 for 30 degrees above the horizon, then steps of 5 degrees."""
+    """0 is 30 degrees above the horizon; steps of 5 degrees."""
     azimuths: tuple[int, ...]
     """In units of 10 degrees."""
     lightings: tuple[int, ...]
     side: int
-    """Height and width of a picture."""
+    """Height and width of an image."""
 
-    def values(self, part: SplitName) -> tuple[tuple[int, ...], ...]:
-        """Those that each of `FACTORS` takes."""
-        return (self.instances[part], self.elevations, self.azimuths, self.lightings)
-
-
-def _name(part: SplitName, kind: str) -> str:
-    return f"{STEM[part]}{kind}.mat"
+    def values(self, split: SplitName) -> tuple[tuple[int, ...], ...]:
+        """Return the values of each of `FACTORS`."""
+        return (self.instances[split], self.elevations, self.azimuths, self.lightings)
 
 
-def _file(part: SplitName, kind: str, packed: str, unpacked: str) -> RemoteFile:
-    name = _name(part, kind)
+def _name(split: SplitName, kind: str) -> str:
+    return f"{STEM[split]}{kind}.mat"
+
+
+def _file(split: SplitName, kind: str, packed: str, unpacked: str) -> RemoteFile:
+    name = _name(split, kind)
     return RemoteFile(f"{FOLDER}{name}.gz", f"{URL}{name}.gz", packed, (StoredFile(FOLDER + name, unpacked),))
 
 
 class SmallNORB(PublishedDataset):
-    """24,300 training and 24,300 test pairs of pictures in 5 classes, each with 5 instances per part.
+    """24,300 training and 24,300 test pairs of images in 5 classes, each with 5 instances per split.
 
-    Reduced pictures are kept beside the files as `cache-…`, which may be deleted. Classes and factors must be
-    the published ones to the byte; pictures that are not (a converted copy) are read, with a remark.
+    Resized images are cached beside the files as `cache-…`; these files may be deleted. The files of labels
+    and factors must have the published checksums. Images with another checksum (a converted copy) are read,
+    with a caveat.
 
     Args:
         root: see `PublishedDataset`.
         download: see `PublishedDataset`.
         cameras: `stereo` for two channels, or one of them.
-        validation_instance: the training instance, of every class, that is set aside for validation.
-        viewpoint: what is limited to familiar values in training: `azimuth` (300 … 40 degrees, a third),
-            `elevation` (the lowest three, a third), or nothing.
-        test_views: test pictures with familiar or novel values of it, or all.
+        validation_instance: the training instance of every class that is set aside for validation.
+        viewpoint: the factor limited to familiar values in training: `azimuth` (300 … 40 degrees, a third of
+            the images), `elevation` (the lowest three, a third), or None.
+        test_views: test images with familiar or novel values of that factor, or all.
         preprocess: see `Dataset`.
 
     Raises:
-        ValueError: no such training instance; familiar or novel views of nothing.
+        ValueError: no such training instance; familiar or novel views without a `viewpoint`.
     """
 
     name = "smallnorb"
@@ -117,7 +117,7 @@ class SmallNORB(PublishedDataset):
         lightings=tuple(range(6)),
         side=96,
     )
-    files = tuple(_file(part, kind, *checksums) for (part, kind), checksums in CHECKSUMS.items())
+    files = tuple(_file(split, kind, *checksums) for (split, kind), checksums in CHECKSUMS.items())
 
     def __init__(
         self,
@@ -132,105 +132,101 @@ class SmallNORB(PublishedDataset):
     ) -> None:
         instances = self.setup.instances["train"]
         if validation_instance is not None and validation_instance not in instances:
-            named = ", ".join(map(str, instances))
-            raise ValueError(f"validation_instance must be null or one of {named}, got {validation_instance}")
+            allowed = ", ".join(map(str, instances))
+            raise ValueError(
+                f"validation_instance must be null or one of {allowed}, got {validation_instance}"
+            )
         if viewpoint is None and test_views != "all":
             raise ValueError(f"test_views must be 'all' where viewpoint is null, got {test_views!r}")
         self.channels, self.validation_instance = CAMERAS[cameras], validation_instance
         self.viewpoint = viewpoint
         self.test_views: Literal["all", "familiar", "novel"] = test_views
         size = preprocess.resize or (self.setup.side, self.setup.side)
-        self.stored_shape = (self.channels.stop - self.channels.start, *size)
-        # A slice by chance would hold neighbouring views of toys that training has seen.
+        self.file_shape = (self.channels.stop - self.channels.start, *size)
+        # Random validation images would be neighboring views of training toys.
         super().__init__(root=root, download=download, preprocess=preprocess, validation=0, split_seed=0)
 
     def read_training(self) -> tuple[Split, Split]:
-        """The training part without the instance set aside for validation, and that instance's pictures."""
-        split = self.read("train")
-        training, validation = self._division(self.factors("train"))
-        return split.take(training), split.take(validation)
+        """Read the training images without the validation instance, and the images of that instance."""
+        images = self.read("train")
+        training, validation = self._split_rows(self.factors("train"))
+        return images.take(training), images.take(validation)
 
     def familiar(self) -> Split | None:
-        """Test toys from the viewpoints of training; None without a `viewpoint`."""
+        """Read test images from the viewpoints of training; None without a `viewpoint`."""
         return None if self.viewpoint is None else self.with_test_views("familiar").read("test")
 
     def with_test_views(self, views: Literal["all", "familiar", "novel"]) -> "SmallNORB":
-        """The same set with other views of the test toys."""
+        """Return the same dataset with other views of the test toys."""
         other = copy.copy(self)
         other.test_views = views
         return other
 
-    def factors(self, part: SplitName) -> Int64[Tensor, "N 4"]:
-        """The `FACTORS` of the pictures that `read(part)` gives, in their order.
+    def factors(self, split: SplitName) -> Int64[Tensor, "N 4"]:
+        """Read the `FACTORS` of the images of `read(split)`, in their order.
 
         As in the files: the number of the toy in its class; the elevation 0 … 8 for 30 … 70 degrees; the
         azimuth in units of 10 degrees; the lighting 0 … 5. `Batch.indices` are the rows.
         """
-        _, factors = self._annotations(part)
-        return factors[self._chosen(part, factors)]
-
-    def training_factors(self) -> tuple[Int64[Tensor, "N 4"], Int64[Tensor, "M 4"]]:
-        """The same for each of the two splits that `read_training` gives."""
-        factors = self.factors("train")
-        training, validation = self._division(factors)
-        return factors[training], factors[validation]
+        _, factors = self._annotations(split)
+        return factors[self._rows(split, factors)]
 
     def prepare(self, progress: Progress) -> None:
-        """Get what is missing, then make the reduced pictures.
+        """Download missing files, then write the cache of resized images.
 
         Raises:
-            DataError: a file cannot be had, or is not what it should be.
+            DataError: a file cannot be downloaded, or is damaged.
         """
         super().prepare(progress)
-        for part in STEM:
-            progress(f"{part} pictures", 0, 0)
-            self._pictures(part)
+        for split in STEM:
+            progress(f"{split} images", 0, 0)
+            self._images(split)
 
     def caveats(self) -> list[str]:
-        """A line where pictures are not the published ones."""
-        parts: dict[str, SplitName] = {"training": "train", "test": "test"}
-        others = [name for name, part in parts.items() if not self._has_published_pictures(part)]
-        if not others:
+        """Return a line if images are not the published ones."""
+        splits: dict[str, SplitName] = {"training": "train", "test": "test"}
+        differing = [name for name, split in splits.items() if not self._has_published_images(split)]
+        if not differing:
             return []
         return [
-            f"{self.name}: the {' and '.join(others)} pictures are not the published ones "
-            "(checksum differs: a converted copy?); say so beside any figure"
+            f"{self.name}: the {' and '.join(differing)} images are not the published ones "
+            "(checksum differs: a converted copy?); report this beside any metric"
         ]
 
     def _problem(self, stored: StoredFile) -> str:
         problem = super()._problem(stored)
-        parts = [part for part in STEM if self._path(part) == self.root / stored.name]
-        if not problem or not parts or not self._path(parts[0]).is_file():
+        splits = [split for split in STEM if self._path(split) == self.root / stored.name]
+        if not problem or not splits or not self._path(splits[0]).is_file():
             return problem
         try:
-            self._full_pictures(parts[0])
+            self._full_size_images(splits[0])
         except DataError as error:
             return str(error)
         return (
-            f"{self._path(parts[0])} does not hold the published pictures (checksum differs: a converted "
-            "copy?); it can be used, but say so beside any figure"
+            f"{self._path(splits[0])} does not hold the published images (checksum differs: a converted "
+            "copy?); it can be used, but report this beside any metric"
         )
 
-    def _needs(self, stored: StoredFile, part: SplitName) -> bool:
-        return stored.name in (FOLDER + _name(part, "cat"), FOLDER + _name(part, "info"))
+    def _needs(self, stored: StoredFile, split: SplitName) -> bool:
+        return stored.name in (FOLDER + _name(split, "cat"), FOLDER + _name(split, "info"))
 
-    def _load(self, part: SplitName) -> Split:
-        labels, factors = self._annotations(part)
-        chosen = self._chosen(part, factors)
-        images = self._pictures(part)[chosen.numpy()][:, self.channels]
-        return Split(torch.from_numpy(np.ascontiguousarray(images)), labels[chosen])
+    def _load(self, split: SplitName) -> Split:
+        labels, factors = self._annotations(split)
+        rows = self._rows(split, factors)
+        images = self._images(split)[rows.numpy()][:, self.channels]
+        return Split(torch.from_numpy(np.ascontiguousarray(images)), labels[rows])
 
-    def _annotations(self, part: SplitName) -> tuple[Int64[Tensor, " N"], Int64[Tensor, "N 4"]]:
-        """Classes and factors of all pictures of a part, verified."""
-        paths = self._verified(part)
-        classes, factors = paths[_name(part, "cat")], paths[_name(part, "info")]
-        values = [tuple(range(len(self.classes))), *self.setup.values(part)]
+    def _annotations(self, split: SplitName) -> tuple[Int64[Tensor, " N"], Int64[Tensor, "N 4"]]:
+        """Read labels and factors of all images of a split, verified."""
+        paths = self._verified(split)
+        classes, factors = paths[_name(split, "cat")], paths[_name(split, "info")]
+        values = [tuple(range(len(self.classes))), *self.setup.values(split)]
         rows = np.empty((prod(map(len, values)), len(values)), np.int64)
         rows[:, 0] = open_norb(classes, dtype="int32", shape=rows[:, 0].shape)
         rows[:, 1:] = open_norb(factors, dtype="int32", shape=rows[:, 1:].shape)
         table = torch.from_numpy(rows)
-        _require_values(classes, table[:, :1], ["class"], values[:1])
-        _require_values(factors, table[:, 1:], FACTORS, values[1:])
+        check_values(classes, table[:, :1], ["class"], values[:1])
+        check_values(factors, table[:, 1:], FACTORS, values[1:])
         distinct = table.unique(dim=0)
         if len(distinct) < len(table):
             raise DataError(
@@ -239,72 +235,58 @@ class SmallNORB(PublishedDataset):
             )
         return table[:, 0], table[:, 1:]
 
-    def _chosen(self, part: SplitName, factors: Int64[Tensor, "N 4"]) -> Int64[Tensor, " M"]:
-        """Rows of the pictures whose views are asked for."""
-        views = "familiar" if part == "train" else self.test_views
+    def _rows(self, split: SplitName, factors: Int64[Tensor, "N 4"]) -> Int64[Tensor, " M"]:
+        """Return the rows of the images with the views of the settings."""
+        views = "familiar" if split == "train" else self.test_views
         if self.viewpoint is None or views == "all":
             return torch.arange(len(factors))
         codes = factors[:, FACTORS.index(self.viewpoint)]
         familiar = torch.isin(codes, torch.tensor(FAMILIAR[self.viewpoint]))
         return (familiar if views == "familiar" else ~familiar).nonzero().flatten()
 
-    def _division(self, factors: Int64[Tensor, "N 4"]) -> tuple[Int64[Tensor, " T"], Int64[Tensor, " V"]]:
-        """Rows for training, and those for validation."""
-        aside = torch.zeros(len(factors), dtype=torch.bool)
+    def _split_rows(self, factors: Int64[Tensor, "N 4"]) -> tuple[Int64[Tensor, " T"], Int64[Tensor, " V"]]:
+        """Return the rows for training and those for validation."""
+        is_validation = torch.zeros(len(factors), dtype=torch.bool)
         if self.validation_instance is not None:
-            aside = factors[:, FACTORS.index("instance")] == self.validation_instance
-        return (~aside).nonzero().flatten(), aside.nonzero().flatten()
+            is_validation = factors[:, FACTORS.index("instance")] == self.validation_instance
+        return (~is_validation).nonzero().flatten(), is_validation.nonzero().flatten()
 
-    def _pictures(self, part: SplitName) -> NDArray[np.uint8]:
-        """All pictures of a part by both cameras, at the size that they have in memory."""
-        full, (height, width) = self._full_pictures(part), self.stored_shape[1:]
+    def _images(self, split: SplitName) -> NDArray[np.uint8]:
+        """Return all images of a split from both cameras, at their size in memory."""
+        full, (height, width) = self._full_size_images(split), self.file_shape[1:]
         if full.shape[2:] == (height, width):
             return full
-        path = self._path(part)
+        path = self._path(split)
         shape = (*full.shape[:2], height, width)
         return cached(
-            path.with_name(f"cache-{part}-{height}x{width}.bytes"),
-            key=f"{REDUCTION} {fingerprint(path)}",
+            path.with_name(f"cache-{split}-{height}x{width}.bytes"),
+            key=f"{REDUCTION} {file_fingerprint(path)}",
             shape=shape,
-            compute=lambda: self._reduced(full, shape),
+            compute=lambda: self._resize(full, shape),
         )
 
-    def _reduced(self, full: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    def _resize(self, full: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.uint8]:
         small = np.empty(shape, np.uint8)
         for start in range(0, len(full), RESIZE_CHUNK):
             chunk = torch.from_numpy(np.array(full[start : start + RESIZE_CHUNK]))
             small[start : start + RESIZE_CHUNK] = self.preprocess.resize_all(chunk).numpy()
         return small
 
-    def _full_pictures(self, part: SplitName) -> NDArray[np.uint8]:
-        """All pictures of a part as they are published; on the disk until they are looked at."""
-        count = len(self.classes) * prod(map(len, self.setup.values(part)))
-        return open_norb(self._path(part), dtype="uint8", shape=(count, 2, self.setup.side, self.setup.side))
+    def _full_size_images(self, split: SplitName) -> NDArray[np.uint8]:
+        """Return all images of a split at their published size, read from disk on access."""
+        count = len(self.classes) * prod(map(len, self.setup.values(split)))
+        return open_norb(self._path(split), dtype="uint8", shape=(count, 2, self.setup.side, self.setup.side))
 
-    def _has_published_pictures(self, part: SplitName) -> bool:
-        path = self._path(part)
-        found = cached(
-            path.with_name(f"cache-{part}-md5.bytes"),
-            key=fingerprint(path),
+    def _has_published_images(self, split: SplitName) -> bool:
+        path = self._path(split)
+        md5 = cached(
+            path.with_name(f"cache-{split}-md5.bytes"),
+            key=file_fingerprint(path),
             shape=(16,),
             compute=lambda: np.frombuffer(bytes.fromhex(digest(path, "md5")), np.uint8),
         )
-        published = {stored.name: stored.checksum for stored in self._stored()}
-        return published[FOLDER + path.name] == f"md5:{found.tobytes().hex()}"
+        published = {stored.name: stored.checksum for stored in self._stored_files()}
+        return published[FOLDER + path.name] == f"md5:{md5.tobytes().hex()}"
 
-    def _path(self, part: SplitName) -> Path:
-        return self.root / FOLDER / _name(part, "dat")
-
-
-def _require_values(
-    path: Path, table: Int64[Tensor, "N F"], names: Sequence[str], values: Sequence[Sequence[int]]
-) -> None:
-    """Each column takes exactly its values.
-
-    Raises:
-        DataError: one takes another, or not all.
-    """
-    for column, name, allowed in zip(table.T, names, values, strict=True):
-        found = column.unique().tolist()
-        if found != list(allowed):
-            raise DataError(f"{path}: the values of {name} must be {list(allowed)}, got {found[:40]}")
+    def _path(self, split: SplitName) -> Path:
+        return self.root / FOLDER / _name(split, "dat")

@@ -1,4 +1,4 @@
-"""SVHN, cropped digits: house numbers in street photographs, 32x32, colour."""
+"""SVHN, cropped digits: house numbers in street photographs, 32x32, color."""
 
 import torch
 from torchvision import datasets
@@ -16,21 +16,21 @@ def _file(name: str, sha256: str) -> RemoteFile:
 
 
 class SVHN(PublishedDataset):
-    """73,257 training and 26,032 test pictures in 10 classes, without the additional set."""
+    """73,257 training and 26,032 test images in 10 classes, without the extra training images."""
 
     name = "svhn"
     classes = tuple("0123456789")
-    stored_shape = (3, 32, 32)
+    file_shape = (3, 32, 32)
     files = (
         _file("train_32x32.mat", "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8"),
         _file("test_32x32.mat", "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b"),
     )
 
-    def _needs(self, stored: StoredFile, part: SplitName) -> bool:
-        return stored.name.startswith(FOLDER + part)
+    def _needs(self, stored: StoredFile, split: SplitName) -> bool:
+        return stored.name.startswith(FOLDER + split)
 
-    def _load(self, part: SplitName) -> Split:
-        self._verified(part)
-        # In the files the digit 0 is class 10; torchvision makes it class 0.
-        source = datasets.SVHN(str(self.root / FOLDER), split=part, download=False)
+    def _load(self, split: SplitName) -> Split:
+        self._verified(split)
+        # The files have class 10 for the digit 0; torchvision changes it to 0.
+        source = datasets.SVHN(str(self.root / FOLDER), split=split, download=False)
         return Split(torch.from_numpy(source.data).contiguous(), torch.from_numpy(source.labels))

@@ -48,8 +48,8 @@ class ClassCaps(RoutedLayer):
         matrices = 1 if shared_transformations else in_caps
         self.weight = nn.Parameter(torch.empty(matrices, in_dim, out_caps, out_dim))  # W_ij, or W_j
         # The paper gives no initialisation. With this one the s_j = sum_i û_j|i / J of the first pass have,
-        # in the mean square, the length of the input capsules, for any number of them: std 0.07 for MNIST
-        # (the authors' code: 0.1). One std for all sizes learned slower: 0.1 with few children or with many
+        # in the mean square, the length of the input capsules, for any number of them: std 0.07 for MNIST,
+        # where the authors have 0.1. One std for all sizes learned slower: 0.1 with few children or with many
         # parents, 0.01 everywhere. Shared: s_j = W_j sum_i u_i / J, and for independent u_i the square of
         # that sum is I times theirs, which gives the same std. On MNIST the capsules of a type are alike from
         # place to place: the s_j start 3 to 4.5 times as long as the u_i, far from where squash saturates.

@@ -10,8 +10,8 @@ from capsexp.capsules import Capsules
 class MatrixPrimaryCaps(nn.Module):
     """Primary capsules of Hinton, Sabour, Frosst, "Matrix capsules with EM routing" (ICLR 2018), section 4.
 
-    Differs from it in: nothing. That there are no biases is from the authors' code, and agrees with the
-    paper's numbers of parameters.
+    Differs from it in: nothing. The paper does not mention biases; the authors' code has none, which agrees
+    with the paper's numbers of parameters.
 
     Args:
         in_channels: A, channels of the features.

@@ -63,7 +63,7 @@ class BalancedRouting(Protocol):
         ...
 
     def balance(self, cost: Tensor) -> None:
-        """Set the start from the costs of all images; leave a start alone that the config sets."""
+        """Set the start from the costs of all images, unless the config sets it."""
         ...
 
 
@@ -77,7 +77,7 @@ class Scheduled(Protocol):
 
 
 class TracedRouting(Protocol):
-    """Optional: return every iteration. The routing study calls it; without it, it has the result alone."""
+    """Optional: return every iteration. The routing study calls it; without it, it reads the result only."""
 
     def trace(self, votes: Tensor, activations: Tensor) -> list[Routed]:
         """The state after each iteration, by the reference and without a gradient.

@@ -36,8 +36,8 @@ class Equivariance:
     pose is equivariant if a linear map predicts from its change by how much the image was moved.
 
     Stored images are moved, before any crop and standardisation. The area that moves in is black, or more of
-    the image if there is a crop. Only images that are classified correctly unmoved count: the pose of an
-    absent class means nothing.
+    the image if there is a crop. Only images that are classified correctly unmoved count: the pose of a class
+    that is not in the image means nothing.
 
     Args:
         shifts: in pixels, down and to the right; 0 is dropped.

@@ -42,8 +42,8 @@ class Viewpoints:
     """Errors on familiar and novel views: Table 2 of Hinton et al., "Matrix capsules" (ICLR 2018).
 
     Each image is its center crop. Familiar and novel views are both of toys that are not in the training
-    split. Differs from it in: nothing, if the compared runs have the same error on familiar views. The study
-    reports the largest difference of that error. It is over test images, in the paper as here.
+    split. Differs from it in: nothing, if the compared runs have the same error on familiar views; the study
+    reports the largest difference. That error is over test images, in the paper as here.
 
     Args:
         others: directories of runs to compare with.

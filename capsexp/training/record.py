@@ -143,7 +143,7 @@ def _hparams(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_shown(key: str) -> bool:
-    """Return whether the table shows a setting: not the class of a component inside another."""
+    """Return whether the table shows a setting: not the class name of a component inside another."""
     _, _, rest = key.partition(".")
     return not key.endswith("_partial_") and not rest.endswith("._target_")
 

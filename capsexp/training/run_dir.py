@@ -88,11 +88,10 @@ class RunDir:
         if self.status().get("status") != "completed":
             return False
         try:
-            return comparable(parse_saved((self.path / "resolved_config.yaml").read_bytes())) == comparable(
-                config
-            )
+            saved = parse_saved((self.path / "resolved_config.yaml").read_bytes())
         except OSError:
             return False
+        return comparable(saved) == comparable(config)
 
     @contextlib.contextmanager
     def track_status(self, choices: Mapping[str, str]) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""`capsexp analyze` from the command line, and what it leaves in the run's directory."""
+"""`capsexp analyze` from the command line, and the files it writes into the run directory."""
 
 import json
 import shutil
@@ -14,34 +14,34 @@ from capsexp.analysis.trained_run import TrainedRun
 from capsexp.cli import main as cli
 from capsexp.errors import UserError
 
-OF_OTHER_DATA = {"viewpoints"}  # tested on stand-ins for those data
+OF_OTHER_DATA = {"viewpoints"}  # tested with a synthetic dataset
 FILES = (Path(__file__).parents[2] / "conf" / "study").glob("*.yaml")
 STUDIES = sorted({path.stem for path in FILES} - OF_OTHER_DATA)
 
 NEEDS = {"overlap": ("dataset=multimnist", "dataset@dataset.source=digits", "trainer.max_epochs=1")}
-"""Overrides for the training of the run that a study needs, if that of the others will not do."""
+"""Overrides for the training of the run, for studies that need another run than the default one."""
 
 
-def capsexp(*words, cwd):
-    command = [sys.executable, "-m", "capsexp", *words]
+def capsexp(*arguments, cwd):
+    command = [sys.executable, "-m", "capsexp", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
 
 
 @pytest.fixture
 def analyze(monkeypatch, capsys):
-    """The command in this process: a study is quicker than the start of another."""
+    """Run the command in this process, which is faster than starting a new one."""
 
-    def call(*words, cwd):
+    def call(*arguments, cwd):
         monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", ["capsexp", "analyze", *words])
-        return subprocess.CompletedProcess(words, cli.main(), *capsys.readouterr())
+        monkeypatch.setattr(sys, "argv", ["capsexp", "analyze", *arguments])
+        return subprocess.CompletedProcess(arguments, cli.main(), *capsys.readouterr())
 
     return call
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with the run of a small network that has learnt something."""
+    """A folder with the run of a small network that is trained for six epochs."""
     folder = tmp_path_factory.mktemp("home")
     done = capsexp("train", "run=run", "device=cpu", "trainer.max_epochs=6", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -50,22 +50,22 @@ def home(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("study", STUDIES)
-def test_every_study_leaves_figures_numbers_and_its_page_in_tensorboard(study, home, tmp_path, analyze):
+def test_every_study_writes_figures_numbers_and_tensorboard_events(study, home, tmp_path, analyze):
     if study in NEEDS:
         home = tmp_path
         done = capsexp("train", "run=run", "device=cpu", *NEEDS[study], cwd=home)
         assert done.returncode == 0, done.stderr
     done = analyze(f"study={study}", "run=run", "limit=200", cwd=home)
     assert (done.returncode, done.stderr) == (0, "")
-    told = json.loads((home / "run" / "studies" / f"{study}.json").read_text())
-    assert told["limit"] == 200
-    assert told["step"] > 0
-    assert told["study"]["_target_"].startswith(f"capsexp.study.{study}.")
+    numbers = json.loads((home / "run" / "studies" / f"{study}.json").read_text())
+    assert numbers["limit"] == 200
+    assert numbers["step"] > 0
+    assert numbers["study"]["_target_"].startswith(f"capsexp.study.{study}.")
     figures = [Path(line) for line in done.stdout.splitlines() if line.endswith(".png")]
     assert figures
     for figure in figures:
-        with Image.open(home / figure) as picture:
-            assert min(picture.size) > 100
+        with Image.open(home / figure) as image:
+            assert min(image.size) > 100
     events = EventAccumulator(str(home / "run" / "tb"), size_guidance={"images": 0}).Reload()
     tags = events.Tags()
     assert {f"{study}/{figure.stem}" for figure in figures} <= {*tags["images"]}
@@ -74,7 +74,7 @@ def test_every_study_leaves_figures_numbers_and_its_page_in_tensorboard(study, h
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("arguments", "line"),
     [
         (["study=perturbation"], "study=perturbation: no such option: did you mean 'perturbations'?"),
         (
@@ -86,11 +86,11 @@ def test_every_study_leaves_figures_numbers_and_its_page_in_tensorboard(study, h
         (["study=viewpoints"], "study=viewpoints is for runs on smallnorb, whose views are known; run is "),
     ],
 )
-def test_wrong_use_is_one_line(words, line, home, analyze):
-    done = analyze("run=run", *words, cwd=home)
+def test_wrong_use_is_one_line(arguments, line, home, analyze):
+    done = analyze("run=run", *arguments, cwd=home)
     assert done.returncode == 2
-    (told,) = done.stderr.splitlines()
-    assert told.startswith(f"capsexp: {line}")
+    (printed,) = done.stderr.splitlines()
+    assert printed.startswith(f"capsexp: {line}")
 
 
 def test_a_study_has_to_be_chosen(home, analyze):
@@ -100,14 +100,13 @@ def test_a_study_has_to_be_chosen(home, analyze):
     assert "reconstructions" in done.stderr
 
 
-def test_another_run_comes_with_its_own_network_and_the_same_limit(tmp_path, train_tiny, tiny_parts):
-    words = ["trainer.max_epochs=1"]
-    train_tiny(tmp_path / "a", *words)
-    train_tiny(tmp_path / "b", *words, "seed=1", "model.conv_channels=4")
+def test_another_run_has_its_own_network_and_the_same_limit(tmp_path, train_tiny, tiny_parts):
+    overrides = ["trainer.max_epochs=1"]
+    train_tiny(tmp_path / "a", *overrides)
+    train_tiny(tmp_path / "b", *overrides, "seed=1", "model.conv_channels=4")
     (tmp_path / "b" / ".hydra").mkdir()
     shutil.copy(tmp_path / "b" / "resolved_config.yaml", tmp_path / "b" / ".hydra" / "config.yaml")
-    parts = tiny_parts(*words)
-    run = TrainedRun.restore(parts, tmp_path / "a", weights="best", limit=7)
+    run = TrainedRun.restore(tiny_parts(*overrides), tmp_path / "a", weights="best", limit=7)
     other = run.other_run(str(tmp_path / "b"))
     assert other.model.conv.out_channels == 4
     assert other.limit == 7

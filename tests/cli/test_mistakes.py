@@ -56,7 +56,7 @@ from capsexp.cli import main as cli
         (["train", "-m", "routing.iterations=1,2,0"], ["routing: iterations must be >= 1, got 0"]),
         (
             ["train", "-m", "seed=0,1", "run=x"],
-            ["run: a sweep makes a directory for each of its runs; choose hydra.sweep.dir=DIR"],
+            ["run: a sweep names the directories of its runs; use hydra.sweep.dir=DIR instead"],
         ),
         (["bench", "modle=x"], ["unknown key 'modle': did you mean 'model'?"]),
         (["eval"], ["capsexp eval needs a run: capsexp eval run=DIR"]),

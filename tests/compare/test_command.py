@@ -1,4 +1,4 @@
-"""The commands runs, compare and report as users have them."""
+"""Test the commands runs, compare and report from the command line."""
 
 import csv
 import json
@@ -15,12 +15,12 @@ from capsexp.compare import selection
 
 @pytest.fixture
 def capsexp(monkeypatch, capsys, tmp_path):
-    """Run the command line in this process, in a folder of its own; returns exit code, stdout, stderr."""
+    """Run the command line in this process, in an empty folder; return exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CAPSEXP_OUTPUTS", raising=False)
 
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["capsexp", *map(str, words)])
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["capsexp", *map(str, arguments)])
         try:
             code = cli.main()
         except SystemExit as stop:
@@ -46,7 +46,7 @@ def lines(text):
 
 
 @pytest.mark.parametrize("command", ["runs", "compare", "report"])
-def test_help_tells_what_may_be_typed(command, capsexp):
+def test_help_lists_arguments_and_options(command, capsexp):
     for flag in ("-h", "--help"):
         code, out, error = capsexp(command, flag)
         assert (code, error) == (0, "")
@@ -65,12 +65,12 @@ def test_all_runs_of_the_output_root_are_listed(sweep, capsexp):
 
 
 def test_options_stand_before_between_and_after_directories_and_filters(sweep, capsexp):
-    for words in (
+    for arguments in (
         ("outputs", "iterations=3", "--csv"),
         ("--csv", "iterations=3", "outputs"),
         ("outputs", "--csv", "iterations=3"),
     ):
-        code, out, error = capsexp("compare", *words)
+        code, out, error = capsexp("compare", *arguments)
         assert (code, error) == (0, "")
         assert [row["run"] for row in csv.DictReader(lines(out))] == [
             "outputs/sweep/3-1",
@@ -78,7 +78,7 @@ def test_options_stand_before_between_and_after_directories_and_filters(sweep, c
         ]
 
 
-def test_the_three_forms_are_clean(sweep, capsexp):
+def test_csv_markdown_and_json_are_the_only_output(sweep, capsexp):
     _, out, error = capsexp("compare", "--json", "--group-by", "seed", "--show", "train/loss,train/accuracy")
     assert [row["train/loss.n"] for row in json.loads(out)] == [2, 2]
     assert error == ""
@@ -86,13 +86,13 @@ def test_the_three_forms_are_clean(sweep, capsexp):
     assert [line.split(" | ")[1] for line in lines(out)[2:]] == ["1", "1", "0", "0"]
     code, out, error = capsexp("compare", "--csv", "--md")
     assert (code, out) == (2, "")
-    hint = "(capsexp compare -h tells what there is)"
+    hint = "(see capsexp compare -h)"
     assert error == f"capsexp: argument --md: not allowed with argument --csv {hint}\n"
 
 
-def test_the_order_can_be_turned(sweep, capsexp):
-    def first(*words):
-        return next(csv.DictReader(lines(capsexp("compare", "--csv", *words)[1])))["run"].rpartition("/")[2]
+def test_the_order_can_be_reversed(sweep, capsexp):
+    def first(*options):
+        return next(csv.DictReader(lines(capsexp("compare", "--csv", *options)[1])))["run"].rpartition("/")[2]
 
     assert first() == first("--descending") == "3-1"
     assert first("--ascending") == "1-0"
@@ -106,16 +106,16 @@ def test_failed_runs_are_shown_unless_hidden(sweep, write_run, capsexp):
     assert len(json.loads(capsexp("compare", "--json", "--hide-failed")[1])) == 4
 
 
-def test_curves_are_drawn_and_stdout_stays_clean(sweep, capsexp, tmp_path):
+def test_curves_are_drawn_without_output_on_stdout(sweep, capsexp, tmp_path):
     code, out, error = capsexp("compare", "--json", "--plot", "a.png")
     assert (code, error) == (0, "curves: a.png\n")
     assert len(json.loads(out)) == 4
-    two = matplotlib.image.imread(tmp_path / "a.png").shape
+    two_panels = matplotlib.image.imread(tmp_path / "a.png").shape
     capsexp("compare", "--plot", "b.png", "--metric", "train/accuracy")
-    assert matplotlib.image.imread(tmp_path / "b.png").shape[1] < two[1]
+    assert matplotlib.image.imread(tmp_path / "b.png").shape[1] < two_panels[1]
 
 
-def test_a_report_is_written_where_it_is_wanted(sweep, capsexp, tmp_path):
+def test_a_report_is_written_to_the_given_file(sweep, capsexp, tmp_path):
     code, out, error = capsexp(
         "report", "outputs/sweep", "iterations=3", "-o", "page.html", "--metric", "train/loss"
     )
@@ -128,33 +128,33 @@ def test_a_report_is_written_where_it_is_wanted(sweep, capsexp, tmp_path):
     assert (tmp_path / "report.html").read_text().count("<details class=") == 4
 
 
-# What goes wrong
+# Errors
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
-        (["none"], "none: there is no such directory"),
-        (["empty"], "empty is no run and holds none"),
-        (["file"], "file is a file; runs are directories"),
+        (["none"], "none: no such directory"),
+        (["empty"], "empty: no runs at or below this folder"),
+        (["file"], "file is a file, not a run directory"),
         (["sed=1"], "sed=1: unknown key 'sed': did you mean 'seed'?"),
         (["--sort-by", "sed"], "--sort-by: unknown key 'sed': did you mean 'seed'?"),
         (["--group-by", "sed"], "--group-by: unknown key 'sed': did you mean 'seed'?"),
-        (["--show", "train/los"], "--show: no run has the figure 'train/los': did you mean 'train/loss'?"),
-        (["--metric", "x/y", "--plot", "c.png"], "--metric: no run has the figure 'x/y'; there is"),
+        (["--show", "train/los"], "--show: no run has the metric 'train/los': did you mean 'train/loss'?"),
+        (["--metric", "x/y", "--plot", "c.png"], "--metric: no run has the metric 'x/y'; there is"),
     ],
 )
-def test_a_mistake_is_one_line_and_the_table_is_printed(words, message, sweep, capsexp, tmp_path):
+def test_an_error_is_one_line_and_the_table_is_still_printed(arguments, message, sweep, capsexp, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
-    code, out, error = capsexp("compare", "outputs", *words, "--json")
+    code, out, error = capsexp("compare", "outputs", *arguments, "--json")
     assert code == 2
     assert len(json.loads(out)) == 4
     assert len(lines(error)) == 1
     assert error.startswith(f"capsexp: {message}")
 
 
-def test_all_mistakes_are_told_at_once(sweep, capsexp):
+def test_all_errors_are_reported_at_once(sweep, capsexp):
     code, out, error = capsexp("compare", "outputs", "none", "sed=1", "--sort-by", "x/y", "--show", "z")
     assert code == 2
     assert len(lines(error)) == 4
@@ -162,28 +162,28 @@ def test_all_mistakes_are_told_at_once(sweep, capsexp):
 
 
 @pytest.mark.parametrize(
-    ("command", "words", "message"),
+    ("command", "arguments", "message"),
     [
         ("compare", ["--sortby", "x"], "unrecognized arguments: --sortby"),
         ("runs", ["--csv"], "unrecognized arguments: --csv"),
         ("compare", ["--plot", "a.xyz"], "--plot: must be an image file"),
         ("compare", ["--plot", "none/a.png"], "--plot: there is no folder"),
-        ("report", ["-o", "none/a.html"], "--output: none/a.html cannot be written"),
-        ("report", ["-o", "."], "--output: . cannot be written"),
+        ("report", ["-o", "none/a.html"], "--output: no such folder: none"),
+        ("report", ["-o", "."], "--output: . is a folder"),
         ("report", ["-o"], "argument -o/--output: expected one argument"),
     ],
 )
-def test_what_cannot_be_done_is_told_before_anything_is_read(
-    command, words, message, sweep, capsexp, monkeypatch
+def test_invalid_options_are_reported_before_any_run_is_read(
+    command, arguments, message, sweep, capsexp, monkeypatch
 ):
-    monkeypatch.setattr(selection, "select", lambda *words: 1 / 0)
-    code, out, error = capsexp(command, *words)
+    monkeypatch.setattr(selection, "select", lambda *_: 1 / 0)
+    code, out, error = capsexp(command, *arguments)
     assert (code, out) == (2, "")
     assert error.startswith(f"capsexp: {message}")
     assert len(lines(error)) == 1
 
 
-def test_blemished_runs_are_told_and_shown(sweep, write_run, capsexp):
+def test_damaged_runs_are_shown_with_warnings(sweep, write_run, capsexp):
     path = write_run("outputs/sweep/bad", {"seed": 2}, version="0.0.1")
     (path / "status.json").write_text('{"status": "compl')
     (path / "resolved_config.yaml").write_text("a: [")
@@ -191,21 +191,21 @@ def test_blemished_runs_are_told_and_shown(sweep, write_run, capsexp):
         file.write('{"step": 40, "train/l')
     code, out, error = capsexp("compare", "--show", "train/loss", "--json")
     assert (code, len(json.loads(out))) == (0, 5)
-    told = lines(error)
-    assert [line.startswith("capsexp: ") for line in told] == [True] * 4
-    assert "status.json cannot be read" in told[0]
-    assert "resolved_config.yaml cannot be read" in told[1]
+    warnings = lines(error)
+    assert [line.startswith("capsexp: ") for line in warnings] == [True] * 4
+    assert "status.json cannot be read" in warnings[0]
+    assert "resolved_config.yaml cannot be read" in warnings[1]
     assert (
-        told[2]
-        == "capsexp: capsexp 0.0.1 wrote 1 of 5 runs, this is 0.1.0: settings may be missing from them"
+        warnings[2]
+        == "capsexp: 1 of 5 runs were written by capsexp 0.0.1, this is 0.1.0: they may lack settings"
     )
-    assert told[3].endswith("metrics.jsonl: the last line is half written and left out")
+    assert warnings[3].endswith("metrics.jsonl: ignored the incomplete last line")
     assert capsexp("runs")[0] == capsexp("report")[0] == 0
 
 
-def test_where_there_are_no_runs_this_is_said(capsexp, tmp_path):
+def test_missing_runs_are_reported(capsexp, tmp_path):
     code, out, error = capsexp("runs")
-    assert (code, out, error) == (0, "", "capsexp: outputs: no runs yet; `capsexp train` makes one\n")
+    assert (code, out, error) == (0, "", "capsexp: outputs: no runs yet; start one with `capsexp train`\n")
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "sweep.json").write_text("{}")
     code, out, error = capsexp("compare", "sweep", "--csv", "--group-by", "seed", "--plot", "a.png")
@@ -213,28 +213,28 @@ def test_where_there_are_no_runs_this_is_said(capsexp, tmp_path):
     assert len(lines(out)) == 1
     code, out, error = capsexp("report", "sweep")
     assert (code, out) == (0, "")
-    assert lines(error)[1] == "capsexp: report.html is not written: there are no runs to show"
+    assert lines(error)[1] == "capsexp: no runs to show: report.html is not written"
     assert not (tmp_path / "report.html").exists()
 
 
 def test_ctrl_c_ends_without_a_traceback(sweep, capsexp, monkeypatch):
-    def interrupted(*words):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(selection, "select", interrupted)
+    monkeypatch.setattr(selection, "select", interrupt)
     assert capsexp("compare") == (130, "", "")
 
 
-def start(*words, cwd, code="import sys; from capsexp.cli import main; sys.exit(main())", **options):
-    command = [sys.executable, "-c", code, *map(str, words)]
+def start(*arguments, cwd, code="import sys; from capsexp.cli.main import main; sys.exit(main())", **options):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, stderr=subprocess.PIPE, text=True, check=False, **options)
 
 
-@pytest.mark.parametrize("words", [["runs"], ["compare"], ["compare", "--csv"]])
-def test_a_reader_that_goes_away_ends_the_command_quietly(words, sweep, tmp_path):
+@pytest.mark.parametrize("arguments", [["runs"], ["compare"], ["compare", "--csv"]])
+def test_a_closed_pipe_ends_the_command_quietly(arguments, sweep, tmp_path):
     read, write = os.pipe()
     os.close(read)
-    done = start(*words, cwd=tmp_path, stdout=write)
+    done = start(*arguments, cwd=tmp_path, stdout=write)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
 
@@ -247,9 +247,12 @@ def test_two_hundred_runs_are_compared_without_torch(write_run, tiny_config, tmp
         )
         loss = [{"step": step, "epoch": 1, "train/loss": 1 / step, "x": "y" * 500} for step in range(1, 101)]
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in loss))
-    words = ("compare", "--json", "--show", "train/loss", "--group-by", "seed")
-    code = "import sys; from capsexp.cli import main; print(main(), 'torch' in sys.modules, file=sys.stderr)"
-    done = start(*words, cwd=tmp_path, code=code, stdout=subprocess.PIPE)
+    arguments = ("compare", "--json", "--show", "train/loss", "--group-by", "seed")
+    code = (
+        "import sys; from capsexp.cli.main import main; "
+        "print(main(), 'torch' in sys.modules, file=sys.stderr)"
+    )
+    done = start(*arguments, cwd=tmp_path, code=code, stdout=subprocess.PIPE)
     assert done.stderr == "0 False\n"
     rows = json.loads(done.stdout)
     assert [(row["routing.iterations"], row["train/loss.mean"], row["train/loss.n"]) for row in rows] == [

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from capsexp.compare.comparison import Spread, beside_paper, compare, spread, told_apart
+from capsexp.compare.comparison import Spread, beside_paper, compare, row_label, spread
 from capsexp.compare.runs import find_all, read_all
 from capsexp.errors import Notes
 
@@ -17,7 +17,7 @@ def notes():
 
 @pytest.fixture
 def sweep(write_run, tmp_path):
-    """Two settings of three seeds each; the last run failed early, the one before it has no test."""
+    """Two settings of three seeds each; the last run failed early, the last two lack a test accuracy."""
     for iterations in (1, 3):
         for seed in range(3):
             failed = {"status": "failed", "error": "X"} if (iterations, seed) == (3, 2) else {}
@@ -36,7 +36,7 @@ def names(comparison):
     return [row.runs[0].path.name for row in comparison.rows]
 
 
-def test_rows_are_runs_beside_their_figures(sweep, notes):
+def test_rows_are_runs_with_settings_and_metrics(sweep, notes):
     found = compare(sweep, notes)
     titles = [column.title for column in found.columns]
     assert titles == ["iterations", "seed", "validation", "test", "steps", "time", "status", "run"]
@@ -49,7 +49,7 @@ def test_rows_are_runs_beside_their_figures(sweep, notes):
     assert notes == Notes()
 
 
-def test_means_over_seeds_are_numpys(sweep, notes):
+def test_means_over_seeds_match_numpy(sweep, notes):
     found = compare(sweep, notes, group_by=["seed"])
     assert found.grouped_by == ("seed",)
     assert column(found, "routing.iterations") == [3, 1]
@@ -58,36 +58,36 @@ def test_means_over_seeds_are_numpys(sweep, notes):
             (VALIDATION, [run.best for run in row.runs]),
             (TEST, [run.test for run in row.runs]),
         ):
-            there = np.array([value for value in values if value is not None])
-            told = row.cells[name]
-            assert told.n == len(there)
-            assert told.mean == pytest.approx(there.mean(), rel=1e-12)
-            if told.n > 1:
-                assert told.sd == pytest.approx(there.std(ddof=1), rel=1e-12)
+            present = np.array([value for value in values if value is not None])
+            cell = row.cells[name]
+            assert cell.n == len(present)
+            assert cell.mean == pytest.approx(present.mean(), rel=1e-12)
+            if cell.n > 1:
+                assert cell.sd == pytest.approx(present.std(ddof=1), rel=1e-12)
     assert (found.rows[0].cells[TEST].n, found.rows[0].cells[TEST].sd) == (1, None)
     assert column(found, "status") == ["2 finished, 1 failed", "3 finished"]
     assert notes == Notes()
 
 
-def test_means_over_all_that_differs_are_one_row(sweep, notes):
+def test_averaging_over_all_differing_settings_leaves_one_row(sweep, notes):
     for over in (["seed", "iterations"], ["seed", "routing"]):
         (row,) = compare(sweep, notes, group_by=over).rows
         assert row.cells[VALIDATION].n == 6
-        assert told_apart(row, compare(sweep, notes, group_by=over).columns) == ""
+        assert row_label(row, compare(sweep, notes, group_by=over).columns) == ""
 
 
-def test_runs_whose_settings_differ_otherwise_are_not_averaged(sweep, write_run, notes, tmp_path):
+def test_runs_with_other_differences_are_not_averaged(sweep, write_run, notes, tmp_path):
     write_run("odd", {"routing.iterations": 3, "model.decoder.hidden": [9]}, validation=[0.9])
     runs = read_all(find_all([tmp_path], notes), notes)
     assert sorted(len(row.runs) for row in compare(runs, notes, group_by=["seed"]).rows) == [1, 3, 3]
 
 
 @pytest.mark.parametrize("values", [[1.0, 2.0, 4.0], [1e200, -1e200], [1.0, math.inf], [math.inf, -math.inf]])
-def test_the_spread_of_any_values_is_numpys(values):
+def test_spread_matches_numpy(values):
     with np.errstate(all="ignore"):
         expected = np.mean(values), np.std(values, ddof=1)
-    told = spread(values)
-    np.testing.assert_allclose([told.mean, told.sd], expected)
+    actual = spread(values)
+    np.testing.assert_allclose([actual.mean, actual.sd], expected)
 
 
 def test_last_values_of_tags_become_columns(sweep, notes):
@@ -115,32 +115,32 @@ def test_last_values_of_tags_become_columns(sweep, notes):
         ("validation/accuracy", "3-2", "1-0"),
     ],
 )
-def test_rows_are_sorted_by_any_column_with_the_best_figures_first(name, first, last, sweep, notes):
+def test_rows_are_sorted_by_any_column_best_metrics_first(name, first, last, sweep, notes):
     found = compare(sweep, notes, sort_by=name)
     assert (names(found)[0], names(found)[-1]) == (first, last)
     assert notes == Notes()
 
 
-def test_a_row_without_the_value_comes_last_in_either_order(sweep, notes):
+def test_rows_without_the_value_come_last_in_either_order(sweep, notes):
     for descending in (True, False):
         assert names(compare(sweep, notes, sort_by="test", descending=descending))[-2:] == ["3-1", "3-2"]
     assert names(compare(sweep, notes, sort_by="test", descending=False))[0] == "1-0"
     assert names(compare(sweep, notes, sort_by="seed", descending=True))[0] == "1-2"
 
 
-def test_losses_are_best_when_small_and_what_is_no_number_is_worst(write_run, notes, tmp_path):
+def test_small_losses_come_first_and_nan_last(write_run, notes, tmp_path):
     for name, loss in {"a": "0.5", "b": "NaN", "c": "0.25"}.items():
         (write_run(name) / "metrics.jsonl").write_text(f'{{"step": 1, "x/loss": {loss}}}\n')
     runs = read_all(find_all([tmp_path], notes), notes)
     assert names(compare(runs, notes, sort_by="x/loss")) == ["c", "a", "b"]
 
 
-def test_what_is_sorted_by_is_shown(sweep, notes):
+def test_the_sorting_column_is_shown(sweep, notes):
     for name in ("train/accuracy", "conv_channels", "dataset"):
         assert name in [column.title for column in compare(sweep, notes, sort_by=name).columns]
 
 
-def test_numbers_are_sorted_before_words(write_run, notes, tmp_path):
+def test_numbers_sort_before_strings(write_run, notes, tmp_path):
     for name, value in {"a": "none", "b": 10, "c": 9, "d": None}.items():
         write_run(name, {"loss.margin": value})
     runs = read_all(find_all([tmp_path], notes), notes)
@@ -155,37 +155,37 @@ def test_failed_and_died_runs_can_be_hidden(sweep, write_run, notes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wishes", "message"),
+    ("options", "message"),
     [
-        ({"show": ["train/los"]}, "--show: no run has the figure 'train/los': did you mean 'train/loss'?"),
+        ({"show": ["train/los"]}, "--show: no run has the metric 'train/los': did you mean 'train/loss'?"),
         (
             {"sort_by": "train/los"},
-            "--sort-by: no run has the figure 'train/los': did you mean 'train/loss'?",
+            "--sort-by: no run has the metric 'train/los': did you mean 'train/loss'?",
         ),
         ({"sort_by": "sed"}, "--sort-by: unknown key 'sed': did you mean 'seed'?"),
         ({"sort_by": "validaton"}, "--sort-by: unknown key 'validaton': did you mean 'validation'?"),
         (
             {"sort_by": "weight_decay"},
-            "--sort-by: 'weight_decay' may be optimizer.weight_decay or loss.weight_decay: write more of it",
+            "--sort-by: 'weight_decay' is ambiguous: write optimizer.weight_decay or loss.weight_decay",
         ),
         ({"group_by": ["sed"]}, "--group-by: unknown key 'sed': did you mean 'seed'?"),
-        ({"group_by": ["seed"], "sort_by": "seed"}, "--sort-by: seed: the rows are means over it"),
+        ({"group_by": ["seed"], "sort_by": "seed"}, "--sort-by: the rows are means over seed"),
     ],
 )
-def test_a_wish_that_cannot_be_met_is_told_and_the_rest_is_done(wishes, message, sweep, notes):
-    found = compare(sweep, notes, **wishes)
+def test_an_invalid_option_is_reported_and_the_table_is_still_built(options, message, sweep, notes):
+    found = compare(sweep, notes, **options)
     assert notes.errors == [message]
-    assert len(found.rows) == (2 if wishes.get("group_by") == ["seed"] else 6)
+    assert len(found.rows) == (2 if options.get("group_by") == ["seed"] else 6)
     assert found.order.title == "validation"
 
 
-def test_no_runs_are_an_empty_table(notes):
+def test_no_runs_make_an_empty_table(notes):
     found = compare([], notes, show=["x/y"], sort_by="z", group_by=["w"])
     assert found.rows == []
     assert notes == Notes()
 
 
-# Ours beside a paper's
+# Beside a paper
 
 
 PAPER = {"error": 0.25, "sd": 0.005}
@@ -193,7 +193,7 @@ PAPER = {"error": 0.25, "sd": 0.005}
 
 @pytest.fixture
 def table(write_run, tmp_path, notes):
-    """Two recipes of two seeds each, the better one second, and a control that no paper has."""
+    """Two recipes of two seeds each, the better one second, and a control without a published error."""
     for name, paper, tests in (
         ("worse", PAPER, (0.90, 0.94)),
         ("better", {"error": 9.7}, (0.99, 0.97)),
@@ -201,19 +201,19 @@ def table(write_run, tmp_path, notes):
     ):
         for seed, test in enumerate(tests):
             settings = {"seed": seed, "routing.iterations": len(name), "paper": paper}
-            told = {"choices": {"experiment": name}, "total": 40, "steps_per_epoch": 20}
-            write_run(f"{name}-{seed}", settings, validation=[0.5], test=test, **told)
+            status = {"choices": {"experiment": name}, "total": 40, "steps_per_epoch": 20}
+            write_run(f"{name}-{seed}", settings, validation=[0.5], test=test, **status)
     return read_all(find_all([tmp_path], notes), notes)
 
 
-def test_errors_stand_beside_the_papers_in_the_same_unit_and_in_the_order_of_the_table(table, notes):
+def test_our_errors_are_shown_beside_the_papers_in_the_same_unit_and_order(table, notes):
     found = beside_paper(table, recipes=["worse", "better", "control"])
-    titles = [one.title for one in found.columns]
+    titles = [column.title for column in found.columns]
     assert titles == [
         *("recipe", "test error, %", "paper, %", "steps", "of", "epochs", "time", "status", "run")
     ]
     assert column(found, "experiment") == ["worse", "better", "control"]
-    assert [(one.mean, one.n) for one in column(found, "test/error")] == [
+    assert [(cell.mean, cell.n) for cell in column(found, "test/error")] == [
         (pytest.approx(error), n) for error, n in ((8, 2), (2, 2), (50, 1))
     ]
     assert column(found, "test/error")[0].sd == pytest.approx(np.std([10, 6], ddof=1))
@@ -222,7 +222,7 @@ def test_errors_stand_beside_the_papers_in_the_same_unit_and_in_the_order_of_the
     assert column(found, "total")[0].mean == 40
 
 
-def test_settings_that_differ_within_a_recipe_make_rows_of_their_own(table, write_run, notes, tmp_path):
+def test_settings_that_differ_within_a_recipe_get_their_own_rows(table, write_run, notes, tmp_path):
     more = {"routing.iterations": 6, "paper": PAPER, "loss.present": 0.8}
     write_run("better-longer", more, choices={"experiment": "better"}, test=0.99)
     runs = read_all(find_all([tmp_path], notes), notes)
@@ -232,9 +232,9 @@ def test_settings_that_differ_within_a_recipe_make_rows_of_their_own(table, writ
     ]
 
 
-def test_the_papers_figure_is_in_every_table_of_runs_that_have_one_and_tells_no_runs_apart(table, notes):
+def test_the_papers_error_is_a_metric_column_and_not_a_setting(table, notes):
     found = compare(table, notes)
-    titles = [one.title for one in found.columns]
+    titles = [column.title for column in found.columns]
     assert titles == [
         *("experiment", "iterations", "seed", "validation", "test", "test error, %", "paper, %"),
         *("steps", "of", "epochs", "time", "status", "run"),
@@ -242,16 +242,16 @@ def test_the_papers_figure_is_in_every_table_of_runs_that_have_one_and_tells_no_
     assert column(compare(table, notes, sort_by="test/error"), "test/error")[0] == pytest.approx(1)
     assert column(compare(table, notes, sort_by="paper, %"), "paper/error")[0].mean == 0.25
     means = compare(table, notes, group_by=["seed", "experiment", "iterations"])
-    assert (len(means.rows), means.rows[0].cells.get("paper/error")) == (1, None)  # the paper's own differ
+    assert (len(means.rows), means.rows[0].cells.get("paper/error")) == (1, None)  # the papers' errors differ
     assert notes == Notes()
 
 
-def test_without_a_papers_figure_nothing_is_said_of_papers(sweep, notes):
-    assert not {"test/error", "paper/error"} & {one.name for one in compare(sweep, notes).columns}
-    assert "epochs" not in {one.name for one in compare(sweep, notes).columns}
+def test_without_a_published_error_there_are_no_paper_columns(sweep, notes):
+    assert not {"test/error", "paper/error"} & {column.name for column in compare(sweep, notes).columns}
+    assert "epochs" not in {column.name for column in compare(sweep, notes).columns}
 
 
-def test_a_damaged_figure_is_named_and_the_rest_is_shown(write_run, notes, tmp_path):
+def test_an_invalid_published_error_is_reported_and_the_run_is_still_read(write_run, notes, tmp_path):
     write_run("a", {"paper": {"error": "low"}}, test=0.5)
     (run,) = read_all(find_all([tmp_path], notes), notes)
     assert (run.paper, run.test) == (None, 0.5)

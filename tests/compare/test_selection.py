@@ -22,7 +22,7 @@ def root(write_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("filters", "left"),
+    ("filters", "selected"),
     [
         ([], "abc"),
         (["iterations=3"], "bc"),
@@ -41,58 +41,58 @@ def root(write_run, tmp_path):
         (["status=finished,failed"], "abc"),
     ],
 )
-def test_filters_choose_runs(filters, left, root, notes):
-    assert "".join(run.path.name for run in select([str(root), *filters], notes)) == left
+def test_filters_select_runs(filters, selected, root, notes):
+    assert "".join(run.path.name for run in select([str(root), *filters], notes)) == selected
     assert notes == Notes()
 
 
-def test_a_null_is_a_value_and_a_missing_setting_is_none(write_run, tmp_path, notes):
+def test_null_matches_a_null_setting_and_not_a_missing_one(write_run, tmp_path, notes):
     write_run("a", {"loss.margin": None})
     write_run("b")
     assert [run.path.name for run in select([str(tmp_path), "margin=null"], notes)] == ["a"]
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("condition", "message"),
     [
         ("iteratons=3", "unknown key 'iteratons': did you mean 'routing.iterations'?"),
         (
             "weight_decay=0",
-            "'weight_decay' may be optimizer.weight_decay or loss.weight_decay: write more of it",
+            "'weight_decay' is ambiguous: write optimizer.weight_decay or loss.weight_decay",
         ),
         ("status=finishd", "unknown status 'finishd': did you mean 'finished'?"),
     ],
 )
-def test_a_filter_that_cannot_be_understood_is_told_and_lets_all_runs_pass(word, message, root, notes):
-    assert len(select([str(root), word], notes)) == 3
-    assert notes.errors == [f"{word}: {message}"]
+def test_an_invalid_filter_is_reported_and_passes_all_runs(condition, message, root, notes):
+    assert len(select([str(root), condition], notes)) == 3
+    assert notes.errors == [f"{condition}: {message}"]
 
 
-def test_a_value_that_no_run_has_is_told(root, notes):
+def test_a_value_that_no_run_has_is_reported(root, notes):
     assert select([str(root), "seed=7"], notes) == []
     assert select([str(root), "status=died"], notes) == []
     assert select([str(root), "seed=0", "model=large"], notes) == []
     assert notes.warnings == [
-        "no run has seed=7; there is 0, 1, 2",
+        "no run has seed=7; values: 0, 1, 2",
         "no run has status=died",
         "no run has seed=0 and model=large",
     ]
     assert notes.errors == []
 
 
-def test_a_word_with_an_equals_sign_may_be_a_directory(write_run, notes, monkeypatch, tmp_path):
+def test_a_directory_name_may_contain_an_equals_sign(write_run, notes, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     write_run("seed=1", {"seed": 1})
     write_run("other")
     assert [str(run.path) for run in select(["seed=1"], notes)] == ["seed=1"]
 
 
-def test_without_a_directory_the_output_root_is_meant(root, notes, monkeypatch, tmp_path):
+def test_the_default_directory_is_the_output_root(root, notes, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CAPSEXP_OUTPUTS", str(root))
     assert len(select(["iterations=3"], notes)) == 2
     assert notes == Notes()
     monkeypatch.delenv("CAPSEXP_OUTPUTS")
     assert select(["iterations=3"], notes) == []
-    assert notes.warnings == ["outputs: no runs yet; `capsexp train` makes one"]
+    assert notes.warnings == ["outputs: no runs yet; start one with `capsexp train`"]
     assert notes.errors == []

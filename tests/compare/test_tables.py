@@ -25,7 +25,7 @@ def print_table(paths, notes, *, group_by=()):
     print_comparison(compare(found, notes, group_by=group_by))
 
 
-VALUE = 0.1 + 0.2  # has seventeen digits
+VALUE = 0.1 + 0.2  # needs seventeen digits
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def test_json_keeps_types_and_is_strict(runs, write_run, notes, tmp_path):
     (write_run("sweep/c", config={"seed": 2}) / "metrics.jsonl").write_text('{"step": 1, "x/loss": NaN}\n')
     runs = read_all(find_all([tmp_path], notes), notes)
 
-    def refuse(word):
-        raise AssertionError(word)
+    def refuse(constant):
+        raise AssertionError(constant)
 
     first, second, third = json.loads(json_text(compare(runs, notes, show=["x/loss"])), parse_constant=refuse)
     assert (first["model.decoder.hidden"], first["validation/best_accuracy"], first["seed"]) == (
@@ -102,7 +102,7 @@ def test_markdown_is_the_table_for_people(runs, notes):
     assert means.startswith("| 0.3000 (1) | 0.5000 (1) |")
 
 
-def test_the_table_for_people_is_rounded_and_names_the_shared_folder(runs, notes, capsys, tmp_path):
+def test_the_table_for_people_is_rounded_and_names_the_common_folder(runs, notes, capsys, tmp_path):
     print_comparison(compare(runs, notes))
     out = capsys.readouterr().out
     head, _, first, second, end = out.splitlines()
@@ -118,7 +118,7 @@ def test_the_table_for_people_is_rounded_and_names_the_shared_folder(runs, notes
     assert capsys.readouterr().out == out
 
 
-def test_the_table_of_means_tells_how_many(runs, notes, capsys, tmp_path, write_run):
+def test_the_table_of_means_shows_the_number_of_runs(runs, notes, capsys, tmp_path, write_run):
     write_run("sweep/a2", {"model.decoder.hidden": [8, 9], "loss.name": "x|y,z", "seed": 2}, validation=[0.5])
     print_table([tmp_path], notes, group_by=["seed"])
     out = capsys.readouterr().out
@@ -129,7 +129,7 @@ def test_the_table_of_means_tells_how_many(runs, notes, capsys, tmp_path, write_
     assert out.endswith(f"3 runs in {tmp_path}/sweep; mean ± sample sd over seed\n")
 
 
-def test_the_list_of_runs_has_the_newest_first_and_says_why_one_failed(write_run, notes, capsys, tmp_path):
+def test_the_list_of_runs_starts_with_the_newest_and_shows_errors(write_run, notes, capsys, tmp_path):
     now = time.time()
     write_run("old", started=now - 3 * 86400, validation=[0.5], test=0.25)
     write_run(
@@ -146,7 +146,7 @@ def test_the_list_of_runs_has_the_newest_first_and_says_why_one_failed(write_run
     ]
 
 
-def test_what_a_file_says_cannot_steer_the_terminal(write_run, notes, capsys, tmp_path):
+def test_control_characters_of_files_do_not_reach_the_terminal(write_run, notes, capsys, tmp_path):
     write_run("a", {"loss.name": "\x1b[31mred"}, status="failed", error="\n\x1b]0;title\x07\x1b[2Jgone")
     write_run("b", {"loss.name": "plain"})
     runs = read_all(find_all([tmp_path], notes), notes)
@@ -157,7 +157,7 @@ def test_what_a_file_says_cannot_steer_the_terminal(write_run, notes, capsys, tm
     assert "[2Jgone" in out
 
 
-def test_on_a_narrow_terminal_no_word_is_broken(runs, notes, capsys, monkeypatch):
+def test_rows_are_not_wrapped_on_a_narrow_terminal(runs, notes, capsys, monkeypatch):
     print_comparison(compare(runs, notes))
     piped = capsys.readouterr().out
     monkeypatch.setattr(tables.sys.stdout, "isatty", lambda: True)
@@ -171,7 +171,7 @@ def test_on_a_narrow_terminal_no_word_is_broken(runs, notes, capsys, monkeypatch
     assert [line.rstrip() for line in plain] == piped.splitlines()
 
 
-def test_an_empty_table_is_a_head_an_empty_list_or_nothing(notes, capsys):
+def test_an_empty_table_is_a_heading_an_empty_list_or_nothing(notes, capsys):
     empty = compare([], notes)
     assert csv_text(empty) == "validation/best_accuracy,test/accuracy,steps,seconds,status,run\n"
     assert len(markdown(empty).splitlines()) == 2
@@ -181,7 +181,9 @@ def test_an_empty_table_is_a_head_an_empty_list_or_nothing(notes, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_absolute_and_relative_directories_share_none(write_run, notes, tmp_path, monkeypatch, capsys):
+def test_absolute_and_relative_directories_have_no_common_folder(
+    write_run, notes, tmp_path, monkeypatch, capsys
+):
     write_run("a")
     write_run("b")
     monkeypatch.chdir(tmp_path)
@@ -189,11 +191,11 @@ def test_absolute_and_relative_directories_share_none(write_run, notes, tmp_path
     assert capsys.readouterr().out.endswith("2 runs in .\n")
 
 
-def test_a_papers_figure_is_written_in_every_form(write_run, notes, capsys, tmp_path):
+def test_a_published_error_is_written_in_every_format(write_run, notes, capsys, tmp_path):
     paper = {"error": 0.25, "sd": 0.005}
     for seed, test in enumerate((0.9888, 0.9871)):
-        told = {"choices": {"experiment": "mine"}, "steps_per_epoch": 430}
-        write_run(f"sweep/{seed}", {"seed": seed, "paper": paper}, test=test, **told)
+        status = {"choices": {"experiment": "mine"}, "steps_per_epoch": 430}
+        write_run(f"sweep/{seed}", {"seed": seed, "paper": paper}, test=test, **status)
     found = read_all(find_all([tmp_path], notes), notes)
     grouped = compare(found, notes, group_by=["seed"])
     print_comparison(grouped)

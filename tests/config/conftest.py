@@ -93,7 +93,7 @@ def mine(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def stored_run(tmp_path):
+def saved_run(tmp_path):
     """Write a run directory with a config, as somebody might send one; return its path."""
 
     def write(**changes):

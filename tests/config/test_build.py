@@ -11,7 +11,7 @@ from capsexp.errors import UserError
 from capsexp.schedule import Linear, Warmup
 
 
-def test_nested_parts_are_built_first_and_dicts_and_lists_kept():
+def test_nested_nodes_are_built_first_and_dicts_and_lists_kept():
     then = {"_target_": "capsexp.schedule.Linear", "start": 1.0, "end": 0.0, "steps": 10}
     node = {"a": [{"_target_": "capsexp.schedule.Warmup", "steps": 5, "then": then}, "b", None]}
     built = build(node, at="x")
@@ -39,7 +39,7 @@ def test_run_time_arguments_join_those_of_the_config():
     assert linear.out_features == 2
 
 
-def test_the_parts_are_those_of_the_config(edited):
+def test_the_components_are_those_of_the_config(edited):
     components = build_components(
         edited("seed=7", "optimizer._target_=torch.optim.AdamW", "optimizer.eps=1.0e-4"), plugins=[]
     )

@@ -96,7 +96,7 @@ def test_a_learning_rate_may_be_a_number():
     assert rate("optimizer.lr=1")(Step(3, 10)) == 1.0
 
 
-def test_a_learning_rate_may_be_bent_in_one_place():
+def test_one_key_of_a_learning_rate_may_be_changed():
     assert rate("optimizer.lr.start=0.5")(Step(0, 10)) == 0.5
     assert rate("optimizer=sgd")(Step(0, 10)) == 0.05
     assert rate("optimizer=sgd")(Step(10, 10)) == 0.0

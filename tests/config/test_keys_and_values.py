@@ -110,7 +110,7 @@ def test_a_value_of_the_wrong_type_is_reported_by_its_key(override, message, edi
         ("dataset.validation=-1", "dataset: validation "),
     ],
 )
-def test_a_constructors_complaint_begins_with_the_key(override, message, edited, problems):
+def test_a_constructors_error_begins_with_the_key(override, message, edited, problems):
     reported = problems(edited(override))
     assert len(reported) == 1
     assert reported[0].startswith(message), reported

@@ -35,7 +35,7 @@ def test_other_settings_have_another_name(other):
     assert job_name(other) != job_name(["seed=0"])
 
 
-def test_the_last_word_on_a_key_counts():
+def test_the_last_override_of_a_key_counts():
     assert job_name(["seed=0", "seed=1"]) != job_name(["seed=1", "seed=0"])
 
 

@@ -142,6 +142,18 @@ def test_a_renamed_key_keeps_its_place_and_its_value(monkeypatch):
     assert list(parse_saved(text)["model"]) == ["_target_", "a", "decode", "b"]
 
 
+def test_a_renamed_value_is_that_of_one_key(monkeypatch):
+    monkeypatch.setattr(saved, "RENAMED_KEYS", {"a.light": "a.mean"})
+    monkeypatch.setattr(saved, "RENAMED_VALUES", {"a.mean": {"picture": "image"}})
+    text = b"a: {_target_: capsexp.x.Y, light: picture, b: picture}\nc: picture"
+    assert parse_saved(text) == {
+        "a": {"_target_": "capsexp.x.Y", "mean": "image", "b": "picture"},
+        "c": "picture",
+    }
+    assert parse_saved(b"a: {_target_: capsexp.x.Y, mean: picture}")["a"]["mean"] == "image"
+    assert parse_saved(b"a: {_target_: capsexp.x.Y, light: window}")["a"]["mean"] == "window"
+
+
 def test_a_class_of_a_plugin_keeps_its_keys(monkeypatch):
     monkeypatch.setattr(saved, "RENAMED_KEYS", {"model.mask": "model.decode"})
     config = {"model": {"_target_": "mine.Model", "mask": 1}}
@@ -237,3 +249,9 @@ def test_what_could_start_code_is_left_out_of_a_saved_config(config):
     assert root.hydra.callbacks == {}
     assert "defaults" not in root.model
     assert ConfigStore.instance().load("model/stored.yaml").node.get("defaults") is None
+
+
+def test_a_renamed_value_is_read_under_its_new_name():
+    node = b"{_target_: capsexp.preprocess.Preprocess, light: picture}"
+    preprocess = parse_saved(b"dataset: {preprocess: " + node + b"}")["dataset"]["preprocess"]
+    assert preprocess == {"_target_": "capsexp.data.preprocess.Preprocess", "contrast_mean": "image"}

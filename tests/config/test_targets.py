@@ -113,7 +113,7 @@ PLACES = (at_top, under_a_key_of_its_own, in_a_dict, in_a_list, in_a_schedule_in
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("target", HOSTILE)
-def test_a_hostile_target_is_refused_wherever_it_stands(target, place, hostile, marker, edited, problems):
+def test_a_hostile_target_is_refused_in_every_place(target, place, hostile, marker, edited, problems):
     settings = edited()
     at = place(settings, {"_target_": target, **hostile[target]})
     reported = [line for line in problems(settings) if f"{at}._target_: '{target}' may not be built" in line]
@@ -131,16 +131,16 @@ def test_building_a_hostile_node_by_itself_is_refused(target, hostile, marker):
 
 
 @pytest.mark.parametrize("target", HOSTILE)
-def test_a_hostile_target_in_a_saved_config_is_refused(target, hostile, marker, stored_run, capsexp):
-    run = stored_run(loss={"_target_": target, **hostile[target]})
+def test_a_hostile_target_in_a_saved_config_is_refused(target, hostile, marker, saved_run, capsexp):
+    run = saved_run(loss={"_target_": target, **hostile[target]})
     code, _, error = capsexp("eval", f"run={run}")
     assert code == 2
     assert f"loss._target_: '{target}' may not be built from a config" in error
     assert not marker.exists()
 
 
-def test_predict_refuses_it_too(hostile, marker, stored_run, capsexp):
-    run = stored_run(loss={"_target_": "torch.hub.load", **hostile["torch.hub.load"]})
+def test_predict_refuses_it_too(hostile, marker, saved_run, capsexp):
+    run = saved_run(loss={"_target_": "torch.hub.load", **hostile["torch.hub.load"]})
     code, _, error = capsexp("predict", f"run={run}", "x.png")
     assert code == 2
     assert "loss._target_: 'torch.hub.load' may not be built from a config" in error
@@ -148,9 +148,9 @@ def test_predict_refuses_it_too(hostile, marker, stored_run, capsexp):
 
 
 @pytest.mark.parametrize("node", ["model", "dataset"])
-def test_a_hostile_target_deep_in_a_saved_config_is_refused(node, hostile, marker, stored_run, capsexp):
+def test_a_hostile_target_deep_in_a_saved_config_is_refused(node, hostile, marker, saved_run, capsexp):
     target = f"{NARROW}.hub.load"
-    run = stored_run()
+    run = saved_run()
     path = run / ".hydra" / "config.yaml"
     settings = OmegaConf.load(path)
     settings[node]["deep"] = [{"er": {"_target_": target, **hostile[target]}}]
@@ -187,17 +187,17 @@ def test_such_a_logging_setting_would_create_the_marker(marker):
 )
 @pytest.mark.parametrize("way", ["hydra", "defaults", "defaults of a group"])
 def test_a_saved_config_cannot_set_anything_of_hydra(
-    hidden, way, flags, mischief, marker, stored_run, capsexp
+    hidden, way, flags, mischief, marker, saved_run, capsexp
 ):
     hidden = {"job_logging": opening(marker)} if hidden == "logging" else hidden
     moved = ["_self_", {"/experiment@_global_.hydra": "stored"}]
     if way == "hydra":
-        run = stored_run(hydra=hidden)
+        run = saved_run(hydra=hidden)
     elif way == "defaults":
-        run = stored_run(experiment=hidden, defaults=moved)
+        run = saved_run(experiment=hidden, defaults=moved)
     else:
         loss = {"defaults": moved, "_target_": "capsexp.loss.cross_entropy.CrossEntropy"}
-        run = stored_run(experiment=hidden, loss=loss | {"weight_decay": 0.0, "reconstruction_weight": 0.1})
+        run = saved_run(experiment=hidden, loss=loss | {"weight_decay": 0.0, "reconstruction_weight": 0.1})
     code, _, error = capsexp("eval", f"run={run}", *flags)
     assert not marker.exists()
     if flags:
@@ -207,8 +207,8 @@ def test_a_saved_config_cannot_set_anything_of_hydra(
         assert "may not be built" in error or "there is no such file" in error
 
 
-def test_plugins_named_by_a_saved_config_do_not_count(mischief, marker, stored_run, capsexp):
-    run = stored_run(plugins=[mischief], loss={"_target_": "mischief.Thing"})
+def test_plugins_named_by_a_saved_config_do_not_count(mischief, marker, saved_run, capsexp):
+    run = saved_run(plugins=[mischief], loss={"_target_": "mischief.Thing"})
     code, _, error = capsexp("eval", f"run={run}")
     assert code == 2
     assert "'mischief.Thing' may not be built from a config" in error
@@ -262,7 +262,7 @@ def test_the_rest_of_capsexp_may_not_be_built(target):
         "capsexp.schedule.as_schedule",
         "capsexp.training.device.tune_allocator",
         "capsexp.dataset.image_folder.decode",
-        "capsexp.loss.margin.reconstruction_term",
+        "capsexp.loss.margin.margin_loss",
         "torch.nn.functional.relu",
         "torch.nn.init.zeros_",
         "torchvision.models.resnet18",
@@ -304,7 +304,7 @@ def test_an_alias_of_an_allowed_class_is_that_class():
     assert resolve("capsexp.layer.decoder.nn.Linear") is torch.nn.Linear
 
 
-def test_modules_and_optimisers_of_torch_are_built():
+def test_modules_and_optimizers_of_torch_are_built():
     linear = build({"_target_": "torch.nn.Linear", "in_features": 3, "out_features": 2}, at="x")
     assert isinstance(linear, torch.nn.Linear)
     assert linear.weight.shape == (2, 3)
@@ -356,7 +356,7 @@ def test_a_plugin_of_the_command_line_may_be_built(name, mine, edited, problems)
     assert build_components(settings, plugins=[mine]).loss.present == 0.9
 
 
-def test_the_command_line_hands_its_plugins_on(mine, capsexp):
+def test_the_command_line_passes_its_plugins_on(mine, capsexp):
     arguments = ["loss._target_=mine.Loss", "loss.absent=2"]
     assert "'mine.Loss' may not be built" in capsexp("train", *arguments)[2]
     assert "absent and present must be" in capsexp("train", *arguments, "plugins=[mine]")[2]

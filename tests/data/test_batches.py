@@ -10,22 +10,12 @@ from capsexp.data.seeds import derive_seed, epoch_order
 from capsexp.data.split import Split, split_validation, stratified
 from capsexp.errors import DataError
 
-OFF = {
-    "resize": None,
-    "shift": 0,
-    "crop": None,
-    "flip": False,
-    "brightness": 0,
-    "contrast": None,
-    "light": "window",
-    "standardise": None,
-    "test_crops": 1,
-}
-AUGMENTED = {**OFF, "shift": 2, "flip": True, "brightness": 20, "contrast": [0.5, 1.5], "standardise": "last"}
+IDENTITY = {}
+AUGMENTED = {"shift": 2, "flip": True, "brightness": 20, "contrast": [0.5, 1.5], "standardise": "last"}
 
 
 def numbered(count, channels=1, side=6):
-    """Pictures that can be told apart, labelled by their position."""
+    """Random images, labeled by their position."""
     images = torch.randint(0, 256, (count, channels, side, side), generator=torch.Generator().manual_seed(0))
     return Split(images.to(torch.uint8), torch.arange(count))
 
@@ -38,7 +28,7 @@ def batches(count=23, *, side=6, preprocess=AUGMENTED, **changes):
         "memory_format": torch.contiguous_format,
         "limit": None,
     }
-    return Batches(numbered(count, side=side), Preprocess(**preprocess), **{**keywords, **changes})
+    return Batches(numbered(count, side=side), Preprocess.identity(**preprocess), **{**keywords, **changes})
 
 
 def equal(first, second):
@@ -48,51 +38,51 @@ def equal(first, second):
 class Toy(Dataset):
     name = "toy"
     classes = ("a", "b")
-    stored_shape = (1, 6, 6)
+    file_shape = (1, 6, 6)
 
     def __init__(self, *, split, **keywords):
         self.split = split
         super().__init__(split_seed=0, **keywords)
 
-    def _load(self, part):
+    def _load(self, split):
         return self.split
 
 
-def toy(*, split=None, preprocess=OFF, validation=0):
+def toy(*, split=None, preprocess=IDENTITY, validation=0):
     split = split or Split(numbered(9).images, torch.arange(9) % 2)
-    return Toy(split=split, preprocess=Preprocess(**preprocess), validation=validation)
+    return Toy(split=split, preprocess=Preprocess.identity(**preprocess), validation=validation)
 
 
 @settings(max_examples=25, deadline=None)
 @given(count=st.integers(1, 40), batch_size=st.integers(1, 12), epoch=st.integers(0, 3), data=st.data())
 def test_training_can_start_at_any_batch(count, batch_size, epoch, data):
-    drawn = batches(count, batch_size=batch_size)
-    start = data.draw(st.integers(0, len(drawn)))
-    whole = list(drawn.training(epoch))
+    all_batches = batches(count, batch_size=batch_size)
+    start = data.draw(st.integers(0, len(all_batches)))
+    whole = list(all_batches.training(epoch))
     resumed = list(batches(count, batch_size=batch_size).training(epoch, start=start))
-    assert len(resumed) == len(drawn) - start
+    assert len(resumed) == len(all_batches) - start
     assert all(equal(a, b) for a, b in zip(whole[start:], resumed, strict=True))
 
 
 @settings(max_examples=25, deadline=None)
 @given(count=st.integers(1, 40), batch_size=st.integers(1, 12))
-def test_an_epoch_visits_each_picture_once(count, batch_size):
-    drawn = batches(count, batch_size=batch_size)
-    for epoch in (drawn.training(0), drawn.in_order()):
-        seen = list(epoch)
-        assert len(seen) == len(drawn) == -(-count // batch_size)
-        assert sorted(torch.cat([batch.indices for batch in seen]).tolist()) == list(range(count))
+def test_an_epoch_visits_each_image_once(count, batch_size):
+    all_batches = batches(count, batch_size=batch_size)
+    for epoch in (all_batches.training(0), all_batches.in_order()):
+        batches_of_epoch = list(epoch)
+        assert len(batches_of_epoch) == len(all_batches) == -(-count // batch_size)
+        assert sorted(torch.cat([batch.indices for batch in batches_of_epoch]).tolist()) == list(range(count))
 
 
-def test_labels_and_indices_go_with_their_pictures():
+def test_labels_and_indices_belong_to_their_images():
     split = numbered(23)
-    for batch in batches(preprocess=OFF).training(1):
+    for batch in batches(preprocess=IDENTITY).training(1):
         assert torch.equal(batch.labels, batch.indices)
         assert torch.equal(batch.pixels, split.images[batch.indices].float() / 255)
         assert batch.images is batch.pixels
 
 
-def test_drawing_does_not_touch_and_does_not_heed_the_global_generator():
+def test_batches_do_not_use_the_global_generator():
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = list(batches().training(0))
@@ -112,19 +102,19 @@ def test_epochs_and_seeds_differ_in_order_and_in_augmentation():
         assert not torch.equal(*restored)
 
 
-def test_in_order_is_in_order_and_free_of_chance():
-    drawn = batches()
-    first, again = list(drawn.in_order()), list(drawn.in_order())
+def test_in_order_keeps_the_order_and_is_not_random():
+    all_batches = batches()
+    first, again = list(all_batches.in_order()), list(all_batches.in_order())
     assert all(equal(a, b) for a, b in zip(first, again, strict=True))
     assert torch.cat([batch.indices for batch in first]).tolist() == list(range(23))
     pixels = torch.cat([batch.pixels for batch in first])
     assert torch.equal(pixels, numbered(23).images.float() / 255)
 
 
-def test_views_begin_with_the_pictures_in_order_and_go_on_with_their_other_crops():
-    several = {**OFF, "crop": 2, "test_crops": 13}
-    drawn = batches(preprocess=several, side=9)
-    for plain, views in zip(drawn.in_order(), drawn.views(), strict=True):
+def test_views_start_with_the_batches_of_in_order():
+    crops = {"crop": 2, "test_crops": 13}
+    all_batches = batches(preprocess=crops, side=9)
+    for plain, views in zip(all_batches.in_order(), all_batches.views(), strict=True):
         assert len(views) == 13
         assert equal(plain, views[0])
         assert len({view.pixels.sum().item() for view in views}) == 13
@@ -144,11 +134,13 @@ def test_limit_stops_an_epoch_early_and_changes_nothing_before():
     assert whole.visited == whole.count
 
 
-def test_channels_last_changes_the_memory_and_not_the_numbers():
+def test_channels_last_changes_only_the_memory_format():
     split = numbered(10, channels=3)
     keywords = {"batch_size": 4, "seed": 0, "device": "cpu", "limit": None}
-    plain = Batches(split, Preprocess(**AUGMENTED), memory_format=torch.contiguous_format, **keywords)
-    last = Batches(split, Preprocess(**AUGMENTED), memory_format=torch.channels_last, **keywords)
+    plain = Batches(
+        split, Preprocess.identity(**AUGMENTED), memory_format=torch.contiguous_format, **keywords
+    )
+    last = Batches(split, Preprocess.identity(**AUGMENTED), memory_format=torch.channels_last, **keywords)
     for a, b in zip(plain.training(0), last.training(0), strict=True):
         assert b.images.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(a.images, b.images)
@@ -157,7 +149,7 @@ def test_channels_last_changes_the_memory_and_not_the_numbers():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"count": 0}, "split must have >= 1 picture, got 0"),
+        ({"count": 0}, "split must have >= 1 image, got 0"),
         ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
         ({"limit": 0}, "limit must be >= 1 batch or null, got 0"),
     ],
@@ -168,14 +160,14 @@ def test_impossible_batches_are_refused(changes, message):
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, 0), (1, 1), (22, 22), (0.5, 12), (0.001, 1)])
-def test_validation_takes_pictures_away_from_training(count, expected):
+def test_validation_images_are_removed_from_training(count, expected):
     training, validation = split_validation(numbered(23), count=count, seed=0)
     assert validation.size == expected
     assert sorted(training.labels.tolist() + validation.labels.tolist()) == list(range(23))
     assert torch.equal(validation.images, numbered(23).images[validation.labels])
 
 
-def test_the_validation_pictures_depend_on_their_seed_alone():
+def test_validation_images_depend_only_on_their_seed():
     first, again, other = (
         split_validation(numbered(100), count=20, seed=seed)[1].labels for seed in (0, 0, 1)
     )
@@ -184,18 +176,18 @@ def test_the_validation_pictures_depend_on_their_seed_alone():
 
 
 @pytest.mark.parametrize("count", [23, 24])
-def test_validation_must_leave_something(count):
-    with pytest.raises(ValueError, match=f"validation must leave a picture to train on: got {count} of 23"):
+def test_validation_must_leave_an_image_to_train_on(count):
+    with pytest.raises(ValueError, match=f"validation must leave an image to train on: got {count} of 23"):
         split_validation(numbered(23), count=count, seed=0)
 
 
 @pytest.mark.parametrize("validation", [-1, 1.0, 0.0, -0.5])
-def test_a_validation_out_of_range_is_refused_before_anything_is_read(validation):
+def test_validation_out_of_range_is_refused_before_reading(validation):
     with pytest.raises(ValueError, match=r"validation must be an integer >= 0 or a share in \(0, 1\)"):
         toy(validation=validation)
 
 
-def test_stratified_takes_its_share_of_every_class():
+def test_stratified_takes_a_share_of_every_class():
     labels = torch.tensor([0] * 50 + [1] * 20 + [2] * 2)
     chosen = stratified(labels, share=0.2, seed=0)
     assert labels[chosen].bincount().tolist() == [10, 4, 1]
@@ -203,10 +195,10 @@ def test_stratified_takes_its_share_of_every_class():
     assert not torch.equal(chosen, stratified(labels, share=0.2, seed=1))
 
 
-def test_derived_seeds_are_the_same_in_every_process_and_differ_by_every_part():
-    parts = [(0, 1, 2, "a"), (0, 1, 2, "b"), (0, 12, "a"), (0, 1, "2", "a"), (1, 1, 2, "a"), (0, 2, 1, "a")]
-    seeds = [derive_seed(*part) for part in parts]
-    assert len(set(seeds)) == len(parts)
+def test_derived_seeds_are_the_same_in_every_process_and_depend_on_every_key():
+    keys = [(0, 1, 2, "a"), (0, 1, 2, "b"), (0, 12, "a"), (0, 1, "2", "a"), (1, 1, 2, "a"), (0, 2, 1, "a")]
+    seeds = [derive_seed(*key) for key in keys]
+    assert len(set(seeds)) == len(keys)
     assert all(0 <= seed < 2**63 for seed in seeds)
     # Frozen: Python's own hash of a string would differ in the next process.
     assert seeds[0] == 6_302_797_363_194_110_411
@@ -218,35 +210,35 @@ def test_the_order_of_an_epoch_is_a_fixed_permutation():
     assert sorted(epoch_order(100, seed=3, epoch=7).tolist()) == list(range(100))
 
 
-def test_a_dataset_reads_at_the_size_that_it_announces():
-    dataset = toy(preprocess={**OFF, "resize": 10, "crop": 8}, validation=3)
+def test_images_have_the_shape_that_the_dataset_reports():
+    dataset = toy(preprocess={"resize": 10, "crop": 8}, validation=3)
     training, validation = dataset.read_training()
     assert (training.size, validation.size) == (6, 3)
     assert tuple(training.images.shape[1:]) == dataset.raw_shape == (1, 10, 10)
     assert dataset.image_shape == (1, 8, 8)
 
 
-def test_a_dataset_has_nothing_to_remark_by_itself():
+def test_a_dataset_has_no_caveats_by_default():
     assert toy().caveats() == []
 
 
-def test_a_crop_larger_than_the_pictures_is_refused_before_they_are_read():
-    with pytest.raises(ValueError, match="crop must be <= the picture's 6x6, got 7"):
-        toy(preprocess={**OFF, "crop": 7})
+def test_a_crop_larger_than_the_images_is_refused_before_reading():
+    with pytest.raises(ValueError, match="crop must be <= the image's 6x6, got 7"):
+        toy(preprocess={"crop": 7})
 
 
 @pytest.mark.parametrize(
     ("split", "message"),
     [
-        (Split(numbered(4).images, torch.zeros(3, dtype=torch.int64)), "expected 3 train pictures of shape"),
+        (Split(numbered(4).images, torch.zeros(3, dtype=torch.int64)), "expected 3 train images of shape"),
         (
             numbered(4, side=5),
-            r"expected 4 train pictures of shape \(1, 6, 6\), found 4 of shape \(1, 5, 5\)",
+            r"expected 4 train images of shape \(1, 6, 6\), found 4 of shape \(1, 5, 5\)",
         ),
         (numbered(4), "the train labels must be 0 … 1"),
         (numbered(0), "the train labels must be 0 … 1"),
     ],
 )
-def test_a_dataset_that_reads_something_else_is_refused(split, message):
+def test_images_and_labels_that_do_not_match_the_dataset_are_refused(split, message):
     with pytest.raises(DataError, match=message):
         toy(split=split).read("train")

@@ -45,25 +45,25 @@ def tarred(members):
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     packed = buffer.getvalue()
-    holds = tuple(StoredFile(name, f"sha256:{sha256(content)}") for name, content in members.items())
-    return RemoteFile("set.tar.gz", URL + ".tar.gz", sha256(packed), holds), packed
+    contents = tuple(StoredFile(name, f"sha256:{sha256(content)}") for name, content in members.items())
+    return RemoteFile("set.tar.gz", URL + ".tar.gz", sha256(packed), contents), packed
 
 
 def serve(monkeypatch, answers):
-    """Answer each address with the given bytes, as urllib would."""
-    asked = []
+    """Serve the given bytes for each address, as urllib would; return the list of requested addresses."""
+    requested = []
 
     def open_url(url):
-        asked.append(url)
+        requested.append(url)
         answer = io.BytesIO(answers[url])
         answer.headers = {"Content-Length": str(len(answers[url]))}
         return answer
 
-    monkeypatch.setattr(download, "_open", open_url)
-    return asked
+    monkeypatch.setattr(download, "open_url", open_url)
+    return requested
 
 
-def ignore(what, done, total):
+def ignore(activity, done, total):
     pass
 
 
@@ -75,20 +75,20 @@ def names(root):
     return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
 
 
-def test_a_file_is_downloaded_checked_and_put_in_place(tmp_path, monkeypatch):
+def test_a_file_is_downloaded_and_verified(tmp_path, monkeypatch):
     serve(monkeypatch, {URL: CONTENT})
-    seen = []
-    get(tmp_path, plain(), progress=lambda *call: seen.append(call))
+    calls = []
+    get(tmp_path, plain(), progress=lambda *call: calls.append(call))
     assert (tmp_path / "set/data.bin").read_bytes() == CONTENT
     assert names(tmp_path) == [".capsexp.lock", "set/data.bin"]
-    assert seen[-1] == ("downloading set/data.bin", len(CONTENT), len(CONTENT))
+    assert calls[-1] == ("downloading set/data.bin", len(CONTENT), len(CONTENT))
 
 
-def test_what_is_in_place_is_not_downloaded_again(tmp_path, monkeypatch):
-    asked = serve(monkeypatch, {URL: CONTENT})
+def test_a_file_is_not_downloaded_twice(tmp_path, monkeypatch):
+    requested = serve(monkeypatch, {URL: CONTENT})
     get(tmp_path, plain())
     get(tmp_path, plain())
-    assert asked == [URL]
+    assert requested == [URL]
 
 
 def test_a_gz_is_unpacked(tmp_path, monkeypatch):
@@ -98,7 +98,7 @@ def test_a_gz_is_unpacked(tmp_path, monkeypatch):
     assert (tmp_path / "set/data.bin").read_bytes() == CONTENT
 
 
-def test_a_tar_is_unpacked_whole_and_its_leftovers_are_removed(tmp_path, monkeypatch):
+def test_a_tar_is_unpacked_and_old_temporary_folders_are_removed(tmp_path, monkeypatch):
     members = {"set/a": b"a" * 1000, "set/b": b"b" * 1000}
     remote, packed = tarred(members)
     serve(monkeypatch, {remote.url: packed})
@@ -109,17 +109,17 @@ def test_a_tar_is_unpacked_whole_and_its_leftovers_are_removed(tmp_path, monkeyp
     assert not list(tmp_path.glob(".unpack-*"))
 
 
-def test_an_archive_that_is_there_needs_no_download(tmp_path, monkeypatch):
-    asked = serve(monkeypatch, {})
+def test_an_archive_on_disk_is_unpacked_without_a_download(tmp_path, monkeypatch):
+    requested = serve(monkeypatch, {})
     remote, packed = zipped()
     (tmp_path / "set").mkdir()
     (tmp_path / "set/data.bin.gz").write_bytes(packed)
     get(tmp_path, remote, online=False)
     assert (tmp_path / "set/data.bin").read_bytes() == CONTENT
-    assert asked == []
+    assert requested == []
 
 
-def test_a_damaged_archive_that_is_there_is_named(tmp_path):
+def test_a_damaged_archive_on_disk_is_reported(tmp_path):
     remote, packed = zipped()
     (tmp_path / "set").mkdir()
     (tmp_path / "set/data.bin.gz").write_bytes(packed[:-5])
@@ -128,14 +128,14 @@ def test_a_damaged_archive_that_is_there_is_named(tmp_path):
     assert missing_files(tmp_path, [remote])
 
 
-def test_an_archive_that_is_no_archive_is_named(tmp_path, monkeypatch):
+def test_a_file_that_is_not_an_archive_is_reported(tmp_path, monkeypatch):
     remote, packed = zipped(packed=b"not a gzip file")
     serve(monkeypatch, {remote.url: packed})
     with pytest.raises(DataError, match=r"data\.bin\.gz cannot be unpacked: Not a gzipped file"):
         get(tmp_path, remote)
 
 
-def test_an_archive_with_other_content_puts_nothing_in_place(tmp_path, monkeypatch):
+def test_an_archive_with_wrong_content_leaves_no_file(tmp_path, monkeypatch):
     remote, packed = tarred({"set/a": b"a", "set/b": b"b"})
     remote = remote._replace(contents=(*remote.contents[:1], StoredFile("set/b", f"sha256:{sha256(b'c')}")))
     serve(monkeypatch, {remote.url: packed})
@@ -154,7 +154,7 @@ def test_an_archive_cannot_write_outside_its_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [CONTENT[:-1], CONTENT + b"x", b"X" + CONTENT[1:], b""])
-def test_a_wrong_download_is_named_and_leaves_nothing(tmp_path, monkeypatch, wrong):
+def test_a_wrong_download_is_reported_and_leaves_no_file(tmp_path, monkeypatch, wrong):
     serve(monkeypatch, {URL: wrong})
     expected = f"expected sha256 {sha256(CONTENT)}, found {sha256(wrong)} \\({len(wrong)} bytes\\)"
     with pytest.raises(DataError, match=expected):
@@ -162,7 +162,7 @@ def test_a_wrong_download_is_named_and_leaves_nothing(tmp_path, monkeypatch, wro
     assert names(tmp_path) == [".capsexp.lock"]
 
 
-def test_the_rest_of_an_earlier_download_is_not_used(tmp_path, monkeypatch):
+def test_a_partial_download_is_not_used(tmp_path, monkeypatch):
     serve(monkeypatch, {URL: CONTENT})
     (tmp_path / "set").mkdir()
     (tmp_path / "set/data.bin.part").write_bytes(CONTENT * 2)
@@ -170,19 +170,19 @@ def test_the_rest_of_an_earlier_download_is_not_used(tmp_path, monkeypatch):
     assert names(tmp_path) == [".capsexp.lock", "set/data.bin"]
 
 
-def test_missing_and_offline_names_files_address_root_and_settings(tmp_path):
+def test_the_error_without_download_names_files_address_root_and_settings(tmp_path):
     with pytest.raises(DataError) as caught:
         get(tmp_path, plain(), online=False)
     message = str(caught.value)
-    for part in ("toy", "set/data.bin", URL, str(tmp_path), "data_root=", "CAPSEXP_DATA"):
-        assert part in message
+    for text in ("toy", "set/data.bin", URL, str(tmp_path), "data_root=", "CAPSEXP_DATA"):
+        assert text in message
     assert "capsexp data prepare toy" in message
     assert "dataset.download=true" in message
     assert "\n" not in message
     assert names(tmp_path) == []
 
 
-def test_only_what_is_missing_is_named(tmp_path):
+def test_only_missing_files_are_reported(tmp_path):
     other = RemoteFile("b", "https://example.org/b", "0", (StoredFile("b", "sha256:0"),))
     (tmp_path / "b").write_bytes(b"")
     with pytest.raises(DataError) as caught:
@@ -199,11 +199,11 @@ def test_only_what_is_missing_is_named(tmp_path):
         ConnectionResetError("reset"),
     ],
 )
-def test_an_address_that_does_not_answer_is_named(tmp_path, monkeypatch, failure):
+def test_an_address_that_does_not_respond_is_reported(tmp_path, monkeypatch, failure):
     def fail(url):
         raise failure
 
-    monkeypatch.setattr(download, "_open", fail)
+    monkeypatch.setattr(download, "open_url", fail)
     with pytest.raises(DataError, match=f"cannot download {URL}: .*; put the file at .*set/data.bin by hand"):
         get(tmp_path, plain())
     if isinstance(failure, urllib.error.HTTPError):
@@ -211,13 +211,13 @@ def test_an_address_that_does_not_answer_is_named(tmp_path, monkeypatch, failure
 
 
 @pytest.mark.parametrize("url", ["http://example.org/data.bin", "ftp://example.org/a", "file:///etc/hosts"])
-def test_nothing_but_https_is_asked(tmp_path, url):
+def test_only_https_is_allowed(tmp_path, url):
     with pytest.raises(DataError, match=f"refusing to download over anything but https, got {url}"):
         fetch(plain()._replace(url=url), tmp_path, ignore)
     assert names(tmp_path) == []
 
 
-def test_a_redirect_is_followed_to_https_only():
+def test_redirects_are_followed_only_to_https():
     handler, request = download._HttpsOnly(), urllib.request.Request(URL)
     arguments = (request, io.BytesIO(), 302, "Found", Message())
     assert handler.redirect_request(*arguments, "https://example.org/b").full_url == "https://example.org/b"
@@ -225,24 +225,26 @@ def test_a_redirect_is_followed_to_https_only():
         handler.redirect_request(*arguments, "http://example.org/b")
 
 
-def test_the_opener_that_is_used_refuses_the_redirect(monkeypatch):
-    built = []
+def test_open_url_uses_the_handler_for_redirects(monkeypatch):
+    openers = []
     real = urllib.request.build_opener
-    monkeypatch.setattr(urllib.request.OpenerDirector, "open", lambda opener, *_, **__: built.append(opener))
+    monkeypatch.setattr(
+        urllib.request.OpenerDirector, "open", lambda opener, *_, **__: openers.append(opener)
+    )
     monkeypatch.setattr(urllib.request, "build_opener", real)
-    download._open(URL)
-    redirectors = [h for h in built[0].handlers if isinstance(h, urllib.request.HTTPRedirectHandler)]
+    download.open_url(URL)
+    redirectors = [h for h in openers[0].handlers if isinstance(h, urllib.request.HTTPRedirectHandler)]
     assert [type(handler) for handler in redirectors] == [download._HttpsOnly]
 
 
-def test_a_root_that_cannot_be_written_is_named(tmp_path):
+def test_a_root_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=f"cannot prepare toy under {tmp_path}/file"):
         get(tmp_path / "file", plain())
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "md5"])
-def test_verify_accepts_the_right_file_and_names_a_flipped_byte(tmp_path, algorithm):
+def test_verify_accepts_the_right_file_and_reports_a_flipped_bit(tmp_path, algorithm):
     path = tmp_path / "data.bin"
     path.write_bytes(CONTENT)
     right = hashlib.new(algorithm, CONTENT).hexdigest()
@@ -250,13 +252,13 @@ def test_verify_accepts_the_right_file_and_names_a_flipped_byte(tmp_path, algori
     flipped = bytearray(CONTENT)
     flipped[1234] ^= 1
     path.write_bytes(flipped)
-    found = hashlib.new(algorithm, flipped).hexdigest()
-    message = f"data.bin is damaged or incomplete: expected {algorithm} {right}, found {found}"
+    actual = hashlib.new(algorithm, flipped).hexdigest()
+    message = f"data.bin is damaged or incomplete: expected {algorithm} {right}, found {actual}"
     with pytest.raises(DataError, match=message):
         verify(path, f"{algorithm}:{right}")
 
 
-def test_verify_names_a_file_that_cannot_be_read(tmp_path):
+def test_verify_reports_a_file_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match=r"cannot read .*absent: No such file"):
         verify(tmp_path / "absent", "sha256:0")
 
@@ -275,7 +277,7 @@ SLOW_DOWNLOAD = """
             return super().read(10)
 
     root, content = Path(sys.argv[1]), b"0123456789" * 5
-    download._open = lambda url: Slow(content)
+    download.open_url = lambda url: Slow(content)
     stored = StoredFile("data.bin", "sha256:" + sys.argv[2])
     download_all(root, [RemoteFile("data.bin", "https://example.org", sys.argv[2], (stored,))],
            dataset="toy", online=True, progress=None)
@@ -287,7 +289,7 @@ def python(code, *arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def test_a_killed_download_leaves_no_final_file_and_no_lock(tmp_path, monkeypatch):
+def test_a_killed_download_leaves_neither_a_final_file_nor_a_lock(tmp_path, monkeypatch):
     content = b"0123456789" * 5
     process = python(SLOW_DOWNLOAD, tmp_path, sha256(content))
     assert [process.stdout.readline() for _ in range(3)] == ["read\n"] * 3
@@ -305,7 +307,7 @@ def test_a_killed_download_leaves_no_final_file_and_no_lock(tmp_path, monkeypatc
     assert not (tmp_path / "data.bin.part").exists()
 
 
-def test_of_two_processes_one_downloads_and_the_other_waits_and_finds_the_files(tmp_path):
+def test_of_two_processes_one_downloads_and_the_other_waits(tmp_path):
     content = b"0123456789" * 5
     processes = [python(SLOW_DOWNLOAD, tmp_path, sha256(content)) for _ in range(2)]
     outputs = [process.communicate(timeout=30)[0] for process in processes]
@@ -314,7 +316,7 @@ def test_of_two_processes_one_downloads_and_the_other_waits_and_finds_the_files(
     assert (tmp_path / "data.bin").read_bytes() == content
 
 
-def test_the_lock_is_waited_for(tmp_path, monkeypatch):
+def test_a_download_waits_for_the_lock(tmp_path, monkeypatch):
     serve(monkeypatch, {URL: CONTENT})
     code = """
         import sys, time

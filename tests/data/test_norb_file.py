@@ -24,7 +24,7 @@ def opened(path):
     return open_norb(path, dtype="uint8", shape=NUMBERS.shape)
 
 
-def test_bytes_in_four_dimensions_are_read_from_the_disk(file):
+def test_an_array_of_bytes_is_mapped_into_memory(file):
     numbers = opened(write(file, 0x1E3D4C55, 4, 2, 3, 4, 5))
     assert isinstance(numbers, np.memmap)
     assert numbers.dtype == np.uint8
@@ -32,7 +32,7 @@ def test_bytes_in_four_dimensions_are_read_from_the_disk(file):
 
 
 @pytest.mark.parametrize("shape", [(6,), (3, 2)])
-def test_fewer_than_three_dimensions_are_filled_up_with_ones(file, shape):
+def test_fewer_than_three_dimensions_are_padded_with_ones(file, shape):
     values = np.array([0, 1, -2, 3, 70_000, 5], "<i4").reshape(shape)
     padding = [1] * (3 - len(shape))
     write(file, 0x1E3D4C54, len(shape), *shape, *padding, data=values.tobytes())
@@ -51,25 +51,25 @@ def test_fewer_than_three_dimensions_are_filled_up_with_ones(file, shape):
         ((0x1E3D4C55, 4, 2, 3, 5, 4), "dimension 3 must be 4, got 5"),
     ],
 )
-def test_a_header_of_something_else_is_named(file, header, message):
+def test_another_header_is_reported(file, header, message):
     with pytest.raises(DataError, match=rf"some-dat\.mat: {message}"):
         opened(write(file, *header))
 
 
-def test_padding_that_is_not_one_is_named(file):
+def test_padding_that_is_not_one_is_reported(file):
     write(file, 0x1E3D4C54, 1, 2, 1, 9, data=bytes(8))
     with pytest.raises(DataError, match="dimension 3 must be 1, got 9"):
         open_norb(file, dtype="int32", shape=(2,))
 
 
 @pytest.mark.parametrize("size", [0, 3, 7, 23, 24, 143, 145])
-def test_a_file_of_another_size_is_named(file, size):
+def test_a_file_of_another_size_is_reported(file, size):
     write(file, 0x1E3D4C55, 4, 2, 3, 4, 5, data=BYTES + b"\0")
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(DataError, match=rf"some-dat\.mat: must have 144 bytes, got {size}"):
         opened(file)
 
 
-def test_a_file_that_cannot_be_read_is_named(file):
+def test_a_file_that_cannot_be_read_is_reported(file):
     with pytest.raises(DataError, match=r"cannot read .*some-dat\.mat: No such file"):
         opened(file)

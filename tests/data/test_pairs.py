@@ -8,21 +8,9 @@ from capsexp.data.preprocess import Preprocess
 from capsexp.data.split import Split
 from capsexp.errors import UserError
 
-PLAIN = {
-    "resize": None,
-    "shift": 0,
-    "crop": None,
-    "flip": False,
-    "brightness": 0,
-    "contrast": None,
-    "light": "window",
-    "standardise": None,
-    "test_crops": 1,
-}
-
 
 def canvases(count, *, side=5, pad=4, classes=3):
-    """Random pictures in the middle of their canvas; the first class is twice as large as the others."""
+    """Random images in the center of their canvas; the first class is twice as large as the others."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 1, side, side), dtype=torch.uint8, generator=generator)
     labels = (torch.arange(count) % (classes + 1)).clamp_max(classes) % classes
@@ -32,7 +20,7 @@ def canvases(count, *, side=5, pad=4, classes=3):
 def pairs(split, *, shift=4, margin=4, partners=1, pair_seed=0, batch_size=16, seed=0, limit=None):
     return OverlaidPairs(
         split,
-        Preprocess(**PLAIN),
+        Preprocess.identity(),
         shift=shift,
         margin=margin,
         partners=partners,
@@ -49,26 +37,26 @@ def joined(batches):
     return [torch.cat(fields) for fields in zip(*batches, strict=True)]
 
 
-def same(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def shift_of(source, original, reach):
-    """The one move of the original that gives the source, by trying all; zeros come in from outside."""
+    """Return the only shift of the original that gives the source, after trying all; fill with zeros."""
     height, width = original.shape[1:]
-    found = []
+    matches = []
     for down, right in itertools.product(range(-reach, reach + 1), repeat=2):
         moved = torch.zeros_like(original)
         rows = slice(max(0, down), height + min(0, down)), slice(max(0, -down), height - max(0, down))
         columns = slice(max(0, right), width + min(0, right)), slice(max(0, -right), width - max(0, right))
         moved[:, rows[0], columns[0]] = original[:, rows[1], columns[1]]
         if torch.equal(moved, source):
-            found.append((down, right))
-    (one,) = found
-    return one
+            matches.append((down, right))
+    (match,) = matches
+    return match
 
 
-def test_an_epoch_overlays_every_picture_once_with_one_of_another_class():
+def test_an_epoch_overlays_every_image_once_with_one_of_another_class():
     split = canvases(50)
     batches = pairs(split)
     assert (len(batches), batches.count, batches.visited) == (4, 50, 50)
@@ -88,22 +76,22 @@ def test_an_overlay_is_the_clipped_sum_of_its_two_sources():
         assert (batch.images == 1).any()
 
 
-def test_a_source_is_its_picture_moved_within_the_canvas():
+def test_a_source_is_its_image_shifted_within_the_canvas():
     split = canvases(40)
     moves = []
     for batch in (*pairs(split).training(0), *pairs(split).in_order()):
         sources = (batch.pixels * 255).round().to(torch.uint8)
-        for place, index in itertools.product(range(len(batch.labels)), range(2)):
-            original = split.images[batch.indices[place, index]]
-            moves.append(shift_of(sources[place, index], original, 4))
+        for number, index in itertools.product(range(len(batch.labels)), range(2)):
+            original = split.images[batch.indices[number, index]]
+            moves.append(shift_of(sources[number, index], original, 4))
     assert {*moves[::2]} != {*moves[1::2]}
-    assert {one for move in moves for one in move} == set(range(-4, 5))
+    assert {amount for move in moves for amount in move} == set(range(-4, 5))
 
 
 def test_shifts_and_partners_are_uniform():
     split = canvases(60)
     batches = pairs(split, batch_size=60, partners=600)
-    drawn = batches._fixed
+    drawn = batches.fixed_pairs
     assert drawn.shifts.shape == (36_000, 2, 2)
     assert (drawn.shifts.min(), drawn.shifts.max()) == (-4, 4)
     # Standard errors: of a mean shift 0.0136; of a share of 1 in 9, 0.0017.
@@ -132,37 +120,37 @@ def test_a_training_batch_is_a_function_of_seed_epoch_and_number():
     assert not same(whole[0], next(pairs(split).training(4)))
 
 
-def test_fixed_pairs_know_only_their_own_seed():
+def test_fixed_pairs_depend_only_on_their_own_seed():
     split = canvases(50)
     fixed = joined(pairs(split, partners=3).in_order())
     assert len(fixed[1]) == 150
     assert same(fixed, joined(pairs(split, partners=3, seed=5, batch_size=7).in_order()))
     assert same(fixed, joined(views[0] for views in pairs(split, partners=3).views()))
     assert not same(fixed, joined(pairs(split, partners=3, pair_seed=1).in_order()))
-    # More partners add pairs behind those that are there.
+    # More partners add pairs after the first ones.
     assert same([field[:50] for field in fixed], joined(pairs(split).in_order()))
     assert torch.equal(fixed[3][:, 0], torch.arange(50).repeat(3))
 
 
-def test_a_few_pairs_are_those_of_the_whole_set():
-    split, places = canvases(50), torch.arange(1, 40, 2)
-    fixed, few = joined(pairs(split).in_order()), pairs(split).only(places)
+def test_a_subset_of_pairs_equals_those_of_the_whole_split():
+    split, positions = canvases(50), torch.arange(1, 40, 2)
+    fixed, few = joined(pairs(split).in_order()), pairs(split).subset(positions)
     assert (few.count, few.visited, len(few)) == (20, 20, 2)
-    assert same([field[places] for field in fixed], joined(few.in_order()))
+    assert same([field[positions] for field in fixed], joined(few.in_order()))
     assert pairs(split, limit=2).visited == 32
 
 
-def test_a_shift_beyond_the_margin_cuts_the_picture_off():
+def test_a_shift_beyond_the_margin_cuts_the_image_off():
     split = Split(
         torch.nn.functional.pad(torch.full((40, 1, 5, 5), 200), [1] * 4).byte(), torch.arange(40) % 2
     )
     sources = torch.cat([batch.pixels for batch in pairs(split, shift=3, margin=1).training(0)])
     lit = (sources > 0).sum((2, 3, 4))
-    assert (lit.max(), lit.min()) == (25, 9)  # 2 rows and 2 columns are gone
+    assert (lit.max(), lit.min()) == (25, 9)  # 2 rows and 2 columns are cut off
 
 
 def test_overlap_is_shared_area_over_box_area():
-    """Of frames as the analytic mean, of ink where it is a known part of the frame."""
+    """Frames overlap by the analytic mean; the ink is a square of known size within the frame."""
     images = torch.zeros(3000, 1, 36, 36, dtype=torch.uint8)
     images[:, :, 8:28, 8:28] = 1
     overlap = pairs(Split(images, torch.arange(3000) % 10), batch_size=500).overlap()
@@ -172,7 +160,7 @@ def test_overlap_is_shared_area_over_box_area():
     assert (1 - apart.mean().item() / 28) ** 2 == pytest.approx(0.7996, abs=5e-5)
 
 
-def test_ink_that_does_not_touch_shares_nothing_and_that_of_two_sizes_the_mean():
+def test_overlap_of_ink_is_relative_to_the_mean_area_and_0_without_ink():
     images = torch.zeros(2, 1, 9, 9, dtype=torch.uint8)
     images[0, 0, 1:3, 1:3] = 255  # a box of 4
     images[1, 0, 2:5, 2] = 255  # a box of 3, one pixel of it in the other
@@ -182,9 +170,7 @@ def test_ink_that_does_not_touch_shares_nothing_and_that_of_two_sizes_the_mean()
     assert pairs(split, shift=0, margin=0).overlap()["ink"] == 0
 
 
-def test_pictures_of_one_class_make_no_pairs():
+def test_images_of_one_class_are_refused():
     split = Split(torch.zeros(4, 1, 9, 9, dtype=torch.uint8), torch.full((4,), 2))
-    with pytest.raises(
-        UserError, match=r"^pairs need pictures of two classes, and all 4 of this split are of"
-    ):
+    with pytest.raises(UserError, match=r"^pairs need images of two classes, and all 4 of this split are of"):
         pairs(split)

@@ -10,7 +10,7 @@ from capsexp.config.build import build
 from capsexp.config.compose import compose, to_plain
 from capsexp.data.prepare import prepare, verify
 from capsexp.data.split import Split
-from capsexp.dataset.affnist import FILE, URL, AffNIST, class_means, upright
+from capsexp.dataset.affnist import FILE, URL, AffNIST, class_means, make_upright
 from capsexp.errors import DataError, UserError
 
 DIGITS = ("dataset@dataset.source=digits", "dataset.canvas=12", "dataset.preprocess.shift=2")
@@ -18,13 +18,13 @@ ORIGINALS, TRANSFORMS = 359, 2
 
 
 def make(name, root, *overrides):
-    words = [f"dataset={name}", f"data_root={root}", *overrides]
-    return build(to_plain(compose("train", words, config_dir=None))["dataset"], at="dataset")
+    overrides = [f"dataset={name}", f"data_root={root}", *overrides]
+    return build(to_plain(compose("train", overrides, config_dir=None))["dataset"], at="dataset")
 
 
 @pytest.fixture(scope="module")
 def apply_affine(tmp_path_factory):
-    """Affine transforms of the embedded digits: what the file of a small world holds."""
+    """Affine transforms of the embedded digits, for a small file."""
     return make(
         "mnist_affine",
         tmp_path_factory.mktemp("none"),
@@ -36,19 +36,19 @@ def apply_affine(tmp_path_factory):
 
 @pytest.fixture
 def world(tmp_path, monkeypatch, apply_affine):
-    """`world(FIELD=VALUE, …)`: affNIST of the embedded digits, whose file has some fields otherwise."""
+    """`world(FIELD=VALUE, …)`: affNIST of the embedded digits; some fields of its file may be replaced."""
     monkeypatch.setattr(AffNIST, "originals", ORIGINALS)
     monkeypatch.setattr(AffNIST, "transforms", TRANSFORMS)
 
     def publish(*overrides, without=(), **fields):
         labels = apply_affine.labels.numpy().astype(np.uint8)
-        right = {
+        original = {
             "affine_transforms": np.zeros((6, len(labels))),
             "image": apply_affine.images.reshape(-1, 144).numpy().T,
             "label_int": labels[None],
             "label_one_of_n": (np.arange(10)[:, None] == labels).astype(np.uint8),
         }
-        content = {key: value for key, value in (right | fields).items() if key not in without}
+        content = {key: value for key, value in (original | fields).items() if key not in without}
         path = tmp_path / FILE
         path.parent.mkdir()
         savemat(path, {"affNISTdata": content})
@@ -57,7 +57,7 @@ def world(tmp_path, monkeypatch, apply_affine):
     return publish
 
 
-def test_pictures_and_labels_of_the_file_are_read_in_its_order(world, apply_affine):
+def test_images_and_labels_are_read_in_the_files_order(world, apply_affine):
     dataset = world()
     test = dataset.read("test")
     assert torch.equal(test.images, apply_affine.images)
@@ -67,22 +67,16 @@ def test_pictures_and_labels_of_the_file_are_read_in_its_order(world, apply_affi
     dataset.require_files()
 
 
-def test_pictures_that_run_down_the_columns_are_set_upright(world, apply_affine):
+def test_images_in_column_order_are_transposed(world, apply_affine):
     columns = apply_affine.images.mT.reshape(-1, 144).numpy().T
     assert torch.equal(world(image=columns).read("test").images, apply_affine.images)
-
-
-def changed(array, place, value):
-    array = array.copy()
-    array[place] = value
-    return array
 
 
 COUNT = ORIGINALS * TRANSFORMS
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"without": ("image",)}, "must be a struct with image, label_int, label_one_of_n, got a struct of"),
         ({"without": ("label_int",)}, "must be a struct with image, label_int, label_one_of_n, got"),
@@ -100,19 +94,19 @@ COUNT = ORIGINALS * TRANSFORMS
         ),
     ],
 )
-def test_a_file_that_is_not_as_documented_is_refused_in_one_line(world, fields, told):
+def test_a_file_with_another_structure_is_refused_in_one_line(world, fields, message):
     dataset = world(**fields)
-    with pytest.raises(DataError, match=re.escape(told)) as refused:
+    with pytest.raises(DataError, match=re.escape(message)) as refused:
         dataset.read("test")
     assert str(refused.value).startswith(str(dataset.path))
     assert "\n" not in str(refused.value)
-    assert [line for line in dataset.problems() if told in line]
+    assert [line for line in dataset.problems() if message in line]
 
 
 @pytest.mark.parametrize(
     "spoil", [lambda content: content[:-900], lambda content: b"", lambda content: b"x" * 999]
 )
-def test_a_file_that_is_cut_off_or_another_is_refused_in_one_line(world, spoil):
+def test_a_file_that_is_not_a_matlab_file_is_refused_in_one_line(world, spoil):
     dataset = world()
     dataset.path.write_bytes(spoil(dataset.path.read_bytes()))
     with pytest.raises(DataError, match=r"test\.mat cannot be read as a MATLAB 5 file: .") as refused:
@@ -120,7 +114,7 @@ def test_a_file_that_is_cut_off_or_another_is_refused_in_one_line(world, spoil):
     assert "\n" not in str(refused.value)
 
 
-def test_a_file_with_something_else_is_refused(world):
+def test_a_file_without_the_struct_is_refused(world):
     dataset = world()
     for content in ({"other": np.zeros(3)}, {"affNISTdata": np.zeros(3)}):
         savemat(dataset.path, content)
@@ -134,15 +128,15 @@ def test_the_official_count_is_320000():
     assert AffNIST.originals * AffNIST.transforms == 320_000
 
 
-def test_without_the_file_one_line_says_what_to_get_and_where_to_put_it(tmp_path):
+def test_without_the_file_the_error_names_address_and_folder(tmp_path):
     dataset = make("affnist", tmp_path, *DIGITS)
     assert dataset.missing_files() == [FILE]
-    told = rf"test\.mat is missing: get {re.escape(URL)} by hand and unpack it into"
-    for ask in (dataset.require_files, lambda: dataset.prepare(print), lambda: dataset.read("test")):
-        with pytest.raises(DataError, match=told):
-            ask()
+    message = rf"test\.mat is missing: download {re.escape(URL)} by hand and unpack it into"
+    for attempt in (dataset.require_files, lambda: dataset.prepare(print), lambda: dataset.read("test")):
+        with pytest.raises(DataError, match=message):
+            attempt()
     lines = []
-    assert prepare(dataset, say=lines.append, progress=print) == 1
+    assert prepare(dataset, print_line=lines.append, progress=print) == 1
     assert lines[0] == f"affnist: getting {FILE} in {tmp_path / 'affNIST'}"
     assert str(tmp_path / "affNIST") in lines[1]
     assert "dataset.test_pictures=expanded" in lines[1]
@@ -159,22 +153,22 @@ def test_training_and_the_expanded_test_pictures_need_no_file(tmp_path):
     assert torch.equal(expanded.read("test").images, dataset.familiar().images)
 
 
-def test_a_whole_file_is_never_called_verified(world):
+def test_a_complete_file_is_never_reported_as_verified(world):
     dataset, lines = world(), []
-    assert verify(dataset, say=lines.append) == 1
+    assert verify(dataset, print_line=lines.append) == 1
     assert len(lines) == 1
     assert "no checksum is published to compare it with (sha256 " in lines[0]
     assert dataset.caveats() == [
-        f"affnist: no checksum of {FILE} is published; its structure alone was checked"
+        f"affnist: no checksum of {FILE} is published; only its structure was checked"
     ]
 
 
-def test_a_source_of_another_kind_is_refused(tmp_path):
-    words = ("dataset@dataset.source=cifar10", "dataset.canvas=44")
+def test_a_source_with_other_channels_is_refused(tmp_path):
+    overrides = ("dataset@dataset.source=cifar10", "dataset.canvas=44")
     with pytest.raises(
-        UserError, match="source must have grey pictures in 10 classes, got 3 channels and 10"
+        UserError, match="source must have grayscale images in 10 classes, got 3 channels and 10"
     ):
-        make("affnist", tmp_path, *words)
+        make("affnist", tmp_path, *overrides)
 
 
 @pytest.fixture
@@ -185,22 +179,22 @@ def real_root(tmp_path):
     return root
 
 
-def test_mirrored_pictures_are_known_from_the_means_of_their_classes(real_root):
+def test_transposed_images_are_detected_by_the_means_of_their_classes(real_root):
     dataset = make("mnist_affine", real_root)
-    test, originals = dataset.read("test"), dataset._centred(dataset.source.read("test"))
-    assert torch.equal(upright(test.images, test.labels, originals), test.images)
-    assert torch.equal(upright(test.images.mT, test.labels, originals), test.images)
+    test, originals = dataset.read("test"), dataset.centered(dataset.source.read("test"))
+    assert torch.equal(make_upright(test.images, test.labels, originals), test.images)
+    assert torch.equal(make_upright(test.images.mT, test.labels, originals), test.images)
     means, expected = class_means(test), class_means(originals)
-    along, down = ((means * one).sum().item() for one in (expected, expected.mT))
-    assert along > 1.1 * down
+    upright, transposed = ((means * reference).sum().item() for reference in (expected, expected.mT))
+    assert upright > 1.1 * transposed
 
 
-def test_the_official_file_holds_32_transforms_of_each_mnist_test_picture(real_root):
+def test_the_official_file_holds_32_transforms_of_each_mnist_test_image(real_root):
     dataset = make("affnist", real_root)
     if dataset.missing_files():
         pytest.skip("affNIST is not under CAPSEXP_DATA")
     test, originals = dataset.read("test"), dataset.source.read("test")
     assert test.labels.bincount().tolist() == (32 * originals.labels.bincount()).tolist()
     means = class_means(test)
-    expected = class_means(Split(dataset._centred(originals).images, originals.labels))
+    expected = class_means(Split(dataset.centered(originals).images, originals.labels))
     assert (means * expected).sum() > 1.1 * (means * expected.mT).sum()

@@ -10,16 +10,8 @@ from capsexp.errors import DataError
 
 
 def cifar10(root):
-    preprocess = Preprocess(
-        resize=None,
-        shift=0,
-        crop=24,
-        flip=True,
-        brightness=63,
-        contrast=[0.2, 1.8],
-        light="window",
-        standardise="last",
-        test_crops=1,
+    preprocess = Preprocess.identity(
+        crop=24, flip=True, brightness=63, contrast=[0.2, 1.8], standardise="last"
     )
     return CIFAR10(root=str(root), download=False, validation=5000, split_seed=0, preprocess=preprocess)
 
@@ -32,7 +24,7 @@ class Hostile:
         return (os.mkdir, (str(self.path),))
 
 
-def test_the_published_set_is_read():
+def test_the_published_dataset_is_read():
     root = os.environ.get("CAPSEXP_DATA")
     if root is None or cifar10(root).missing_files():
         pytest.skip("CIFAR-10 is not under CAPSEXP_DATA")
@@ -50,22 +42,21 @@ def test_a_pickle_that_is_not_the_published_one_is_never_opened(tmp_path):
     folder.mkdir()
     for name in CHECKSUMS:
         (folder / name).write_bytes(pickle.dumps(Hostile(trap)))
-    for part in ("train", "test"):
+    for split in ("train", "test"):
         with pytest.raises(DataError, match=r"batches\.meta is damaged or incomplete: expected sha256 f962"):
-            cifar10(tmp_path).read(part)
+            cifar10(tmp_path).read(split)
     assert not trap.exists()
 
 
-def test_each_part_verifies_its_own_files():
+def test_each_split_verifies_its_own_files():
     dataset = cifar10("nowhere")
     needed = {
-        part: {Path(stored.name).name for stored in dataset._stored() if dataset._needs(stored, part)}
-        for part in ("train", "test")
+        split: {Path(stored.name).name for stored in dataset.files_of(split)} for split in ("train", "test")
     }
     assert needed["test"] == {"batches.meta", "test_batch"}
     assert needed["train"] == {"batches.meta"} | {f"data_batch_{number}" for number in range(1, 6)}
 
 
-def test_missing_and_offline_says_what_to_do(tmp_path):
+def test_the_error_for_missing_files_names_what_to_do(tmp_path):
     with pytest.raises(DataError, match=r"cifar10 is not complete .*cs\.toronto\.edu/~kriz/cifar-10-python"):
         cifar10(tmp_path).read("train")

@@ -11,17 +11,7 @@ from capsexp.errors import DataError
 
 
 def mnist(root, *, download=False):
-    preprocess = Preprocess(
-        resize=None,
-        shift=2,
-        crop=None,
-        flip=False,
-        brightness=0,
-        contrast=None,
-        light="window",
-        standardise=None,
-        test_crops=1,
-    )
+    preprocess = Preprocess.identity(shift=2)
     return MNIST(root=str(root), download=download, validation=5000, split_seed=0, preprocess=preprocess)
 
 
@@ -35,7 +25,7 @@ def real():
 
 @pytest.fixture
 def copy(real, tmp_path):
-    """A data root of our own, to damage."""
+    """A data root with links to the files, to damage."""
     (tmp_path / FOLDER).mkdir(parents=True)
     for path in (real / FOLDER).glob("*-ubyte"):
         (tmp_path / FOLDER / path.name).symlink_to(path)
@@ -47,7 +37,7 @@ def replace(path, content):
     path.write_bytes(content)
 
 
-def test_the_published_set_is_read(real):
+def test_the_published_dataset_is_read(real):
     training, validation = mnist(real).read_training()
     test = mnist(real).read("test")
     assert (training.size, validation.size, test.size) == (55_000, 5_000, 10_000)
@@ -72,7 +62,7 @@ def test_gz_files_alone_are_enough(real, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "longer"])
-def test_a_damaged_file_is_named_and_not_read(copy, damage):
+def test_a_damaged_file_is_reported_and_not_read(copy, damage):
     path = copy / FOLDER / "t10k-labels-idx1-ubyte"
     content = bytearray(path.read_bytes())
     if damage == "truncated":
@@ -87,13 +77,13 @@ def test_a_damaged_file_is_named_and_not_read(copy, damage):
     assert mnist(copy).problems()[0].startswith(str(path))
 
 
-def test_reading_one_part_does_not_need_the_other_to_be_whole(copy):
+def test_reading_one_split_does_not_verify_the_other(copy):
     replace(copy / FOLDER / "t10k-labels-idx1-ubyte", b"")
     assert mnist(copy).read("train").size == 60_000
 
 
-def test_missing_and_offline_says_what_to_do(tmp_path):
-    with pytest.raises(DataError, match=r"data set mnist is not complete under .*train-images-idx3-ubyte"):
+def test_the_error_for_missing_files_names_what_to_do(tmp_path):
+    with pytest.raises(DataError, match=r"dataset mnist is not complete under .*train-images-idx3-ubyte"):
         mnist(tmp_path).read("train")
     assert len(mnist(tmp_path).missing_files()) == 4
     assert len(mnist(tmp_path).problems()) == 4

@@ -27,27 +27,27 @@ SMALL = ("dataset=multimnist", "dataset@dataset.source=digits", "dataset.shift=2
 
 
 def of_digits(*overrides):
-    words = [*SMALL, *overrides]
-    return build(to_plain(compose("train", words, config_dir=None))["dataset"], at="dataset")
+    overrides = [*SMALL, *overrides]
+    return build(to_plain(compose("train", overrides, config_dir=None))["dataset"], at="dataset")
 
 
 def joined(batches):
     return [torch.cat(fields) for fields in zip(*batches, strict=True)]
 
 
-def test_it_is_made_of_mnist_unless_another_set_is_named():
+def test_the_source_is_mnist_by_default():
     node = to_plain(compose("train", ["dataset=multimnist", "data_root=nowhere"], config_dir=None))["dataset"]
     assert node["source"]["_target_"] == "capsexp.dataset.mnist.MNIST"
     dataset = build(node, at="dataset")
     assert dataset.image_shape == dataset.raw_shape == (1, 36, 36)
-    assert (dataset.targets, dataset.classes) == (2, tuple("0123456789"))
+    assert (dataset.labels_per_image, dataset.classes) == (2, tuple("0123456789"))
     assert len(dataset.missing_files()) == 4
     assert isinstance(of_digits().source, Digits)
     assert of_digits().image_shape == (1, 12, 12)
     assert of_digits("dataset.source.preprocess.resize=10").image_shape == (1, 14, 14)
 
 
-def test_pictures_and_splits_are_the_sources():
+def test_images_and_splits_are_the_sources():
     dataset = of_digits("dataset.source.validation=100", "dataset.source.split_seed=3")
     for ours, theirs in zip(
         (*dataset.read_training(), dataset.read("test")),
@@ -65,29 +65,29 @@ def test_pictures_and_splits_are_the_sources():
 def test_the_sources_augmentation_changes_nothing(tiny_parts):
     other = "dataset.source.preprocess"
     split = of_digits().read("test")
-    plainly, augmented = (
-        tiny_parts(*SMALL, *words).batches(split, limit=2)
-        for words in ((), (f"{other}.shift=3", f"{other}.flip=true", f"{other}.standardise=last"))
+    plain, augmented = (
+        tiny_parts(*SMALL, *overrides).batches(split, limit=2)
+        for overrides in ((), (f"{other}.shift=3", f"{other}.flip=true", f"{other}.standardise=last"))
     )
-    for one, two in zip(plainly.training(0), augmented.training(0), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    for first, second in zip(plain.training(0), augmented.training(0), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_training_has_one_pair_for_each_picture_and_figures_have_as_many_as_are_asked_for(tiny_parts):
+def test_training_has_one_pair_per_image_and_evaluation_has_test_partners(tiny_parts):
     components = tiny_parts(*SMALL, "dataset.test_partners=3")
     training, validation = components.dataset.read_training()
     assert components.batches(training, limit=None, training=True).count == training.size
     assert components.batches(validation, limit=None).count == 3 * validation.size
     assert isinstance(components.batches(validation, limit=None), OverlaidPairs)
-    (remark,) = components.dataset.caveats()
-    assert remark == "multimnist of digits, pairs for each test picture: 3; in the paper 1,000"
+    (caveat,) = components.dataset.caveats()
+    assert caveat == "multimnist of digits, pairs per test image: 3; in the paper: 1,000"
     assert of_digits("dataset.test_partners=1000").caveats() == []
 
 
 @pytest.mark.parametrize(
     "run", [("seed=1",), ("trainer.batch_size=37",), ("trainer.batch_size=64", "seed=9")]
 )
-def test_the_test_set_is_the_same_in_every_run(run, tiny_parts):
+def test_the_test_split_is_the_same_in_every_run(run, tiny_parts):
     first, other = (
         joined(components.batches(components.dataset.read("test"), limit=None).in_order())
         for components in (tiny_parts(*SMALL), tiny_parts(*SMALL, *run))
@@ -103,70 +103,67 @@ def test_the_test_set_is_the_same_in_every_run(run, tiny_parts):
         (["dataset.pad=-1"], "dataset: pad must be >= 0, got -1"),
         (["dataset.pair_seed=-1"], "dataset: pair_seed must be >= 0, got -1"),
         (["dataset.test_partners=0"], "dataset: test_partners must be >= 1, got 0"),
-        (["dataset.shift=10"], "dataset: shift must be < pad + the picture's 8x8, got 10"),
+        (["dataset.shift=10"], "dataset: shift must be < pad + the image's 8x8, got 10"),
         (
             ["dataset@dataset.source=cifar10"],
-            "dataset: source must have pictures of one channel that show one class, got cifar10, "
-            "which has 3 and 1",
+            "dataset: source must have images with one channel and one label, got cifar10, which has 3 and 1",
         ),
         (
             ["dataset@dataset.source=multimnist"],
-            "dataset: source must have pictures of one channel that show one class, got multimnist, "
+            "dataset: source must have images with one channel and one label, got multimnist, "
             "which has 1 and 2",
         ),
         (
             ["loss=spread"],
-            "loss: Spread takes one class in each picture, and multimnist has 2: choose loss=margin or "
+            "loss: Spread takes one label per image, and multimnist has 2: choose loss=margin or "
             "loss=sigmoid_cross_entropy",
         ),
         (
             ["loss=cross_entropy"],
-            "loss: CrossEntropy takes one class in each picture, and multimnist has 2: choose loss=margin or "
+            "loss: CrossEntropy takes one label per image, and multimnist has 2: choose loss=margin or "
             "loss=sigmoid_cross_entropy",
         ),
     ],
 )
-def test_what_cannot_be_is_one_line_before_any_work(overrides, message, tiny_config):
+def test_invalid_settings_are_one_line(overrides, message, tiny_config):
     key = overrides[0].partition("=")[0]
-    words = [word for word in SMALL if not word.startswith(f"{key}=")]
-    with pytest.raises(UserError) as told:
-        build_components(tiny_config(*words, *overrides), plugins=[])
-    assert told.value.problems == (message,)
+    small = [override for override in SMALL if not override.startswith(f"{key}=")]
+    with pytest.raises(UserError) as caught:
+        build_components(tiny_config(*small, *overrides), plugins=[])
+    assert caught.value.problems == (message,)
 
 
 def test_a_run_trains_and_is_evaluated(tmp_path, train_tiny, tiny_parts, capsys):
     results = train_tiny(tmp_path, *SMALL)
-    assert "multimnist of digits, pairs for each test picture: 1; in" in capsys.readouterr().out
+    assert "multimnist of digits, pairs per test image: 1; in" in capsys.readouterr().out
     assert 0 <= results["test/accuracy"] <= results["test/digit_accuracy"] <= 1
     values = evaluate_run(tiny_parts(*SMALL), {"run": str(tmp_path), "weights": "best", "split": "test"})
     for name in ("accuracy", "digit_accuracy", "margin", "reconstruction"):
         assert values[name] == results[f"test/{name}"]
     with Image.open(tmp_path / "figures" / "reconstruction.png") as shown:
-        # 16 pictures: what was seen, its two sources, and what was made of it, twice.
+        # 16 images, each with its two sources and their two reconstructions.
         assert shown.size == (16 * 13 + 1, 5 * 13 + 1)
 
 
-def test_predictions_list_the_likeliest_classes_and_decode_as_many_as_a_picture_shows(
-    tmp_path, train_tiny, tiny_parts, capsys
-):
+def test_predict_lists_and_decodes_the_likeliest_classes(tmp_path, train_tiny, tiny_parts, capsys):
     train_tiny(tmp_path, *SMALL, "trainer.max_steps=2", "trainer.test=none")
     components = tiny_parts(*SMALL)
     overlay = next(components.batches(components.dataset.read("test"), limit=1).in_order()).images[0, 0]
-    Image.fromarray((overlay * 255).byte().numpy()).save(tmp_path / "seen.png")
-    told = {"run": str(tmp_path), "weights": "last", "top": 2, "reconstructions": True}
-    predict(components, told, [str(tmp_path / "seen.png")])
+    Image.fromarray((overlay * 255).byte().numpy()).save(tmp_path / "input.png")
+    settings = {"run": str(tmp_path), "weights": "last", "top": 2, "reconstructions": True}
+    predict(components, settings, [str(tmp_path / "input.png")])
     model, _ = load_model(components, tmp_path, weights="last")
     best = model(overlay[None, None]).scores.topk(2)
     listed = capsys.readouterr().out
     for label, score in zip(best.indices[0].tolist(), best.values[0].tolist(), strict=True):
         assert f"{label} {score:.3f}" in listed
-    with Image.open(tmp_path / "seen.reconstruction.png") as written:
-        made = torch.from_numpy(np.array(written.convert("L"))).float() / 255
+    with Image.open(tmp_path / "input.reconstruction.png") as written:
+        actual = torch.from_numpy(np.array(written.convert("L"))).float() / 255
     decoded = model(overlay[None, None], best.indices).reconstruction[0, :, 0]
-    torch.testing.assert_close(made, torch.cat([overlay, *decoded], dim=1), atol=0.51 / 255, rtol=0)
+    torch.testing.assert_close(actual, torch.cat([overlay, *decoded], dim=1), atol=0.51 / 255, rtol=0)
 
 
-def test_both_pictures_of_a_bad_pair_are_named(tmp_path):
+def test_both_images_of_a_non_finite_pair_are_named(tmp_path):
     indices = torch.tensor([[1, 2], [3, 40]])
     pixels = torch.zeros(2, 2, 1, 4, 4)
     batch = Batch(pixels[:, 0], torch.tensor([[0, 1], [2, 3]]), pixels, indices)
@@ -175,7 +172,7 @@ def test_both_pictures_of_a_bad_pair_are_named(tmp_path):
     assert json.loads((tmp_path / "non_finite.json").read_text())["indices"] == [[1, 2], [3, 40]]
 
 
-def test_the_parts_of_an_accumulated_batch_add_up(tiny_parts):
+def test_accumulated_microbatches_add_up(tiny_parts):
     values = []
     for accumulate in (1, 3):
         torch.manual_seed(0)
@@ -189,7 +186,7 @@ def test_the_parts_of_an_accumulated_batch_add_up(tiny_parts):
     assert values[1] == pytest.approx(values[0], rel=1e-4)
 
 
-def test_processes_share_a_batch_of_pairs(tiny_parts):
+def test_processes_divide_a_batch_of_pairs(tiny_parts):
     components = tiny_parts(*SMALL)
     batch = next(components.batches(components.dataset.read("test"), limit=1).in_order())
     slices, shares = zip(*(ProcessGroup(rank, 3).slice_of(batch) for rank in range(3)), strict=True)
@@ -197,7 +194,7 @@ def test_processes_share_a_batch_of_pairs(tiny_parts):
     assert all(map(torch.equal, joined(slices), batch))
 
 
-def test_a_measurement_takes_random_pairs(tiny_parts):
+def test_benchmark_batches_are_random_pairs(tiny_parts):
     batch = next(random_batches(tiny_parts(*SMALL)).training(0))
     assert (batch.images.shape, batch.labels.shape) == ((100, 1, 12, 12), (100, 2))
     assert batch.pixels.shape == (100, 2, 1, 12, 12)
@@ -210,11 +207,11 @@ def test_a_measurement_takes_random_pairs(tiny_parts):
         "cnn_multimnist model.conv_channels=[4,4] model.hidden=[8] loss=sigmoid_cross_entropy",
     ],
 )
-def test_every_kind_of_network_learns_from_pairs(model, em_config):
-    name, *words = model.split()
+def test_other_networks_train_on_pairs(model, em_config):
+    name, *overrides = model.split()
     shallow = ["model.conv_types=[4]", "model.conv_kernels=[2]", "model.conv_strides=[1]", "loss=margin"]
-    words = words or [*shallow, "model.primary_types=2"]
-    components = build_components(em_config(f"model={name}", *SMALL, *words), plugins=[])
+    overrides = overrides or [*shallow, "model.primary_types=2"]
+    components = build_components(em_config(f"model={name}", *SMALL, *overrides), plugins=[])
     batch = next(components.batches(components.dataset.read("test"), limit=1, training=True).training(0))
     metrics = accumulate_gradients(
         components.new_model(), components.loss, batch, Step(0, 1), components.trainer
@@ -222,26 +219,26 @@ def test_every_kind_of_network_learns_from_pairs(model, em_config):
     assert 0 <= metrics["accuracy"] <= metrics["digit_accuracy"] <= 1
 
 
-def test_overfitting_takes_the_first_pairs(tmp_path, train_tiny, metrics_of):
-    words = [
+def test_overfitting_uses_the_first_pairs(tmp_path, train_tiny, metrics_of):
+    overrides = [
         "trainer.overfit=true",
         "trainer.batch_size=20",
         "trainer.max_steps=2",
         "dataset.test_partners=1",
     ]
-    train_tiny(tmp_path, *SMALL, *words)
+    train_tiny(tmp_path, *SMALL, *overrides)
     assert "validation/digit_accuracy" in metrics_of(tmp_path)[-2] | metrics_of(tmp_path)[-1]
 
 
-def test_accuracy_wants_both_digits_and_digit_accuracy_each(tiny_parts):
+def test_accuracy_counts_pairs_and_digit_accuracy_counts_digits(tiny_parts):
     components = tiny_parts(*SMALL)
     model = components.new_model()
     batches = components.batches(components.dataset.read("test"), limit=None)
     both = each = 0
     for batch in batches.in_order():
         best = model(batch.images).scores.topk(2).indices.tolist()
-        found = [len({*a} & {*b}) for a, b in zip(best, batch.labels.tolist(), strict=True)]
-        both, each = both + found.count(2), each + sum(found)
+        matches = [len({*a} & {*b}) for a, b in zip(best, batch.labels.tolist(), strict=True)]
+        both, each = both + matches.count(2), each + sum(matches)
     values = evaluate(model, batches, components.loss, Step(0, 1))
     assert values["accuracy"] == pytest.approx(both / 359)
     assert values["digit_accuracy"] == pytest.approx(each / 718)
@@ -250,13 +247,13 @@ def test_accuracy_wants_both_digits_and_digit_accuracy_each(tiny_parts):
 def test_a_split_of_one_class_is_refused(tiny_parts):
     components = tiny_parts(*SMALL)
     test = components.dataset.read("test")
-    with pytest.raises(UserError, match=r"^pairs need pictures of two classes, and all"):
+    with pytest.raises(UserError, match=r"^pairs need images of two classes, and all"):
         components.batches(test.take((test.labels == 3).nonzero().flatten()), limit=None)
 
 
-def test_other_sets_have_one_class_in_each_picture(tiny_parts):
+def test_other_datasets_have_one_label_per_image(tiny_parts):
     components = tiny_parts()
-    assert components.dataset.targets == 1
+    assert components.dataset.labels_per_image == 1
     batches = components.batches(components.dataset.read("test"), limit=None, training=True)
     assert type(batches) is Batches
     assert next(batches.in_order()).labels.shape == (100,)

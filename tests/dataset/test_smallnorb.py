@@ -31,25 +31,25 @@ OF_THE_PAPER = {
     "flip": False,
     "brightness": 63,
     "contrast": [0.2, 1.8],
-    "light": "picture",
+    "contrast_mean": "image",
     "standardise": "last",
     "test_crops": 1,
 }
 SMALL = {**OF_THE_PAPER, "resize": 6, "crop": 4}
 
 
-def rows_of(part):
-    """Class and factors of each picture, in an order of no meaning."""
-    rows = np.array(list(itertools.product(range(5), *SETUP.values(part))), "<i4")
-    return np.random.default_rng(len(part)).permutation(rows)
+def rows_of(split):
+    """Label and factors of each image, in random order."""
+    rows = np.array(list(itertools.product(range(5), *SETUP.values(split))), "<i4")
+    return np.random.default_rng(len(split)).permutation(rows)
 
 
-def pictures_of(rows):
-    """Pairs of plain grey that tell their row: the left one class and instance, the right one the view."""
+def images_of(rows):
+    """Constant gray pairs that encode their row: class and instance on the left, the view on the right."""
     left = 20 * rows[:, 0] + rows[:, 1]
     right = 50 * rows[:, 2] + rows[:, 3] + 40 * rows[:, 4]
-    greys = np.stack([left, right], axis=1).astype(np.uint8)
-    return np.broadcast_to(greys[..., None, None], (len(rows), 2, SETUP.side, SETUP.side)).copy()
+    grays = np.stack([left, right], axis=1).astype(np.uint8)
+    return np.broadcast_to(grays[..., None, None], (len(rows), 2, SETUP.side, SETUP.side)).copy()
 
 
 def norb(array):
@@ -59,20 +59,20 @@ def norb(array):
 
 
 def contents_of(rows):
-    """The three files of a part."""
+    """The three files of a split."""
     return {
-        "dat": norb(pictures_of(rows)),
+        "dat": norb(images_of(rows)),
         "cat": norb(np.ascontiguousarray(rows[:, 0])),
         "info": norb(np.ascontiguousarray(rows[:, 1:])),
     }
 
 
-def publish(root, *, packed=False, **parts):
-    """A small world in the published format, and the class that knows its checksums."""
+def publish(root, *, packed=False, **splits):
+    """Write a small dataset in the published format; return a class with its checksums."""
     (root / FOLDER).mkdir()
     files = []
-    for part, stem in STEM.items():
-        for kind, content in contents_of(parts.get(part, rows_of(part))).items():
+    for split, stem in STEM.items():
+        for kind, content in contents_of(splits.get(split, rows_of(split))).items():
             zipped, name = gzip.compress(content, mtime=0), f"{FOLDER}{stem}{kind}.mat"
             stored = StoredFile(name, f"md5:{hashlib.md5(content).hexdigest()}")
             sha256 = hashlib.sha256(zipped).hexdigest()
@@ -107,42 +107,51 @@ def real():
     return lambda **changes: build(SmallNORB, root, preprocess=OF_THE_PAPER, **changes)
 
 
-def path_of(dataset, part="train", kind="dat"):
-    return dataset.root / FOLDER / f"{STEM[part]}{kind}.mat"
+def path_of(dataset, split="train", kind="dat"):
+    return dataset.root / FOLDER / f"{STEM[split]}{kind}.mat"
+
+
+def training_factors(dataset):
+    """The factors of both splits of `read_training`."""
+    factors = dataset.factors("train")
+    is_validation = factors[:, 0] == (
+        -1 if dataset.validation_instance is None else dataset.validation_instance
+    )
+    return factors[~is_validation], factors[is_validation]
 
 
 def silent(what, done, total):
     pass
 
 
-def not_reduced(*arguments):
-    raise AssertionError("the pictures were reduced again")
+def not_resized(*arguments):
+    raise AssertionError("the images were resized again")
 
 
-def greys(split):
-    """Both cameras' grey of each picture."""
+def grays(split):
+    """Both cameras' gray value of each image."""
     assert (split.images == split.images[:, :, :1, :1]).all()
     return split.images[:, :, 0, 0].long()
 
 
-def greys_of(labels, factors):
+def grays_of(labels, factors):
     instance, elevation, azimuth, lighting = factors.T
     return torch.stack([20 * labels + instance, 50 * elevation + azimuth + 40 * lighting], dim=1)
 
 
 @pytest.mark.parametrize("resize", [6, None, 12, [4, 6]])
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_pictures_classes_and_factors_belong_together(world, part, resize):
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_images_labels_and_factors_belong_together(world, split, resize):
     dataset = world(preprocess={**SMALL, "resize": resize})
-    split, factors = dataset.read(part), dataset.factors(part)
-    rows = torch.from_numpy(rows_of(part).astype(np.int64))
-    assert torch.equal(split.labels, rows[:, 0])
+    images, factors = dataset.read(split), dataset.factors(split)
+    rows = torch.from_numpy(rows_of(split).astype(np.int64))
+    assert torch.equal(images.labels, rows[:, 0])
     assert torch.equal(factors, rows[:, 1:])
-    assert torch.equal(greys(split), greys_of(split.labels, factors))
-    assert tuple(split.images.shape) == (COUNT, *dataset.raw_shape)
+    assert torch.equal(grays(images), grays_of(images.labels, factors))
+    assert tuple(images.images.shape) == (COUNT, *dataset.raw_shape)
 
 
-def test_reduced_pictures_are_those_of_resized(tmp_path, monkeypatch):
+def test_cached_images_equal_resized_ones(tmp_path, monkeypatch):
     monkeypatch.setattr("capsexp.dataset.smallnorb.RESIZE_CHUNK", 50)
     kind = publish(tmp_path)
     path = path_of(build(kind, tmp_path))
@@ -159,40 +168,40 @@ def test_cameras_are_channels(world, cameras, channels):
     assert torch.equal(split.images, world().read("test").images[:, channels])
 
 
-def test_one_instance_of_every_class_is_set_aside_and_no_other_picture(world):
+def test_exactly_one_instance_of_every_class_is_set_aside(world):
     dataset = world(validation_instance=4)
-    splits, factors = dataset.read_training(), dataset.training_factors()
+    splits, factors = dataset.read_training(), training_factors(dataset)
     assert [split.size for split in splits] == [COUNT // 2] * 2
     assert [rows[:, 0].unique().tolist() for rows in factors] == [[9], [4]]
     for split, rows in zip(splits, factors, strict=True):
         assert split.labels.bincount().tolist() == [COUNT // 10] * 5
-        assert torch.equal(greys(split), greys_of(split.labels, rows))
+        assert torch.equal(grays(split), grays_of(split.labels, rows))
 
 
 def test_without_a_validation_instance_all_is_for_training(world):
     training, validation = world(validation_instance=None).read_training()
     assert (training.size, validation.size) == (COUNT, 0)
-    assert [len(rows) for rows in world(validation_instance=None).training_factors()] == [COUNT, 0]
+    assert [len(rows) for rows in training_factors(world(validation_instance=None))] == [COUNT, 0]
 
 
 @pytest.mark.parametrize(
     ("viewpoint", "familiar", "novel"),
     [("azimuth", {0, 4, 30}, {6}), ("elevation", {0, 2}, {3})],
 )
-def test_training_sees_the_familiar_views_and_the_test_what_it_asks_for(world, viewpoint, familiar, novel):
+def test_training_has_familiar_views_and_the_test_split_the_selected_views(world, viewpoint, familiar, novel):
     column = FACTORS.index(viewpoint)
-    asked = {"familiar": familiar, "novel": novel, "all": familiar | novel}
-    for views, expected in asked.items():
+    expected_values = {"familiar": familiar, "novel": novel, "all": familiar | novel}
+    for views, expected in expected_values.items():
         dataset = world(viewpoint=viewpoint, test_views=views)
-        for rows in dataset.training_factors():
+        for rows in training_factors(dataset):
             assert set(rows[:, column].tolist()) == familiar
         test, factors = dataset.read("test"), dataset.factors("test")
         assert set(factors[:, column].tolist()) == expected
-        assert torch.equal(greys(test), greys_of(test.labels, factors))
+        assert torch.equal(grays(test), grays_of(test.labels, factors))
         assert test.size == COUNT * len(expected) // len(familiar | novel)
 
 
-def test_familiar_views_of_the_test_toys_can_be_had_beside_the_novel_ones(world):
+def test_familiar_views_are_available_beside_novel_ones(world):
     novel = world(viewpoint="azimuth", test_views="novel")
     familiar = world(viewpoint="azimuth", test_views="familiar")
     assert torch.equal(novel.familiar().images, familiar.read("test").images)
@@ -206,30 +215,30 @@ def test_familiar_views_of_the_test_toys_can_be_had_beside_the_novel_ones(world)
     [
         ({"validation_instance": 5}, "validation_instance must be null or one of 4, 9, got 5"),
         ({"test_views": "novel"}, "test_views must be 'all' where viewpoint is null, got 'novel'"),
-        ({"preprocess": {**SMALL, "crop": 7}}, "crop must be <= the picture's 6x6, got 7"),
+        ({"preprocess": {**SMALL, "crop": 7}}, "crop must be <= the image's 6x6, got 7"),
     ],
 )
-def test_impossible_settings_are_refused_before_anything_is_read(world, changes, message):
+def test_invalid_settings_are_refused_before_reading(world, changes, message):
     with pytest.raises(ValueError, match=message):
         world(**changes)
 
 
-def test_the_second_time_the_reduced_pictures_are_read(world, monkeypatch):
+def test_resized_images_are_read_from_the_cache(world, monkeypatch):
     first = world().read("train")
-    monkeypatch.setattr(SmallNORB, "_reduced", not_reduced)
+    monkeypatch.setattr(SmallNORB, "_resize", not_resized)
     assert torch.equal(world().read("train").images, first.images)
     assert torch.equal(world(cameras="right").read("train").images, first.images[:, 1:])
 
 
-def test_another_size_has_a_cache_of_its_own(world, monkeypatch):
+def test_each_size_has_its_own_cache(world, monkeypatch):
     small, large = world(), world(preprocess={**SMALL, "resize": 9})
     assert small.read("test").images.shape[-1] == 6
     assert large.read("test").images.shape[-1] == 9
-    monkeypatch.setattr(SmallNORB, "_reduced", not_reduced)
+    monkeypatch.setattr(SmallNORB, "_resize", not_resized)
     assert small.read("test").images.shape[-1] == 6
 
 
-def test_a_damaged_cache_is_made_again(world):
+def test_a_damaged_cache_is_rewritten(world):
     expected = world().read("test").images
     path = world().folder / "cache-test-6x6.bytes"
     whole = path.read_bytes()
@@ -238,23 +247,23 @@ def test_a_damaged_cache_is_made_again(world):
     assert path.read_bytes() == whole
 
 
-def test_a_cache_of_other_pictures_is_made_again(world):
+def test_a_cache_of_other_images_is_rewritten(world):
     dataset = world()
     before = dataset.read("test").images
     path = path_of(dataset, "test")
     stat = path.stat()
-    path.write_bytes(norb(255 - pictures_of(rows_of("test"))))
+    path.write_bytes(norb(255 - images_of(rows_of("test"))))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert torch.equal(dataset.read("test").images, 255 - before)
 
 
-def test_pictures_at_full_size_leave_no_cache(world):
+def test_images_at_full_size_are_not_cached(world):
     dataset = world(preprocess={**SMALL, "resize": None})
     dataset.read("train")
     assert not list(dataset.folder.glob("cache-*"))
 
 
-def test_a_folder_that_cannot_be_written_to_is_read_all_the_same(world, monkeypatch):
+def test_a_read_only_folder_is_read_without_a_cache(world, monkeypatch):
     def refuse(path, write):
         raise PermissionError("read-only")
 
@@ -265,51 +274,51 @@ def test_a_folder_that_cannot_be_written_to_is_read_all_the_same(world, monkeypa
     assert not list(world().folder.glob("cache-*"))
 
 
-def test_published_pictures_need_no_remark_and_others_do(world):
+def test_only_images_that_are_not_the_published_ones_have_a_caveat(world):
     dataset = world()
     assert dataset.caveats() == []
-    path_of(dataset, "test").write_bytes(norb(255 - pictures_of(rows_of("test"))))
-    remark = (
-        r"smallnorb: the test pictures are not the published ones \(checksum differs: a converted copy\?\)"
+    path_of(dataset, "test").write_bytes(norb(255 - images_of(rows_of("test"))))
+    message = (
+        r"smallnorb: the test images are not the published ones \(checksum differs: a converted copy\?\)"
     )
-    assert [bool(re.match(remark, line)) for line in dataset.caveats()] == [True]
-    path_of(dataset, "train").write_bytes(norb(255 - pictures_of(rows_of("train"))))
-    assert "the training and test pictures are not" in world().caveats()[0]
+    assert [bool(re.match(message, line)) for line in dataset.caveats()] == [True]
+    path_of(dataset, "train").write_bytes(norb(255 - images_of(rows_of("train"))))
+    assert "the training and test images are not" in world().caveats()[0]
     assert dataset.read("train").size == COUNT
 
 
-def test_what_the_pictures_are_is_found_once(world, monkeypatch):
-    path_of(world(), "test").write_bytes(norb(255 - pictures_of(rows_of("test"))))
+def test_the_checksum_of_the_images_is_cached(world, monkeypatch):
+    path_of(world(), "test").write_bytes(norb(255 - images_of(rows_of("test"))))
     first = world().caveats()
 
     def hashed_again(*arguments):
-        raise AssertionError("the pictures were hashed again")
+        raise AssertionError("the images were hashed again")
 
     monkeypatch.setattr("capsexp.dataset.smallnorb.digest", hashed_again)
     assert world().caveats() == first != []
 
 
-def test_prepare_makes_the_caches_and_says_that_all_is_as_published(world, monkeypatch):
+def test_prepare_writes_the_caches_and_verifies(world, monkeypatch):
     lines = []
-    assert prepare(world(), say=lines.append, progress=silent) == 0
+    assert prepare(world(), print_line=lines.append, progress=silent) == 0
     assert lines == [f"smallnorb: verified in {world().folder}"]
-    monkeypatch.setattr(SmallNORB, "_reduced", not_reduced)
+    monkeypatch.setattr(SmallNORB, "_resize", not_resized)
     assert world().read("train").size == world().read("test").size == COUNT
 
 
-def test_a_converted_copy_is_a_problem_that_can_be_lived_with(world):
+def test_a_converted_copy_is_reported_as_usable(world):
     path = path_of(world(), "train")
-    path.write_bytes(norb(255 - pictures_of(rows_of("train"))))
+    path.write_bytes(norb(255 - images_of(rows_of("train"))))
     lines = []
-    assert verify(world(), say=lines.append) == 1
+    assert verify(world(), print_line=lines.append) == 1
     assert len(lines) == 1
-    assert lines[0].startswith(f"smallnorb: {path} does not hold the published pictures (checksum differs")
-    assert "it can be used, but say so beside any figure" in lines[0]
-    assert prepare(world(), say=lines.append, progress=silent) == 1
+    assert lines[0].startswith(f"smallnorb: {path} does not hold the published images (checksum differs")
+    assert "it can be used, but report this beside any metric" in lines[0]
+    assert prepare(world(), print_line=lines.append, progress=silent) == 1
     assert lines[1] == lines[0]
 
 
-def test_a_picture_file_of_another_kind_is_a_problem_that_cannot(world):
+def test_a_truncated_image_file_is_refused(world):
     path = path_of(world(), "train")
     path.write_bytes(path.read_bytes()[:-1])
     size = 24 + COUNT * 2 * 12 * 12
@@ -343,7 +352,7 @@ def test_classes_and_factors_must_be_the_published_ones(world, kind):
         (4, 2, r"-info\.mat: the values of lighting must be \[0, 1\], got \[0, 1, 2\]"),
     ],
 )
-def test_a_value_out_of_its_range_is_named(tmp_path, column, value, message):
+def test_a_value_out_of_range_is_reported(tmp_path, column, value, message):
     rows = rows_of("train")
     rows[7, column] = value
     kind = publish(tmp_path, train=rows)
@@ -351,7 +360,7 @@ def test_a_value_out_of_its_range_is_named(tmp_path, column, value, message):
         build(kind, tmp_path).read("train")
 
 
-def test_a_combination_that_is_there_twice_is_told(tmp_path):
+def test_a_duplicate_combination_is_reported(tmp_path):
     rows = rows_of("train")
     rows[7] = rows[8]
     kind = publish(tmp_path, train=rows)
@@ -370,17 +379,17 @@ def test_gz_files_alone_are_enough(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["dat", "cat", "info"])
-def test_a_missing_file_is_named_with_its_address_and_its_place(world, kind):
+def test_a_missing_file_is_reported_with_its_address_and_folder(world, kind):
     path = path_of(world(), "test", kind)
     path.unlink()
-    asked = rf"missing smallnorb/.*-testing-{kind}\.mat; .*https://example\.invalid/.*-{kind}\.mat\.gz\)"
-    message = rf"{asked}, or put these files into {path.parent} by hand, as they are or unpacked"
+    expected = rf"missing smallnorb/.*-testing-{kind}\.mat; .*https://example\.invalid/.*-{kind}\.mat\.gz\)"
+    message = rf"{expected}, or put these files into {path.parent} by hand, packed or unpacked"
     with pytest.raises(DataError, match=message):
         world().read("test")
     assert world().problems() == [f"{path} is missing"]
 
 
-def test_the_published_files_come_over_https_from_their_authors():
+def test_the_files_are_the_authors_and_use_https():
     assert len(SmallNORB.files) == 6
     for remote in SmallNORB.files:
         assert remote.url.startswith("https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/smallnorb-5x")
@@ -388,31 +397,34 @@ def test_the_published_files_come_over_https_from_their_authors():
         assert remote.name == f"{remote.contents[0].name}.gz"
 
 
-def test_the_published_set_is_read(real):
+def test_the_published_dataset_is_read(real):
     training, validation = real().read_training()
     test = real().read("test")
     assert (training.size, validation.size, test.size) == (19_440, 4_860, 24_300)
     assert training.labels.bincount().tolist() == [3_888] * 5
     assert validation.labels.bincount().tolist() == [972] * 5
     assert test.labels[:7].tolist() == [0, 1, 2, 3, 4, 0, 1]
-    mine, aside = real().training_factors()
-    assert (mine[:, 0].unique().tolist(), aside[:, 0].unique().tolist()) == ([4, 6, 7, 8], [9])
+    training_rows, validation_rows = training_factors(real())
+    assert (training_rows[:, 0].unique().tolist(), validation_rows[:, 0].unique().tolist()) == (
+        [4, 6, 7, 8],
+        [9],
+    )
     assert real().factors("test")[:, 0].unique().tolist() == [0, 1, 2, 3, 5]
-    assert all("smallnorb: the " in remark for remark in real().caveats())
+    assert all("smallnorb: the " in line for line in real().caveats())
 
 
 @pytest.mark.parametrize("viewpoint", ["azimuth", "elevation"])
-def test_the_published_set_has_a_third_of_familiar_views(real, viewpoint):
+def test_a_third_of_the_published_images_have_familiar_views(real, viewpoint):
     for views, count in (("familiar", 8_100), ("novel", 16_200), ("all", 24_300)):
         dataset = real(viewpoint=viewpoint, test_views=views)
         assert len(dataset.factors("test")) == count
-        assert [len(rows) for rows in dataset.training_factors()] == [6_480, 1_620]
+        assert [len(rows) for rows in training_factors(dataset)] == [6_480, 1_620]
     column = FACTORS.index(viewpoint)
     familiar = real(viewpoint=viewpoint, test_views="familiar").factors("test")[:, column].unique()
     assert familiar.tolist() == ([0, 2, 4, 30, 32, 34] if viewpoint == "azimuth" else [0, 1, 2])
 
 
-def test_published_pictures_reach_the_network_standardised(real):
+def test_the_network_gets_standardised_published_images(real):
     options = {"batch_size": 64, "seed": 0, "device": "cpu", "memory_format": torch.contiguous_format}
     batches = Batches(real().read("test"), real().preprocess, limit=2, **options)
     for batch in (*batches.training(0), *batches.in_order()):
@@ -422,8 +434,8 @@ def test_published_pictures_reach_the_network_standardised(real):
         torch.testing.assert_close(flat.std(1, correction=0), torch.ones(64), rtol=1e-4, atol=0)
 
 
-def test_published_pictures_of_the_two_cameras_are_nearly_alike(real):
-    # A wrong order of the dimensions would show here.
+def test_published_images_of_the_two_cameras_correlate(real):
+    # Detects a wrong order of the dimensions.
     images = real().read("test").images[::100].double().flatten(2)
     centred = images - images.mean(2, keepdim=True)
     left, right = centred[:, 0], centred[:, 1]

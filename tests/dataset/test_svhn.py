@@ -12,23 +12,13 @@ from capsexp.errors import DataError
 
 
 def svhn(root):
-    preprocess = Preprocess(
-        resize=None,
-        shift=0,
-        crop=None,
-        flip=False,
-        brightness=0,
-        contrast=None,
-        light="window",
-        standardise=None,
-        test_crops=1,
-    )
+    preprocess = Preprocess.identity()
     return SVHN(root=str(root), download=False, validation=0, split_seed=0, preprocess=preprocess)
 
 
 @pytest.fixture
 def invented(tmp_path, monkeypatch):
-    """A small file in the published format, with the checksums that belong to it."""
+    """A small file in the published format, with its own checksums."""
     path = tmp_path / FOLDER / "test_32x32.mat"
     path.parent.mkdir()
     pixels = np.arange(32 * 32 * 3 * 4, dtype=np.uint32).astype(np.uint8).reshape(32, 32, 3, 4)
@@ -41,14 +31,14 @@ def invented(tmp_path, monkeypatch):
     return tmp_path, pixels
 
 
-def test_axes_and_labels_are_put_right(invented):
+def test_axes_and_labels_are_converted(invented):
     root, pixels = invented
     split = svhn(root).read("test")
     assert split.labels.tolist() == [1, 0, 9, 2]
     assert (split.images.numpy() == pixels.transpose(3, 2, 0, 1)).all()
 
 
-def test_a_damaged_file_is_named(invented):
+def test_a_damaged_file_is_reported(invented):
     root, _ = invented
     path = root / FOLDER / "test_32x32.mat"
     path.write_bytes(path.read_bytes()[:-1])
@@ -56,7 +46,7 @@ def test_a_damaged_file_is_named(invented):
         svhn(root).read("test")
 
 
-def test_missing_and_offline_names_an_https_address(tmp_path):
+def test_the_error_for_missing_files_names_an_https_address(tmp_path):
     with pytest.raises(
         DataError, match=r"svhn is not complete .*https://ufldl\.stanford\.edu/housenumbers/train"
     ):

@@ -13,7 +13,9 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        sizes = [one.untyped_storage().nbytes() for one in tree_leaves(result) if torch.is_tensor(one)]
+        sizes = [
+            tensor.untyped_storage().nbytes() for tensor in tree_leaves(result) if torch.is_tensor(tensor)
+        ]
         self.size = max([self.size, *sizes])
         return result
 

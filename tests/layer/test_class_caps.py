@@ -33,23 +33,23 @@ def capsules(*shape, dtype=torch.float32):
 def test_a_hundred_classes_never_hold_the_votes_of_the_whole_batch(implementation, largest_tensor):
     torch.manual_seed(0)
     routing = dynamic(implementation=implementation)
-    layer = class_caps(128, 1, 100, 16, routing=routing, votes_mib=1)  # 0.8 MiB of votes per picture
+    layer = class_caps(128, 1, 100, 16, routing=routing, votes_mib=1)  # 0.8 MiB of votes per image
     votes_of_the_batch = 32 * 128 * 100 * 16 * 4
     stored = []
     with largest_tensor as largest, saved_tensors_hooks(lambda t: stored.append(t.nbytes) or t, lambda t: t):
         layer(capsules(32, 128, 1)).activations.sum().backward()
-    coupling = 32 * 128 * 100 * 4  # of one pass, which is returned; the fused path keeps those of all three
-    kept = 3 * coupling if implementation == "fused" else coupling
-    assert MIB <= largest.size <= kept < votes_of_the_batch / 5
-    assert sum(stored) - kept < votes_of_the_batch / 10
+    coupling = 32 * 128 * 100 * 4  # of the last pass; the fused path saves all three
+    saved_bytes = 3 * coupling if implementation == "fused" else coupling
+    assert MIB <= largest.size <= saved_bytes < votes_of_the_batch / 5
+    assert sum(stored) - saved_bytes < votes_of_the_batch / 10
 
 
 @pytest.mark.parametrize(
     "routing", [dynamic(prior="learned", bias=True), functools.partial(UniformRouting, bias=True)]
 )
-def test_pieces_give_the_same_result_and_gradients(routing):
+def test_chunks_give_the_same_result_and_gradients(routing):
     results = []
-    for votes_mib in (1.0, 0.01):  # a piece is one picture
+    for votes_mib in (1.0, 0.01):  # a chunk is one image
         torch.manual_seed(0)
         layer = class_caps(30, 4, 5, 8, routing=routing, votes_mib=votes_mib).double()
         inputs = capsules(3, 30, 4, dtype=torch.float64)
@@ -57,16 +57,16 @@ def test_pieces_give_the_same_result_and_gradients(routing):
         routed = layer(inputs)
         loss = sum(field.square().sum() for field in routed[:3])
         results.append((*routed[:3], *torch.autograd.grad(loss, [inputs.poses, *layer.parameters()])))
-    for whole, pieces in zip(*results, strict=True):
-        torch.testing.assert_close(pieces, whole, rtol=1e-10, atol=1e-12)
+    for whole, chunks in zip(*results, strict=True):
+        torch.testing.assert_close(chunks, whole, rtol=1e-10, atol=1e-12)
 
 
 def test_layer_routes_its_votes():
     layer = class_caps(6, 4, 5, 8, routing=dynamic(), votes_mib=None)
     inputs = capsules(3, 6, 4)
     expected = layer.routing(make_votes(inputs.poses, layer.weight), inputs.activations)
-    for one, other in zip(layer(inputs), expected, strict=True):
-        torch.testing.assert_close(one, other)
+    for tensor, other in zip(layer(inputs), expected, strict=True):
+        torch.testing.assert_close(tensor, other)
 
 
 def test_capsules_of_length_zero_give_finite_gradients():
@@ -103,28 +103,28 @@ def test_without_routing_is_the_uniform_control(shared):
     uniform = functools.partial(UniformRouting, bias=False)
     layer = class_caps(5, 3, 4, 6, shared=shared, routing=uniform, votes_mib=None)
     routed, unrouted = layer(capsules(2, 5, 3)), layer.without_routing()(capsules(2, 5, 3))
-    for one, other in zip(routed, unrouted, strict=True):
-        torch.testing.assert_close(other, one)
+    for tensor, other in zip(routed, unrouted, strict=True):
+        torch.testing.assert_close(other, tensor)
 
 
 @pytest.mark.parametrize("implementation", ["fused", "reference"])
-@pytest.mark.parametrize("dim", [8, 6])  # made inside the operator, and outside
+@pytest.mark.parametrize("dim", [8, 6])  # votes made inside the operator, and outside
 def test_shared_transformations_are_matrices_that_are_all_the_same(implementation, dim):
     routing = dynamic(implementation=implementation, prior="learned", bias=True)
-    one, each = (
+    tied, untied = (
         class_caps(7, 4, 5, dim, shared=shared, routing=routing, votes_mib=None).double()
         for shared in (True, False)
     )
-    assert (one.weight.shape, each.weight.shape) == ((1, 4, 5, dim), (7, 4, 5, dim))
-    each.weight.data.copy_(one.weight.data.expand_as(each.weight))
+    assert (tied.weight.shape, untied.weight.shape) == ((1, 4, 5, dim), (7, 4, 5, dim))
+    untied.weight.data.copy_(tied.weight.data.expand_as(untied.weight))
     inputs = capsules(3, 7, 4, dtype=torch.float64)
-    results = [layer(inputs) for layer in (one, each)]
+    results = [layer(inputs) for layer in (tied, untied)]
     for got, expected in zip(*(routed[:3] for routed in results), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
     for routed in results:
         (routed.poses.sin().sum() + routed.coupling.square().sum()).backward()
-    summed = each.weight.grad.sum(0, keepdim=True)  # every child's share of one W_j
-    torch.testing.assert_close(one.weight.grad, summed, rtol=1e-11, atol=1e-12)
+    summed = untied.weight.grad.sum(0, keepdim=True)  # every child's share of one W_j
+    torch.testing.assert_close(tied.weight.grad, summed, rtol=1e-11, atol=1e-12)
 
 
 def test_a_shared_transformation_with_uniform_coupling_sees_the_sum_of_its_children_alone():
@@ -142,5 +142,5 @@ def test_at_the_start_the_sums_are_as_long_as_independent_children(sizes, shared
     inputs = capsules(64, *sizes[:2])
     lengths = layer(inputs).activations
     sums = (lengths / (1 - lengths)).sqrt()  # squash, undone
-    rms = [one.square().mean().sqrt().item() for one in (sums, inputs.activations)]
+    rms = [tensor.square().mean().sqrt().item() for tensor in (sums, inputs.activations)]
     assert math.log2(rms[0] / rms[1]) == pytest.approx(0, abs=0.3)

@@ -16,11 +16,11 @@ def test_decoder_takes_160_inputs_of_which_all_but_one_class_are_zero():
     assert torch.equal(seen[0], expected.flatten(1))
 
 
-def test_decoder_paints_a_picture_in_the_unit_range():
+def test_decoder_paints_a_image_in_the_unit_range():
     decoder = Decoder(4, 3, (2, 5, 7), hidden=[8])
-    picture = decoder(10 * torch.randn(6, 4, 3), torch.arange(6) % 4)
-    assert picture.shape == (6, 2, 5, 7)
-    assert ((picture >= 0) & (picture <= 1)).all()
+    image = decoder(10 * torch.randn(6, 4, 3), torch.arange(6) % 4)
+    assert image.shape == (6, 2, 5, 7)
+    assert ((image >= 0) & (image <= 1)).all()
 
 
 def test_the_masked_capsules_get_no_gradient():
@@ -35,17 +35,17 @@ def test_hidden_layers_are_rectified():
     for layer in decoder.layers:
         layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     decoder(torch.randn(5, 4, 3), torch.zeros(5, dtype=torch.int64))
-    assert [tuple(one.shape) for one in seen] == [(5, 12), (5, 8), (5, 6)]
-    assert all((one >= 0).all() for one in seen[1:])
+    assert [tuple(tensor.shape) for tensor in seen] == [(5, 12), (5, 8), (5, 6)]
+    assert all((tensor >= 0).all() for tensor in seen[1:])
 
 
 def test_several_classes_are_decoded_one_at_a_time_by_the_same_weights():
     decoder = Decoder(4, 3, (1, 5, 7), hidden=[8])
     poses, classes = torch.randn(6, 4, 3), torch.randint(4, (6, 2))
-    pictures = decoder(poses, classes)
-    assert pictures.shape == (6, 2, 1, 5, 7)
+    images = decoder(poses, classes)
+    assert images.shape == (6, 2, 1, 5, 7)
     for place in range(2):
-        torch.testing.assert_close(pictures[:, place], decoder(poses, classes[:, place]))
+        torch.testing.assert_close(images[:, place], decoder(poses, classes[:, place]))
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([2, 0]), torch.tensor([[2, 0], [0, 1]])])

@@ -98,17 +98,21 @@ def test_votes_are_those_of_the_loops_over_positions_places_and_types(rows, colu
 def test_layer_routes_its_votes(make):
     layer, given = both(make)
     expected = layer.routing(layer.votes(given.poses), given.activations)
-    for one, other in zip(expected[:3], layer(given)[:3], strict=True):
-        torch.testing.assert_close(other, one)
+    for tensor, other in zip(expected[:3], layer(given)[:3], strict=True):
+        torch.testing.assert_close(other, tensor)
 
 
 def test_shifting_the_children_by_the_stride_shifts_the_parents():
     routing = em(iterations=1, initial_coupling="official")  # later, parents at the border compete less
     layer, given = conv(9, 9, stride=2, routing=routing), capsules(9 * 9 * 2)
-    shifted = Capsules(*(one.unflatten(1, (9, 9, 2)).roll((2, 2), (1, 2)).flatten(1, 3) for one in given))
-    before, after = ([one.unflatten(1, (4, 4, 3)) for one in layer(some)[:2]] for some in (given, shifted))
-    for one, other in zip(before, after, strict=True):
-        torch.testing.assert_close(other[:, 1:, 1:], one[:, :-1, :-1])
+    shifted = Capsules(
+        *(tensor.unflatten(1, (9, 9, 2)).roll((2, 2), (1, 2)).flatten(1, 3) for tensor in given)
+    )
+    before, after = (
+        [tensor.unflatten(1, (4, 4, 3)) for tensor in layer(some)[:2]] for some in (given, shifted)
+    )
+    for tensor, other in zip(before, after, strict=True):
+        torch.testing.assert_close(other[:, 1:, 1:], tensor[:, :-1, :-1])
 
 
 def test_matrices_are_shared_over_positions():
@@ -134,7 +138,7 @@ def test_children_that_the_stride_leaves_out_have_no_effect():
     given.poses.requires_grad_()
     given.activations.requires_grad_()
     routed = layer(given)
-    gradients = torch.autograd.grad(sum(one.square().sum() for one in routed[:3]), list(given))
+    gradients = torch.autograd.grad(sum(tensor.square().sum() for tensor in routed[:3]), list(given))
     for gradient in gradients:
         by_place = gradient.unflatten(1, (6, 6, 2))
         assert by_place[:, :5, :5].any(1).all()
@@ -143,26 +147,26 @@ def test_children_that_the_stride_leaves_out_have_no_effect():
     poses = given.poses.detach().clone().unflatten(1, (6, 6, 2))
     poses[:, 5] = poses[:, :, 5] = 1e30
     changed = layer(Capsules(poses.flatten(1, 3), given.activations))
-    for one, other in zip(routed[:3], changed[:3], strict=True):
-        torch.testing.assert_close(other, one, rtol=0, atol=0)
+    for tensor, other in zip(routed[:3], changed[:3], strict=True):
+        torch.testing.assert_close(other, tensor, rtol=0, atol=0)
 
 
 @LAYERS
 @POSE
-def test_pieces_give_the_same_result_and_gradients(make, pose):
+def test_chunks_give_the_same_result_and_gradients(make, pose):
     results = []
-    for votes_mib in (None, 1e-6):  # a piece is one picture
+    for votes_mib in (None, 1e-6):  # a chunk is one image
         layer, given = both(make, pose=pose, votes_mib=votes_mib)
-        inputs = [one.requires_grad_() for one in given]
+        inputs = [tensor.requires_grad_() for tensor in given]
         routed = layer(given)
         loss = sum(field.square().sum() for field in routed[:3])
         results.append((*routed[:3], *torch.autograd.grad(loss, [*inputs, *layer.parameters()])))
-    for whole, pieces in zip(*results, strict=True):
-        torch.testing.assert_close(pieces, whole, rtol=1e-10, atol=1e-12)
+    for whole, chunks in zip(*results, strict=True):
+        torch.testing.assert_close(chunks, whole, rtol=1e-10, atol=1e-12)
 
 
 @LAYERS
-def test_pieces_start_as_balanced_as_the_whole(make):
+def test_chunks_start_as_balanced_as_the_whole(make):
     starts = []
     for votes_mib in (None, 1e-6):
         layer, given = both(make, votes_mib=votes_mib)
@@ -180,7 +184,7 @@ def test_a_routing_that_needs_no_balance_is_left_alone():
 
 
 @LAYERS
-def test_matrices_are_never_repeated_for_each_picture(make, largest_tensor):
+def test_matrices_are_never_repeated_for_each_image(make, largest_tensor):
     layer, given = both(make, pose="vector")
     votes = given.poses.shape[0] * layer.votes_per_image * 8
     with largest_tensor as largest:
@@ -201,13 +205,13 @@ def test_a_large_grid_never_holds_the_votes_of_the_whole_batch(largest_tensor):
 @LAYERS
 def test_autocast_makes_and_routes_votes_in_float32(make):
     layer, given = both(make)
-    layer, low = layer.float(), Capsules(*(one.bfloat16() for one in given))
+    layer, low = layer.float(), Capsules(*(tensor.bfloat16() for tensor in given))
     with torch.autocast("cpu", torch.bfloat16):
         routed = layer(low)
         routed.activations.sum().backward()
-    expected = layer(Capsules(*(one.float() for one in low)))
-    for one, other in zip(expected[:3], routed[:3], strict=True):
-        torch.testing.assert_close(other, one, rtol=0, atol=0)
+    expected = layer(Capsules(*(tensor.float() for tensor in low)))
+    for tensor, other in zip(expected[:3], routed[:3], strict=True):
+        torch.testing.assert_close(other, tensor, rtol=0, atol=0)
     assert layer.weight.grad.dtype == torch.float32
 
 
@@ -236,7 +240,7 @@ def test_class_votes_are_those_of_the_loops_over_positions_and_types(pose):
 def test_votes_carry_the_centre_of_the_receptive_field(placement, elements, pose):
     poses = capsules(32).poses
     votes, without = (
-        classes(coordinates=one, pose=pose, init_noise=0.1).votes(poses) for one in (placement, None)
+        classes(coordinates=place, pose=pose, init_noise=0.1).votes(poses) for place in (placement, None)
     )
     added = (votes - without).view(2, 4, 4, 2, 3, 16)
     along = torch.tensor([-0.08, -0.04, 0.0, 0.04], dtype=torch.float64)
@@ -246,7 +250,7 @@ def test_votes_carry_the_centre_of_the_receptive_field(placement, elements, pose
     torch.testing.assert_close(added, expected, rtol=0, atol=1e-8)
 
 
-def test_coordinates_are_those_of_a_picture_that_is_not_square():
+def test_coordinates_are_those_of_a_image_that_is_not_square():
     grid = Grid(32, 48).after_convolution((5, 5), 2).after_convolution((3, 3), 2).after_convolution((3, 3), 1)
     offsets = classes(grid, image_size=(32, 48)).coordinates.view(4, 8, 16)
     assert offsets[:, 0, 3].tolist() == pytest.approx([-0.08, -0.04, 0, 0.04])
@@ -265,7 +269,7 @@ def test_class_poses_say_where_the_active_children_are():
     for position in (0, 7, 15):
         here = torch.arange(32) // 2 == position
         seen = Capsules(given.poses, given.activations * here)
-        moved, unmoved = (classes(coordinates=one)(seen) for one in ("paper", None))
+        moved, unmoved = (classes(coordinates=place)(seen) for place in ("paper", None))
         row, column = 0.04 * (position // 4) - 0.08, 0.04 * (position % 4) - 0.08
         expected = torch.zeros(16, dtype=torch.float64)
         expected[3], expected[7] = row, column
@@ -324,9 +328,9 @@ def test_wrong_coordinates_are_refused(wrong, message):
 
 
 def with_gradients(layer, given):
-    inputs = [*(one.detach().requires_grad_() for one in given), *layer.parameters()]
+    inputs = [*(tensor.detach().requires_grad_() for tensor in given), *layer.parameters()]
     routed = layer(Capsules(*inputs[:2]))
-    loss = sum(one.square().sum() for one in routed[:3])
+    loss = sum(tensor.square().sum() for tensor in routed[:3])
     return [*routed[:3], *torch.autograd.grad(loss, inputs, materialize_grads=True)]
 
 
@@ -339,9 +343,9 @@ def test_the_fused_layer_does_what_the_plain_one_does(make, pose, iterations):
         routing = em(implementation=implementation, iterations=iterations, beta_a=1.0)
         layer, given = both(make, pose=pose, routing=routing)
         results.append(with_gradients(layer, given))
-    for one, *others in zip(*results, strict=True):
+    for tensor, *others in zip(*results, strict=True):
         for other in others:
-            torch.testing.assert_close(other, one, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(other, tensor, rtol=1e-8, atol=1e-10)
 
 
 @LAYERS
@@ -357,14 +361,14 @@ def test_a_fused_layer_makes_no_votes(make, monkeypatch):
 @LAYERS
 def test_a_fused_layer_routes_in_full_precision_under_autocast(make):
     layer, given = both(make, routing=em(implementation="fused"))
-    layer, given = layer.float(), Capsules(*(one.float() for one in given))
+    layer, given = layer.float(), Capsules(*(tensor.float() for tensor in given))
     expected = layer(given)
     with torch.autocast("cpu", torch.bfloat16):
-        for one, other in zip(expected[:3], layer(given)[:3], strict=True):
-            assert torch.equal(one, other)
+        for tensor, other in zip(expected[:3], layer(given)[:3], strict=True):
+            assert torch.equal(tensor, other)
 
 
-def test_mixing_takes_the_plain_path_unless_the_fused_one_is_asked_for():
+def test_mixing_takes_the_reference_path_unless_the_fused_one_is_asked_for():
     layer, given = both("conv", routing=em(implementation="auto", activation="mixing"))
     assert layer.fused_reason() == "there is no fused EM routing with activation mixing"
     assert layer(given).activations.sum(1).tolist() == pytest.approx([1.0] * 5)
@@ -379,8 +383,8 @@ def test_where_there_is_no_fused_path_asking_for_it_is_an_error(monkeypatch):
         layer(given)
     layer, given = both("conv", routing=em(implementation="auto"))
     reference, _ = both("conv", routing=em(implementation="reference"))
-    for one, other in zip(reference(given)[:3], layer(given)[:3], strict=True):
-        assert torch.equal(one, other)
+    for tensor, other in zip(reference(given)[:3], layer(given)[:3], strict=True):
+        assert torch.equal(tensor, other)
 
 
 @pytest.mark.compile
@@ -390,12 +394,12 @@ def test_torch_compile_takes_the_fused_layer_as_a_whole(make):
     expected = with_gradients(layer, given)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True)
-    inputs = [*(one.detach().requires_grad_() for one in given), *layer.parameters()]
+    inputs = [*(tensor.detach().requires_grad_() for tensor in given), *layer.parameters()]
     routed = compiled(Capsules(*inputs[:2]))
-    loss = sum(one.square().sum() for one in routed[:3])
+    loss = sum(tensor.square().sum() for tensor in routed[:3])
     got = [*routed[:3], *torch.autograd.grad(loss, inputs, materialize_grads=True)]
-    for one, other in zip(expected, got, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-11)
+    for tensor, other in zip(expected, got, strict=True):
+        torch.testing.assert_close(other, tensor, rtol=1e-9, atol=1e-11)
 
 
 @POSE
@@ -403,18 +407,18 @@ def test_torch_compile_takes_the_fused_layer_as_a_whole(make):
 @pytest.mark.parametrize("implementation", ["reference", "fused"])
 def test_shared_transformations_are_matrices_that_are_all_the_same(make, pose, implementation):
     routing = em(implementation=implementation)
-    one, given = both(make, pose=pose, routing=routing, shared_transformations=True)
-    each, _ = both(make, pose=pose, routing=em(implementation="reference"))
+    tied, given = both(make, pose=pose, routing=routing, shared_transformations=True)
+    untied, _ = both(make, pose=pose, routing=em(implementation="reference"))
     places = 18 if make == "conv" else 2
-    assert (len(one.weight), len(each.weight)) == (1, places)
-    each.weight.data.copy_(one.weight.data.expand_as(each.weight))
-    results = [layer(given) for layer in (one, each)]
+    assert (len(tied.weight), len(untied.weight)) == (1, places)
+    untied.weight.data.copy_(tied.weight.data.expand_as(untied.weight))
+    results = [layer(given) for layer in (tied, untied)]
     for got, expected in zip(*(routed[:3] for routed in results), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
     for routed in results:
         (routed.poses.sin().sum() + routed.activations.sum() + routed.coupling.square().sum()).backward()
-    summed = each.weight.grad.sum(0, keepdim=True)  # every place's share of one W_j
-    torch.testing.assert_close(one.weight.grad, summed, rtol=1e-8, atol=1e-10)
+    summed = untied.weight.grad.sum(0, keepdim=True)  # every place's share of one W_j
+    torch.testing.assert_close(tied.weight.grad, summed, rtol=1e-8, atol=1e-10)
 
 
 @LAYERS
@@ -423,3 +427,28 @@ def test_a_layer_with_shared_transformations_starts_balanced(make):
     layer.calibrate(given)
     half = (layer(given).activations > 0.5).double().mean().item()
     assert half == pytest.approx(0.5, abs=0.07)
+
+
+@LAYERS
+@pytest.mark.parametrize("implementation", ["reference", "fused"])
+def test_capsules_that_do_not_fit_the_layer_are_one_line(make, implementation):
+    layer, given = both(make, routing=em(implementation=implementation))
+    count = given.poses.shape[1]
+    with pytest.raises(
+        ValueError, match=f"^expected {count} capsules with poses of 16 numbers, got {count - 1}"
+    ):
+        layer(Capsules(given.poses[:, 1:], given.activations[:, 1:]))
+
+
+@pytest.mark.parametrize(
+    ("make", "shown"),
+    [
+        (
+            "conv",
+            "ConvCaps(\n  in_caps=50, out_types=3, pose_dim=16, matrix=4x4, shared_transformations=False",
+        ),
+        ("classes", "SharedClassCaps(\n  in_caps=32, out_types=3, pose_dim=16, matrix=4x4"),
+    ],
+)
+def test_a_layer_shows_its_sizes(make, shown):
+    assert repr(both(make)[0]).startswith(shown)

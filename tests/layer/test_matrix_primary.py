@@ -27,7 +27,7 @@ def test_capsules_come_in_the_order_row_column_type():
 
 
 def test_there_are_no_biases():
-    parameters = {name: tuple(one.shape) for name, one in primary().named_parameters()}
+    parameters = {name: tuple(tensor.shape) for name, tensor in primary().named_parameters()}
     assert parameters == {"pose.weight": (36, 5, 1, 1), "activation.weight": (4, 5, 1, 1)}
 
 
@@ -35,8 +35,8 @@ def test_channels_last_memory_gives_the_same_capsules():
     layer, given = primary(), features(2, 5, 3, 4)
     expected = layer(given)
     last = layer.to(memory_format=torch.channels_last)(given.to(memory_format=torch.channels_last))
-    for one, other in zip(expected, last, strict=True):
-        torch.testing.assert_close(other, one)
+    for tensor, other in zip(expected, last, strict=True):
+        torch.testing.assert_close(other, tensor)
 
 
 @pytest.mark.parametrize("scale", [1e-5, 1.0, 1e3])
@@ -58,15 +58,15 @@ def test_about_half_of_each_calibrated_type_is_active():
 def test_calibrating_twice_changes_nothing():
     layer, given = primary(), features(8, 5, 6, 6)
     layer.calibrate(given)
-    before = [one.clone() for one in layer.parameters()]
+    before = [tensor.clone() for tensor in layer.parameters()]
     layer.calibrate(given)
-    for one, other in zip(before, layer.parameters(), strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
+    for tensor, other in zip(before, layer.parameters(), strict=True):
+        torch.testing.assert_close(other, tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_silent_features_leave_the_weights_as_they_are():
     layer = primary()
-    before = [one.clone() for one in layer.parameters()]
+    before = [tensor.clone() for tensor in layer.parameters()]
     layer.calibrate(torch.zeros(2, 5, 3, 4))
-    for one, other in zip(before, layer.parameters(), strict=True):
-        torch.testing.assert_close(other, one, rtol=0, atol=0)
+    for tensor, other in zip(before, layer.parameters(), strict=True):
+        torch.testing.assert_close(other, tensor, rtol=0, atol=0)

@@ -80,7 +80,7 @@ def test_silent_features_give_finite_gradients():
 def test_autocast_squashes_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         capsules = PrimaryCaps(2, **SMALL)(torch.randn(2, 2, 7, 7))
-    assert {one.dtype for one in capsules} == {torch.float32}
+    assert {tensor.dtype for tensor in capsules} == {torch.float32}
 
 
 @pytest.mark.usefixtures("no_type_checks")

@@ -34,7 +34,25 @@ def test_half_of_each_class_is_active_after_it(iterations, votes_mib, shared):
 @pytest.mark.parametrize("routing", [em("routing.beta_a=2.0"), functools.partial(UniformRouting, bias=True)])
 def test_a_routing_that_does_not_start_balanced_is_left_alone(routing):
     layer, capsules = layer_and_capsules(routing)
-    before = [one.clone() for one in layer.parameters()]
+    before = [tensor.clone() for tensor in layer.parameters()]
     layer.calibrate(capsules)
-    for one, other in zip(before, layer.parameters(), strict=True):
-        torch.testing.assert_close(other, one, rtol=0, atol=0)
+    for tensor, other in zip(before, layer.parameters(), strict=True):
+        torch.testing.assert_close(other, tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("count", "dim", "got"), [(19, 4, "19 with 4"), (20, 5, "20 with 5"), (21, 4, "21 with 4")]
+)
+def test_capsules_that_do_not_fit_the_layer_are_one_line(count, dim, got):
+    layer, _ = layer_and_capsules(em())
+    wrong = Capsules(torch.randn(2, count, dim), torch.rand(2, count))
+    with pytest.raises(ValueError, match=f"^expected 20 capsules with poses of 4 numbers, got {got}$"):
+        layer(wrong)
+
+
+def test_a_layer_shows_its_sizes():
+    shown = repr(layer_and_capsules(em(), shared=True)[0])
+    assert shown.startswith(
+        "ClassCaps(\n  in_caps=20, in_dim=4, out_caps=3, out_dim=8, shared_transformations=True"
+    )
+    assert "(routing): EMRouting(in_caps=20, out_caps=3, pose_dim=8, iterations=3)" in shown

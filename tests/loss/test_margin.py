@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from capsexp.capsules import Batch, Output
-from capsexp.loss.margin import Margin
+from capsexp.loss.margin import Margin, margin_loss
 from capsexp.schedule import Linear, Step
 
 PAPER = {
@@ -28,8 +28,8 @@ def output_of(lengths, reconstruction=None):
 
 def test_margin_is_squared_and_summed_over_classes():
     terms = Margin(**PAPER)(output_of([[0.6, 0.4, 0.1], [0.95, 0.05, 0.3]]), batch_of([0, 0]), START)
-    pictures = [(0.9 - 0.6) ** 2 + 0.5 * (0.4 - 0.1) ** 2, 0.5 * (0.3 - 0.1) ** 2]
-    assert terms["margin"].item() == pytest.approx(sum(pictures) / 2)
+    per_image = [(0.9 - 0.6) ** 2 + 0.5 * (0.4 - 0.1) ** 2, 0.5 * (0.3 - 0.1) ** 2]
+    assert terms["margin"].item() == pytest.approx(sum(per_image) / 2)
     assert list(terms) == ["margin"]
 
 
@@ -89,7 +89,7 @@ def test_scheduled_names_a_constant_weight_too():
 def test_gradients_pass_gradcheck_away_from_the_hinges():
     lengths = torch.tensor([[0.6, 0.4, 0.2], [0.5, 0.7, 0.3]], dtype=torch.float64, requires_grad=True)
     loss, batch = Margin(**PAPER), batch_of([0, 1])
-    assert torch.autograd.gradcheck(lambda one: loss(output_of(one), batch, START)["margin"], lengths)
+    assert torch.autograd.gradcheck(lambda values: loss(output_of(values), batch, START)["margin"], lengths)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,38 @@ def test_several_classes_may_be_present():
     batch = Batch(pixels[:, 0], torch.tensor([[0, 2], [1, 0]]), pixels, torch.zeros(2, 2, dtype=torch.int64))
     output = output_of([[0.6, 0.4, 0.95], [0.3, 0.9, 0.2]], torch.full((2, 2, 1, 2, 2), 0.5))
     terms = Margin(**PAPER)(output, batch, START)
-    pictures = [0.3**2 + 0.5 * 0.3**2, 0.6**2 + 0.5 * 0.1**2]
-    assert terms["margin"].item() == pytest.approx(sum(pictures) / 2)
+    per_image = [0.3**2 + 0.5 * 0.3**2, 0.6**2 + 0.5 * 0.1**2]
+    assert terms["margin"].item() == pytest.approx(sum(per_image) / 2)
     assert terms["reconstruction"].item() == pytest.approx(0.0005 * 2 * 4 * 0.25)
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [[0, 2], [1, 0]]])
+def test_the_function_alone_has_the_papers_values(labels):
+    lengths, labels = torch.tensor([[0.6, 0.4, 0.1], [0.95, 0.05, 0.3]]), torch.tensor(labels)
+    expected = Margin(**PAPER)(output_of(lengths), batch_of(labels.tolist()), START)["margin"]
+    assert margin_loss(lengths, labels).item() == expected.item()
+    assert margin_loss(lengths, labels, present=0.5, absent=0.2, down_weight=1).item() != expected.item()
+
+
+@pytest.mark.usefixtures("no_type_checks")
+@pytest.mark.parametrize(
+    ("lengths", "labels", "message"),
+    [
+        (torch.ones(3), torch.tensor([0]), r"scores must have shape \[B, J\], got \[3\]"),
+        (torch.ones(2, 3), torch.tensor([0]), r"labels must have shape \[2\] or \[2, T\], got \[1\]"),
+        (torch.ones(2, 3), torch.zeros(2, 1, 1), r"labels must have shape \[2\] or .*, got \[2, 1, 1\]"),
+        (torch.ones(2, 3), torch.zeros(2), "labels must be torch.int64, got torch.float32"),
+        (torch.ones(2, 3), torch.tensor([0, 3]), r"labels must be in 0 \.\.\. 2, got 0 \.\.\. 3"),
+        (torch.ones(2, 3), torch.tensor([-1, 0]), r"labels must be in 0 \.\.\. 2, got -1 \.\.\. 0"),
+    ],
+)
+def test_wrong_arguments_are_one_line(lengths, labels, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        margin_loss(lengths, labels)
+
+
+def test_wrong_margins_are_one_line():
+    with pytest.raises(ValueError, match=r"absent and present must be .*, got 0\.95 and 0\.9"):
+        margin_loss(torch.ones(1, 3), torch.tensor([0]), absent=0.95)
+    with pytest.raises(ValueError, match="down_weight must be >= 0, got -1"):
+        margin_loss(torch.ones(1, 3), torch.tensor([0]), down_weight=-1)

@@ -6,7 +6,7 @@ import torch
 from capsexp.capsules import Batch, Output
 from capsexp.config.build import build
 from capsexp.config.compose import compose, to_plain
-from capsexp.loss.spread import Spread
+from capsexp.loss.spread import Spread, spread_loss
 from capsexp.schedule import Linear, Step
 
 PAPER = {"margin": 0.5, "mean_over_classes": False, "weight_decay": 0.0, "reconstruction_weight": 0.0005}
@@ -37,12 +37,12 @@ def spread_of(activations, labels, **changes):
 def test_spread_is_the_squared_shortfall_of_every_wrong_class(margin, classes):
     torch.manual_seed(0)
     activations, labels = torch.rand(6, classes).double(), [number % classes for number in range(6)]
-    pictures = [
+    per_image = [
         sum(max(0.0, margin - (row[label] - row[wrong])) ** 2 for wrong in range(classes) if wrong != label)
         for row, label in zip(activations.tolist(), labels, strict=True)
     ]
     loss = spread_of(activations, labels, margin=margin)
-    assert loss.item() == pytest.approx(sum(pictures) / 6, rel=1e-12)
+    assert loss.item() == pytest.approx(sum(per_image) / 6, rel=1e-12)
     average = spread_of(activations, labels, margin=margin, mean_over_classes=True)
     assert average.item() == pytest.approx(loss.item() / classes, rel=1e-12)
 
@@ -62,7 +62,7 @@ def test_a_single_class_costs_nothing():
 
 def test_gradients_pass_gradcheck_away_from_the_hinges():
     activations = torch.tensor([[0.6, 0.4, 0.0], [0.5, 0.7, 0.3]], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda one: spread_of(one, [0, 1]), activations)
+    assert torch.autograd.gradcheck(lambda activations: spread_of(activations, [0, 1]), activations)
 
 
 @pytest.mark.parametrize("activations", [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.75, 0.25, 0.25]])
@@ -126,3 +126,20 @@ def test_scheduled_gives_the_present_margin_and_weight():
 def test_wrong_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Spread(**{**PAPER, **wrong})
+
+
+def test_the_function_alone_is_that_of_the_class():
+    activations, labels = torch.rand(4, 5), [0, 1, 4, 2]
+    for margin, mean in [(0.9, False), (0.3, True)]:
+        expected = spread_of(activations, labels, margin=margin, mean_over_classes=mean)
+        got = spread_loss(activations, torch.tensor(labels), margin=margin, mean_over_classes=mean)
+        assert got.item() == expected.item()
+    assert spread_loss(activations, torch.tensor(labels)).item() == spread_of(activations, labels, margin=0.9)
+
+
+@pytest.mark.usefixtures("no_type_checks")
+def test_wrong_arguments_are_one_line():
+    with pytest.raises(ValueError, match=r"^labels must have shape \[2\], got \[2, 1\]$"):
+        spread_loss(torch.ones(2, 3), torch.zeros(2, 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"^margin must be in \(0, 1\], got 0$"):
+        spread_loss(torch.ones(2, 3), torch.tensor([0, 1]), margin=0)

@@ -26,17 +26,16 @@ def test_dropout_acts_on_the_last_hidden_layer_only():
     assert kinds == ["Conv2d", "ReLU"] * 3 + ["Flatten"] + ["Linear", "ReLU"] * 2 + ["Dropout", "Linear"]
 
 
-def test_convolutions_keep_the_size_of_the_picture():
-    assert (
-        next(one for one in CNN((1, 9, 7), 3, **THIN).layers if isinstance(one, nn.Linear)).in_features == 126
-    )
+def test_convolutions_keep_the_size_of_the_image():
+    layers = CNN((1, 9, 7), 3, **THIN).layers
+    assert next(layer for layer in layers if isinstance(layer, nn.Linear)).in_features == 126
 
 
 def test_pooling_follows_each_convolution_and_rounds_down():
     net = CNN((2, 17, 11), 3, **{**THIN, "conv_channels": [4, 6], "pool": 2})
     kinds = [type(layer).__name__ for layer in net.layers]
     assert kinds[:7] == ["Conv2d", "ReLU", "MaxPool2d"] * 2 + ["Flatten"]
-    assert next(one for one in net.layers if isinstance(one, nn.Linear)).in_features == 6 * 4 * 2
+    assert next(layer for layer in net.layers if isinstance(layer, nn.Linear)).in_features == 6 * 4 * 2
     assert net(torch.rand(2, 2, 17, 11)).scores.shape == (2, 3)
 
 
@@ -45,7 +44,7 @@ def test_weights_are_those_of_convolutions_and_fully_connected_layers_without_bi
     expected = [layer.weight for layer in net.layers if isinstance(layer, nn.Conv2d | nn.Linear)]
     weights = net(torch.rand(1, 1, 8, 8)).weights
     assert len(expected) == len(weights) == 6
-    assert all(one is other for one, other in zip(expected, weights, strict=True))
+    assert all(weight is other for weight, other in zip(expected, weights, strict=True))
 
 
 def test_pooling_that_leaves_nothing_is_refused():

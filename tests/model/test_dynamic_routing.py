@@ -26,12 +26,12 @@ def network(*overrides, image_shape=MNIST, classes=10):
     return build(parts(*overrides)["model"], at="model", image_shape=image_shape, classes=classes)
 
 
-def pictures(*shape, seed=0):
+def random_images(*shape, seed=0):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_changing_the_bias_of_one_primary_channel_changes_36_capsules_of_one_type():
-    net, images = network(*THIN), pictures(1, *MNIST)
+    net, images = network(*THIN), random_images(1, *MNIST)
     features = net.conv(images).relu()
     before = net.primary_caps(features).poses
     with torch.no_grad():
@@ -41,13 +41,13 @@ def test_changing_the_bias_of_one_primary_channel_changes_36_capsules_of_one_typ
 
 
 def test_routing_normalises_over_the_ten_parents():
-    coupling = network(*THIN)(pictures(2, *MNIST)).layers["class_caps"].coupling
+    coupling = network(*THIN)(random_images(2, *MNIST)).layers["class_caps"].coupling
     assert coupling.shape == (2, 1152, 10)
     torch.testing.assert_close(coupling.sum(2), torch.ones(2, 1152))
 
 
 def test_network_is_the_papers_wiring():
-    net, images = network(*THIN), pictures(2, *MNIST)
+    net, images = network(*THIN), random_images(2, *MNIST)
     u = net.conv(images).relu()
     u = net.primary_caps.conv(u).permute(0, 2, 3, 1).reshape(2, 1152, 8)
     votes = torch.einsum("bik,ikjd->bijd", squash(u), net.class_caps.weight)
@@ -58,16 +58,16 @@ def test_network_is_the_papers_wiring():
     assert output.probabilities is output.scores
 
 
-def test_a_picture_alone_gives_what_it_gives_in_a_batch():
-    net, images = network(*THIN).double(), pictures(5, *MNIST).double()
+def test_a_image_alone_gives_what_it_gives_in_a_batch():
+    net, images = network(*THIN).double(), random_images(5, *MNIST).double()
     batch = net(images)
-    for picture in range(5):
-        alone = net(images[picture : picture + 1])
-        torch.testing.assert_close(alone.scores[0], batch.scores[picture])
-        torch.testing.assert_close(alone.reconstruction[0], batch.reconstruction[picture])
+    for image in range(5):
+        alone = net(images[image : image + 1])
+        torch.testing.assert_close(alone.scores[0], batch.scores[image])
+        torch.testing.assert_close(alone.reconstruction[0], batch.reconstruction[image])
 
 
-def test_black_pictures_without_biases_give_finite_values_and_gradients():
+def test_black_images_without_biases_give_finite_values_and_gradients():
     net = network(*THIN)
     for name, parameter in net.named_parameters():
         if name.endswith("bias"):
@@ -91,14 +91,14 @@ def test_black_pictures_without_biases_give_finite_values_and_gradients():
 )
 def test_decode_chooses_the_class_capsule(decode, labels, decoded):
     net = network(*THIN, f"model.decode={decode}")
-    output = net(pictures(2, *MNIST), None if labels is None else torch.tensor(labels))
+    output = net(random_images(2, *MNIST), None if labels is None else torch.tensor(labels))
     classes = output.scores.argmax(1) if decoded == "longest" else torch.tensor(decoded)
     expected = net.decoder(output.layers["class_caps"].poses, classes)
     torch.testing.assert_close(output.reconstruction, expected)
 
 
 def test_without_a_decoder_there_is_no_reconstruction():
-    output = network(*THIN, "model.decoder=null")(pictures(2, *MNIST), torch.tensor([1, 2]))
+    output = network(*THIN, "model.decoder=null")(random_images(2, *MNIST), torch.tensor([1, 2]))
     assert output.reconstruction is None
 
 
@@ -112,14 +112,14 @@ def test_without_a_decoder_there_is_no_reconstruction():
         (SMALL, (3, 32, 32), 26),
     ],
 )
-def test_any_picture_and_number_of_classes(overrides, image_shape, classes):
-    output = network(*overrides, image_shape=image_shape, classes=classes)(pictures(2, *image_shape))
+def test_any_image_and_number_of_classes(overrides, image_shape, classes):
+    output = network(*overrides, image_shape=image_shape, classes=classes)(random_images(2, *image_shape))
     assert output.scores.shape == (2, classes)
     assert output.reconstruction.shape == (2, *image_shape)
 
 
 @pytest.mark.parametrize("image_shape", [(1, 16, 28), (1, 28, 16), (1, 3, 3)])
-def test_too_small_a_picture_is_refused_with_the_smallest_size(image_shape):
+def test_too_small_a_image_is_refused_with_the_smallest_size(image_shape):
     got = f"got {image_shape[1]}x{image_shape[2]}"
     with pytest.raises(UserError, match=f"image_shape must be at least 17x17 .* {got}"):
         network(*THIN, image_shape=image_shape)
@@ -161,22 +161,22 @@ def test_official_initialisation_is_truncated_normal_with_biases_of_a_tenth():
 @pytest.mark.parametrize(("image_shape", "classes"), [(MNIST, 10), (MNIST, 50), ((1, 17, 17), 3)])
 def test_the_default_initialisation_keeps_the_length_of_capsules(image_shape, classes):
     net = network(*THIN, "routing.iterations=1", image_shape=image_shape, classes=classes)
-    u = net.primary_caps(net.conv(pictures(8, *image_shape)).relu())
+    u = net.primary_caps(net.conv(random_images(8, *image_shape)).relu())
     lengths = net.class_caps(u).activations
     s = (lengths / (1 - lengths)).sqrt()  # squash, undone
-    rms = [one.square().mean().sqrt().item() for one in (s, u.activations)]
+    rms = [tensor.square().mean().sqrt().item() for tensor in (s, u.activations)]
     assert math.log2(rms[0] / rms[1]) == pytest.approx(0, abs=0.5)
 
 
 def test_channels_last_gives_the_same_output():
-    net, images = network(*THIN), pictures(2, *MNIST)
+    net, images = network(*THIN), random_images(2, *MNIST)
     expected = net(images).scores
     got = net.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last)).scores
     torch.testing.assert_close(got, expected)
 
 
 def test_autocast_routes_in_float32():
-    net, images = network(*THIN, "routing.implementation=reference"), pictures(2, *MNIST)
+    net, images = network(*THIN, "routing.implementation=reference"), random_images(2, *MNIST)
     seen = []
     net.class_caps.routing.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
@@ -191,16 +191,16 @@ def test_a_hundred_classes_train_within_the_budget_for_votes():
     net = network(*SMALL, *plain, image_shape=(1, 8, 8), classes=100)
     sizes = []
     net.class_caps.routing.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].nbytes))
-    net(pictures(4, 1, 8, 8), torch.arange(4)).scores.sum().backward()
+    net(random_images(4, 1, 8, 8), torch.arange(4)).scores.sum().backward()
     assert max(sizes) <= 2**20
     assert len(sizes) == 2 * 4
 
 
-def test_small_network_learns_a_batch_by_heart():
+def test_small_network_memorizes_a_batch():
     config = parts(*SMALL)
     loss = build(config["loss"], at="loss")
     net = network(*SMALL, image_shape=(1, 8, 8))
-    images, labels = pictures(8, 1, 8, 8), torch.arange(8)
+    images, labels = random_images(8, 1, 8, 8), torch.arange(8)
     batch = Batch(images, labels, images, torch.arange(8))
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     for number in range(25):
@@ -211,7 +211,7 @@ def test_small_network_learns_a_batch_by_heart():
     assert (net(images).scores.argmax(1) == labels).all()
 
 
-def test_image_shape_and_classes_are_what_the_data_set_gives():
+def test_image_shape_and_classes_are_what_the_dataset_gives():
     node = {key: value for key, value in parts(*THIN)["model"].items() if key != "_target_"}
     node["routing"], node["decoder"] = (build(node[key], at=key) for key in ("routing", "decoder"))
     assert isinstance(CapsNet(image_shape=MNIST, classes=10, **node), nn.Module)
@@ -221,7 +221,7 @@ def test_image_shape_and_classes_are_what_the_data_set_gives():
 @pytest.mark.parametrize("votes_mib", [64.0, 0.05])
 def test_compiled_network_gives_the_same_values_and_gradients(votes_mib):
     net = network(*SMALL, f"model.votes_mib={votes_mib}", image_shape=(1, 8, 8))
-    images, labels = pictures(4, 1, 8, 8), torch.arange(4)
+    images, labels = random_images(4, 1, 8, 8), torch.arange(4)
 
     def results(forward):
         output = forward(images, labels)

@@ -7,6 +7,7 @@ from capsexp.capsules import Batch, Capsules, Routed
 from capsexp.config.build import build
 from capsexp.config.compose import compose, to_plain
 from capsexp.errors import UserError
+from capsexp.loss.spread import spread_loss
 from capsexp.model.em_routing import MatrixCapsNet
 from capsexp.routing import advance
 from capsexp.schedule import Step
@@ -30,8 +31,8 @@ def network(*overrides, image_shape=STEREO, classes=5):
     return build(parts(*overrides)["model"], at="model", image_shape=image_shape, classes=classes)
 
 
-def pictures(count, channels, height, width, seed=0):
-    """Smooth noise, each picture with mean 0 and variance 1."""
+def smooth_images(count, channels, height, width, seed=0):
+    """Smooth noise, each image with mean 0 and variance 1."""
     noise = torch.randn(count, channels, 5, 5, generator=torch.Generator().manual_seed(seed))
     smooth = F.interpolate(noise, (height, width), mode="bicubic")
     return (smooth - smooth.mean((1, 2, 3), keepdim=True)) / smooth.std((1, 2, 3), keepdim=True)
@@ -49,7 +50,7 @@ def pictures(count, channels, height, width, seed=0):
 )
 def test_layers_have_the_grids_of_the_paper(image_shape, padding, grids):
     net = network(*SMALL, f"model.padding={padding}", image_shape=image_shape)
-    layers = net(pictures(2, *image_shape)).layers
+    layers = net(smooth_images(2, *image_shape)).layers
     assert list(layers) == LAYERS
     counts = [side * side * types for side, types in zip(grids, (2, 3, 4), strict=True)]
     for count, capsules in zip([*counts, 5], layers.values(), strict=True):
@@ -69,14 +70,14 @@ def test_class_votes_carry_the_centres_that_the_grids_lead_to():
 
 
 def test_network_is_the_papers_wiring():
-    net, images = network(*SMALL), pictures(2, *STEREO)
+    net, images = network(*SMALL), smooth_images(2, *STEREO)
     output = net(images)
     capsules = net.primary_caps(net.conv(images).relu())
     for name, layer in zip(LAYERS, [None, net.conv_caps_1, net.conv_caps_2, net.class_caps], strict=True):
         capsules = capsules if layer is None else layer(Capsules(*capsules[:2]))
         assert isinstance(output.layers[name], Capsules if layer is None else Routed)
-        for one, other in zip(capsules[:2], output.layers[name][:2], strict=True):
-            torch.testing.assert_close(other, one)
+        for tensor, other in zip(capsules[:2], output.layers[name][:2], strict=True):
+            torch.testing.assert_close(other, tensor)
     assert output.scores is output.layers["class_caps"].activations
     assert output.probabilities is output.scores
     assert output.reconstruction is None
@@ -95,10 +96,10 @@ def test_network_is_the_papers_wiring():
         (["model.conv_types=[3]", "model.conv_kernels=[5]", "model.conv_strides=[2]"], (1, 20, 20), 3),
     ],
 )
-def test_any_picture_passes_with_finite_gradients_to_every_parameter(overrides, image_shape, classes):
+def test_any_image_passes_with_finite_gradients_to_every_parameter(overrides, image_shape, classes):
     net = network(*SMALL, DECODER, *overrides, image_shape=image_shape, classes=classes)
     for batch in (1, 3):
-        images = pictures(batch, *image_shape)
+        images = smooth_images(batch, *image_shape)
         net.calibrate(images)
         output = net(images, torch.zeros(batch, dtype=torch.long))
         assert output.scores.shape == (batch, classes)
@@ -110,20 +111,20 @@ def test_any_picture_passes_with_finite_gradients_to_every_parameter(overrides, 
 
 
 def test_gradients_move_every_parameter():
-    net, images = network(*SMALL), pictures(4, *STEREO)
+    net, images = network(*SMALL), smooth_images(4, *STEREO)
     net.calibrate(images)
     net(images).scores.square().sum().backward()
     assert all(parameter.grad.any() for parameter in net.parameters())
 
 
-def test_a_picture_alone_gives_what_it_gives_in_a_batch():
-    net, images = network(*SMALL).double(), pictures(4, *STEREO).double()
+def test_a_image_alone_gives_what_it_gives_in_a_batch():
+    net, images = network(*SMALL).double(), smooth_images(4, *STEREO).double()
     batch = net(images).scores
-    for picture in range(4):
-        torch.testing.assert_close(net(images[picture : picture + 1]).scores[0], batch[picture])
+    for image in range(4):
+        torch.testing.assert_close(net(images[image : image + 1]).scores[0], batch[image])
 
 
-def test_black_pictures_give_finite_values_and_gradients():
+def test_black_images_give_finite_values_and_gradients():
     net, images = network(*SMALL), torch.zeros(2, *STEREO)
     net.calibrate(images)
     output = net(images)
@@ -143,7 +144,7 @@ def test_black_pictures_give_finite_values_and_gradients():
 )
 def test_decode_chooses_the_class_capsule(decode, labels, decoded):
     net = network(*SMALL, DECODER, f"model.decode={decode}")
-    output = net(pictures(2, *STEREO), None if labels is None else torch.tensor(labels))
+    output = net(smooth_images(2, *STEREO), None if labels is None else torch.tensor(labels))
     classes = output.scores.argmax(1) if decoded == "most active" else torch.tensor(decoded)
     expected = net.decoder(output.layers["class_caps"].poses, classes)
     torch.testing.assert_close(output.reconstruction, expected)
@@ -153,21 +154,21 @@ def test_decode_chooses_the_class_capsule(decode, labels, decoded):
 @pytest.mark.parametrize("iterations", [1, 2, 3])
 def test_half_of_the_capsules_of_each_layer_are_active_at_the_start(iterations, cost_norm):
     routing = [f"routing.iterations={iterations}", f"routing.cost_norm={cost_norm}"]
-    net, images = network(*SMALL, *routing, "model.primary_types=8"), pictures(16, *STEREO)
+    net, images = network(*SMALL, *routing, "model.primary_types=8"), smooth_images(16, *STEREO)
     net.calibrate(images)
     for capsules in net(images).layers.values():
         assert 0.4 < (capsules.activations > 0.5).float().mean() < 0.6
 
 
 def test_calibrated_primary_poses_have_a_mean_square_of_1():
-    net, images = network(*SMALL), pictures(16, *STEREO)
+    net, images = network(*SMALL), smooth_images(16, *STEREO)
     net.calibrate(images)
     poses = net(images).layers["primary_caps"].poses
     assert poses.square().mean().item() == pytest.approx(1, rel=1e-4)
 
 
 def test_calibration_draws_no_random_numbers():
-    images, states = pictures(4, *STEREO), []
+    images, states = smooth_images(4, *STEREO), []
     for seed in (1, 2):
         net = network(*SMALL)
         torch.manual_seed(seed)
@@ -178,8 +179,8 @@ def test_calibration_draws_no_random_numbers():
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_pieces_start_and_score_as_the_whole():
-    images, scores = pictures(5, *STEREO), []
+def test_chunks_start_and_score_as_the_whole():
+    images, scores = smooth_images(5, *STEREO), []
     for votes_mib in ("null", "1e-6"):
         net = network(*SMALL, f"model.votes_mib={votes_mib}")
         net.calibrate(images)
@@ -190,7 +191,7 @@ def test_pieces_start_and_score_as_the_whole():
 def test_weights_are_kernels_and_matrices_without_betas_and_biases():
     net = network(*SMALL, DECODER)
     names = {id(parameter): name for name, parameter in net.named_parameters()}
-    assert [names[id(one)] for one in net(pictures(1, *STEREO)).weights] == [
+    assert [names[id(tensor)] for tensor in net(smooth_images(1, *STEREO)).weights] == [
         "conv.weight",
         "primary_caps.pose.weight",
         "primary_caps.activation.weight",
@@ -202,7 +203,7 @@ def test_weights_are_kernels_and_matrices_without_betas_and_biases():
     ]
 
 
-def test_advance_tells_the_inverse_temperature_of_each_layer():
+def test_advance_returns_the_inverse_temperature_of_each_layer():
     net, last = network(*SMALL, RAMP), 0.01 * (1 - 0.95**3)
     for number, factor in [(0, 0.5), (50, 1.0), (100, 1.5)]:
         assert advance(net, Step(number, 100)) == {
@@ -214,7 +215,7 @@ def test_advance_tells_the_inverse_temperature_of_each_layer():
 
 
 def test_a_moving_average_sees_the_same_windows():
-    net, images = network(*SMALL), pictures(2, *STEREO)
+    net, images = network(*SMALL), smooth_images(2, *STEREO)
     average = moving_average(net, 0.9)
     for _ in range(2):
         average.update_parameters(net)
@@ -223,20 +224,20 @@ def test_a_moving_average_sees_the_same_windows():
 
 
 def test_channels_last_gives_the_same_output():
-    net, images = network(*SMALL), pictures(2, *STEREO)
+    net, images = network(*SMALL), smooth_images(2, *STEREO)
     expected = net(images).scores
     got = net.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last)).scores
     torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 3])
-def test_small_network_learns_a_batch_by_heart(iterations):
-    # With the paper's cost the few children of so small a picture hardly move an activation from 1/2.
+def test_small_network_memorizes_a_batch(iterations):
+    # With the paper's cost the few children of so small a image hardly move an activation from 1/2.
     routing = [f"routing.iterations={iterations}", "routing.cost_norm=100"]
     overrides = [*SMALL, "model.conv_channels=16", *routing]
     loss = build(parts(*overrides)["loss"], at="loss")
     net = network(*overrides, image_shape=(1, 8, 8), classes=4)
-    images, labels = pictures(8, 1, 8, 8), torch.arange(8) % 4
+    images, labels = smooth_images(8, 1, 8, 8), torch.arange(8) % 4
     batch = Batch(images, labels, images, torch.arange(8))
     net.calibrate(images)
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
@@ -252,14 +253,14 @@ def test_small_network_learns_a_batch_by_heart(iterations):
     assert (net(images).scores.argmax(1) == labels).all()
 
 
-def test_image_shape_and_classes_are_what_the_data_set_gives():
+def test_image_shape_and_classes_are_what_the_dataset_gives():
     node = {key: value for key, value in parts(*SMALL)["model"].items() if key != "_target_"}
     node["routing"] = build(node["routing"], at="routing")
     assert isinstance(MatrixCapsNet(image_shape=STEREO, classes=5, **node), nn.Module)
 
 
 @pytest.mark.parametrize("image_shape", [(1, 4, 28), (2, 28, 4)])
-def test_too_small_a_picture_is_refused_with_the_smallest_size(image_shape):
+def test_too_small_a_image_is_refused_with_the_smallest_size(image_shape):
     got = f"got {image_shape[1]}x{image_shape[2]}"
     with pytest.raises(UserError, match=f"image_shape must be at least 5x5 .* {got}"):
         network(*SMALL, image_shape=image_shape)
@@ -290,3 +291,20 @@ def test_wrong_settings_are_refused(wrong, message):
 def test_a_routing_that_knows_no_windows_is_refused():
     with pytest.raises(UserError, match="routing must route windows, as `em` does"):
         network(*SMALL, "routing=dynamic")
+
+
+def test_a_plain_loop_needs_calibrate_and_advance_and_no_more():
+    net = network(*SMALL, "routing.cost_norm=100", RAMP, image_shape=(1, 8, 8), classes=4)
+    images, labels = smooth_images(8, 1, 8, 8), torch.arange(8) % 4
+    net.calibrate(images)
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    losses = []
+    for number in range(20):
+        advance(net, Step(number, 20))
+        loss = spread_loss(net(images).scores, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert net.class_caps.routing.ramp == pytest.approx(0.5 + 19 / 20)

@@ -30,9 +30,9 @@ def test_windows_count_each_child_over_all_its_positions():
     mass = gather_windows(scatter_sum(shares.sum(-1), fields), fields)
     coupling = shares / mass[..., None]
     expected = []
-    for picture in range(2):
+    for image in range(2):
         for child in range(fields.in_caps):
-            own = coupling[picture, fields.children == child].flatten()
+            own = coupling[image, fields.children == child].flatten()
             expected.append((-(own * own.log()).sum() / math.log(len(own))).item())
     assert coupling_entropy(coupling, fields).item() == pytest.approx(sum(expected) / len(expected))
     # A child whose coefficients add up to the number of types is as decided as one whose add up to 1.

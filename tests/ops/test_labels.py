@@ -15,7 +15,7 @@ def test_of_one_class_predictions_are_the_highest_scores():
     assert torch.equal(multi_hot(labels, 7), torch.nn.functional.one_hot(labels, 7))
 
 
-def test_presence_marks_every_class_of_the_picture():
+def test_presence_marks_every_class_of_the_image():
     marked = multi_hot(torch.tensor([[3, 0], [1, 2]]), 5)
     assert marked.tolist() == [[1, 0, 0, 1, 0], [0, 1, 1, 0, 0]]
 
@@ -26,14 +26,14 @@ def test_predictions_are_the_highest_scores_with_the_right_ones_at_their_labels_
     scores = torch.rand(len(labels), 5, generator=torch.Generator().manual_seed(0))
     guesses = predicted_labels(scores, labels)
     for chosen, label, row in zip(guesses.tolist(), labels.tolist(), scores.tolist(), strict=True):
-        best = sorted(range(5), key=lambda one: -row[one])[:several]
+        best = sorted(range(5), key=lambda index: -row[index])[:several]
         assert sorted(chosen) == sorted(best)
-        assert all(chosen[label.index(one)] == one for one in set(label) & set(best))
-        wrong = [guess for guess, one in zip(chosen, label, strict=True) if guess != one]
-        assert wrong == [one for one in best if one not in label]
+        assert all(chosen[label.index(index)] == index for index in set(label) & set(best))
+        wrong = [guess for guess, index in zip(chosen, label, strict=True) if guess != index]
+        assert wrong == [index for index in best if index not in label]
     right = [len({*a} & {*b}) / several for a, b in zip(guesses.tolist(), labels.tolist(), strict=True)]
     assert fraction_correct(guesses, labels).tolist() == pytest.approx(right)
-    assert all_correct(guesses, labels).tolist() == [one == 1 for one in right]
+    assert all_correct(guesses, labels).tolist() == [share == 1 for share in right]
     assert 0 < all_correct(guesses, labels).sum() < len(labels)
 
 

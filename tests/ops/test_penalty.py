@@ -14,7 +14,9 @@ def output_of(*weights):
 def test_weight_decay_is_half_the_sum_of_all_squared_weights():
     weights = torch.randn(3, 4, requires_grad=True), torch.randn(2, 3, 5, 5, requires_grad=True)
     term = weight_decay_term(output_of(*weights), 0.3)["weight_decay"]
-    assert term.item() == pytest.approx(0.15 * sum(one.square().sum().item() for one in weights), rel=1e-5)
+    assert term.item() == pytest.approx(
+        0.15 * sum(weight.square().sum().item() for weight in weights), rel=1e-5
+    )
     for weight, gradient in zip(weights, torch.autograd.grad(term, weights), strict=True):
         torch.testing.assert_close(gradient, 0.3 * weight)
 

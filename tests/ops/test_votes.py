@@ -54,7 +54,7 @@ def test_votes_of_a_window_pass_gradcheck(side):
     ("budget", "device", "images"),
     [(None, CPU, 12), (None, CUDA, 1024), (3 * MIB, CPU, 3), (3 * MIB - 1, CUDA, 2), (1, CPU, 1)],
 )
-def test_pieces_fit_the_budget_and_hold_at_least_one_picture(budget, device, images):
+def test_chunks_fit_the_budget_and_hold_at_least_one_image(budget, device, images):
     assert images_per_chunk(MIB, budget=budget, device=device) == images
 
 
@@ -64,7 +64,7 @@ def test_a_batch_that_fits_is_routed_in_one_call():
     assert sizes == [4]
 
 
-def test_a_larger_batch_is_routed_in_pieces_once_forward_and_once_backward():
+def test_a_larger_batch_is_routed_in_chunks_once_forward_and_once_backward():
     sizes = []
     poses = torch.randn(7, 3, 2, requires_grad=True)
     routed = chunked(spy(sizes), poses, torch.randn(7, 3), images=3)
@@ -74,7 +74,7 @@ def test_a_larger_batch_is_routed_in_pieces_once_forward_and_once_backward():
     assert sorted(sizes) == [1, 1, 3, 3, 3, 3]
 
 
-def test_pieces_give_the_same_values_and_gradients():
+def test_chunks_give_the_same_values_and_gradients():
     layer = nn.Linear(2, 4).double()
 
     def route(poses, activations):
@@ -88,8 +88,8 @@ def test_pieces_give_the_same_values_and_gradients():
         routed = chunked(route, poses, activations, images=images)
         loss = sum((field**2).sum() for field in routed[:3])
         results.append((*routed[:3], *torch.autograd.grad(loss, [poses, *layer.parameters()])))
-    for whole, pieces in zip(*results, strict=True):
-        torch.testing.assert_close(whole, pieces, rtol=1e-12, atol=1e-12)
+    for whole, chunks in zip(*results, strict=True):
+        torch.testing.assert_close(whole, chunks, rtol=1e-12, atol=1e-12)
 
 
 def spy(sizes):

@@ -28,13 +28,13 @@ def random(*shape, seed=0, scale=1.0):
 
 def values_and_gradients(votes, prior, bias, *, use=("poses", "activations", "coupling"), **options):
     """Fields of the result, then gradients of a random linear function of the fields in `use`."""
-    inputs = [None if one is None else one.detach().requires_grad_() for one in (votes, prior, bias)]
+    inputs = [None if tensor is None else tensor.detach().requires_grad_() for tensor in (votes, prior, bias)]
     routed = dynamic_routing(inputs[0], prior=inputs[1], bias=inputs[2], **options)
     fields = [getattr(routed, name) for name in use]
     weights = [random(*field.shape, seed=9).to(field) for field in fields]
     loss = sum((field * weight).sum() for field, weight in zip(fields, weights, strict=True))
-    wanted = [one for one in inputs if one is not None]
-    gradients = torch.autograd.grad(loss, wanted, materialize_grads=True) if loss.requires_grad else []
+    tensors = [tensor for tensor in inputs if tensor is not None]
+    gradients = torch.autograd.grad(loss, tensors, materialize_grads=True) if loss.requires_grad else []
     return [field.detach() for field in routed[:3]], gradients
 
 
@@ -50,8 +50,8 @@ def test_fused_agrees_with_the_reference(shape, iterations, device):
             values_and_gradients, votes, prior, bias, iterations=iterations, leaky=leaky, detach=detach
         )
         for expected, got in zip(run(implementation="reference"), run(implementation="fused"), strict=True):
-            for one, other in zip(expected, got, strict=True):
-                torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-12)
+            for tensor, other in zip(expected, got, strict=True):
+                torch.testing.assert_close(other, tensor, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("use", [["poses"], ["activations"], ["coupling"]], ids=str)
@@ -62,21 +62,21 @@ def test_fused_gradients_agree_whichever_result_the_loss_takes(use, detach):
     del options["prior"], options["bias"]
     reference = values_and_gradients(*arguments, implementation="reference", **options)[1]
     fused = values_and_gradients(*arguments, implementation="fused", **options)[1]
-    for one, other in zip(reference, fused, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-12)
+    for tensor, other in zip(reference, fused, strict=True):
+        torch.testing.assert_close(other, tensor, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_fused_float32_error_is_at_most_twice_that_of_plain_torch(device):
     arguments = random(8, 72, 10, 16), random(72, 10, seed=1), random(10, 16, seed=2)
-    single = [one.float().to(device) for one in arguments]
+    single = [tensor.float().to(device) for tensor in arguments]
     options = {"iterations": 3, "leaky": False, "detach": False}
     exact, plain, fused = (
         itertools.chain(*values_and_gradients(*given_, implementation=how, **options))
         for given_, how in [(arguments, "reference"), (single, "reference"), (single, "fused")]
     )
-    for truth, one, other in zip(exact, plain, fused, strict=True):
-        error, allowed = (other.cpu() - truth).norm(), (one.cpu() - truth).norm()
+    for truth, tensor, other in zip(exact, plain, fused, strict=True):
+        error, allowed = (other.cpu() - truth).norm(), (tensor.cpu() - truth).norm()
         assert error <= 2 * allowed + 1e-9 * truth.norm()
 
 
@@ -87,7 +87,7 @@ def test_fused_gradients_pass_gradcheck(leaky):
     def routed(votes, prior, bias):
         return dynamic_routing(votes, iterations=3, prior=prior, bias=bias, leaky=leaky, detach=False)[:3]
 
-    assert torch.autograd.gradcheck(routed, [one.requires_grad_() for one in inputs])
+    assert torch.autograd.gradcheck(routed, [tensor.requires_grad_() for tensor in inputs])
 
 
 @BOTH
@@ -189,8 +189,8 @@ def test_autocast_routes_in_float32(implementation, dtype):
     with torch.autocast("cpu", torch.bfloat16):
         routed = dynamic_routing(votes, **PAPER, implementation=implementation)
     expected = dynamic_routing(votes.float(), **PAPER, implementation=implementation)
-    for one, other in zip(expected, routed, strict=True):
-        torch.testing.assert_close(other, one, rtol=0, atol=0)
+    for tensor, other in zip(expected, routed, strict=True):
+        torch.testing.assert_close(other, tensor, rtol=0, atol=0)
 
 
 def test_module_routes_with_the_parameters_it_owns():
@@ -205,7 +205,7 @@ def test_module_routes_with_the_parameters_it_owns():
 
 def test_parameters_start_where_the_authors_code_starts_them():
     routing = DynamicRouting(6, 4, 3, **{**MODULE, "prior": "learned", "bias": True})
-    assert {name: one.unique().tolist() for name, one in routing.named_parameters()} == {
+    assert {name: tensor.unique().tolist() for name, tensor in routing.named_parameters()} == {
         "prior": [0.0],
         "bias": [pytest.approx(0.1)],
     }
@@ -220,6 +220,31 @@ def test_parameters_start_where_the_authors_code_starts_them():
         ({"implementation": "fast"}, "implementation must be one of auto, reference, fused, got fast"),
     ],
 )
+@pytest.mark.usefixtures("no_type_checks")
 def test_wrong_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         DynamicRouting(6, 4, 3, **{**MODULE, **wrong})
+
+
+def test_the_function_alone_has_the_papers_values():
+    votes = random(2, 7, 4, 3)
+    expected = dynamic_routing_reference(votes, **PAPER)
+    for tensor, other in zip(expected[:3], dynamic_routing(votes)[:3], strict=True):
+        torch.testing.assert_close(other, tensor)
+
+
+@pytest.mark.usefixtures("no_type_checks")
+@pytest.mark.parametrize(
+    ("shape", "changes", "message"),
+    [
+        ((2, 3, 4), {}, r"votes must have shape \[B, I, J, D\], got \[2, 3, 4\]"),
+        ((2, 3, 4, 5), {"prior": torch.ones(4, 3)}, r"prior .* \[I, J\] = \[3, 4\] like .*, got \[4, 3\]"),
+        ((2, 3, 4, 5), {"bias": torch.ones(4)}, r"bias .* \[J, D\] = \[4, 5\] like the votes, got \[4\]"),
+        ((2, 3, 4, 5), {"iterations": 0}, "iterations must be >= 1, got 0"),
+        ((2, 3, 4, 5), {"implementation": "fast"}, "implementation must be one of auto, .*, got fast"),
+    ],
+)
+def test_wrong_arguments_are_one_line(shape, changes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        dynamic_routing(torch.ones(shape), **changes)
+    assert "\n" not in str(caught.value)

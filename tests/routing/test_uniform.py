@@ -9,13 +9,13 @@ def test_uniform_is_dynamic_routing_with_one_iteration():
     expected = dynamic_routing_reference(
         votes, iterations=1, prior=None, bias=bias, leaky=False, detach=False
     )
-    for one, other in zip(expected, uniform_routing(votes, bias=bias), strict=True):
-        torch.testing.assert_close(other, one)
+    for tensor, other in zip(expected, uniform_routing(votes, bias=bias), strict=True):
+        torch.testing.assert_close(other, tensor)
 
 
 def test_bias_is_a_switch():
     assert not list(UniformRouting(7, 4, 3, bias=False).parameters())
-    assert [tuple(one.shape) for one in UniformRouting(7, 4, 3, bias=True).parameters()] == [(4, 3)]
+    assert [tuple(tensor.shape) for tensor in UniformRouting(7, 4, 3, bias=True).parameters()] == [(4, 3)]
 
 
 def test_bias_is_added_before_the_squash():

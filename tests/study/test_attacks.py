@@ -62,7 +62,7 @@ def test_success_without_an_attack_is_the_share_predicted_as_each_class(trained_
     )
     for attack in ("fgsm", "pgd own", "pgd difference"):
         line, others = numbers["targeted"][attack], numbers["targeted"]["wrong_classes"][attack]
-        assert line[0] == pytest.approx(0.1)  # each picture is predicted as run of ten
+        assert line[0] == pytest.approx(0.1)  # each image is predicted as one of ten
         assert others[0] == pytest.approx(wrong / 9)
         assert line[1] > line[0]
         assert line[1] - others[1] * 0.9 <= 0.1 + 1e-9  # the rest are images of the target class
@@ -189,7 +189,7 @@ def test_a_source_that_takes_other_images_is_refused(trained_run, tmp_path, trai
 
 def test_images_of_several_classes_are_refused(trained_run):
     run = trained_run(*SHORT, limit=5)
-    run.components.dataset.targets = 2
+    run.components.dataset.labels_per_image = 2
     with pytest.raises(
         UserError, match=r"^this study needs images of one class each; those of digits have 2$"
     ):

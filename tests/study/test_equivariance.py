@@ -17,17 +17,6 @@ from capsexp.schedule import Step
 from capsexp.study import equivariance
 from capsexp.study.equivariance import Equivariance, held_out_r2
 
-STILL = {
-    "resize": None,
-    "shift": 0,
-    "crop": None,
-    "flip": False,
-    "brightness": 0,
-    "contrast": None,
-    "light": "window",
-    "standardise": None,
-    "test_crops": 1,
-}
 MOVES = {"shifts": [-2, -1, 1, 2], "rotations": [-90, 90], "seed": 0}
 
 
@@ -36,10 +25,10 @@ class Blobs(Dataset):
 
     name = "blobs"
     classes = ("a", "b", "c")
-    stored_shape = (1, 20, 20)
+    file_shape = (1, 20, 20)
 
     def __init__(self, **changes):
-        super().__init__(preprocess=Preprocess(**{**STILL, **changes}), validation=0, split_seed=0)
+        super().__init__(preprocess=Preprocess.identity(**changes), validation=0, split_seed=0)
 
     def _load(self, part):
         generator = torch.Generator().manual_seed(0)
@@ -71,10 +60,10 @@ def middle(images):
 
 
 def study(poses, tiny_parts, right=lambda labels: labels, limit=None, moves=MOVES, **changes):
-    parts = tiny_parts("trainer.batch_size=32")._replace(dataset=Blobs(**changes))
+    components = tiny_parts("trainer.batch_size=32")._replace(dataset=Blobs(**changes))
     model = Network(poses, right)
     model.class_caps = SimpleNamespace(coordinate_elements=(0, 1), coordinate_scale=0.01)
-    run = TrainedRun(model, parts, path=Path("run"), step=Step(0, 1), limit=limit)
+    run = TrainedRun(model, components, path=Path("run"), step=Step(0, 1), limit=limit)
     return Equivariance(**moves)(run), model
 
 
@@ -127,7 +116,7 @@ def test_the_stored_images_are_moved_and_then_preprocessed(tiny_parts):
     moved = torch.zeros_like(images)
     moved[:, :, 3:] = images[:, :, :-3]
     unmoved, down, right = model.inputs
-    preprocess = Preprocess(**{**STILL, **changes})
+    preprocess = Preprocess.identity(**changes)
     torch.testing.assert_close(unmoved, preprocess.test(images).images)
     torch.testing.assert_close(down, preprocess.test(moved).images)
     sideways = torch.zeros_like(images)
@@ -186,11 +175,11 @@ def test_networks_and_images_without_a_pose_to_follow_are_refused(tiny_parts, tr
         study(middle, tiny_parts, moves={**MOVES, "shifts": [1, -20]})
     model = Network(middle)
     model.forward = lambda images, labels: Output(images.flatten(1), images.flatten(1))
-    parts = tiny_parts()._replace(dataset=Blobs())
-    run = TrainedRun(model, parts, path=Path("run"), step=Step(0, 1), limit=None)
+    components = tiny_parts()._replace(dataset=Blobs())
+    run = TrainedRun(model, components, path=Path("run"), step=Step(0, 1), limit=None)
     with pytest.raises(UserError, match=r"^this network has no capsules, so there are no poses to follow$"):
         Equivariance(**MOVES)(run)
-    parts.dataset.targets = 2
+    components.dataset.labels_per_image = 2
     with pytest.raises(UserError, match=r"^this study needs images of one class each; those of "):
         Equivariance(**MOVES)(run)
 

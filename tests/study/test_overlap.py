@@ -17,8 +17,8 @@ def untrained(tmp_path, tiny_parts):
 
     def make(*overrides, limit=None):
         torch.manual_seed(0)
-        parts = tiny_parts(*overrides)
-        return TrainedRun(parts.new_model(), parts, path=tmp_path, step=Step(0, 1), limit=limit)
+        components = tiny_parts(*overrides)
+        return TrainedRun(components.new_model(), components, path=tmp_path, step=Step(0, 1), limit=limit)
 
     return make
 

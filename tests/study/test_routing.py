@@ -168,7 +168,7 @@ def test_a_network_that_routes_nothing_and_images_of_several_classes_are_refused
     run.model.grid = None
     with pytest.raises(UserError, match=r"^this network has no `grid`, so its capsules cannot be mapped to"):
         Routing(**SETTINGS)(run)
-    run.components.dataset.targets = 2
+    run.components.dataset.labels_per_image = 2
     with pytest.raises(
         UserError, match=r"^this study needs images of one class each; those of digits have 2$"
     ):

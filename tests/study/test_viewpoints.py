@@ -24,10 +24,15 @@ class Turntable(SmallNORB):
     """Every view of one toy of each class; the three pixels of an image are label, elevation and azimuth."""
 
     def __init__(self, viewpoint):
-        self.viewpoint, self.test_views = viewpoint, "novel"
-        neutral = {"resize": None, "shift": 0, "crop": None, "flip": False, "brightness": 0}
-        neutral |= {"contrast": None, "light": "window", "standardise": None, "test_crops": 1}
-        self.preprocess = Preprocess(**neutral)
+        super().__init__(
+            root="unused",
+            download=False,
+            cameras="left",
+            validation_instance=None,
+            viewpoint=viewpoint,
+            test_views="all" if viewpoint is None else "novel",
+            preprocess=Preprocess.identity(),
+        )
 
     def read(self, part):
         assert (part, self.test_views) == ("test", "all")
@@ -57,8 +62,8 @@ class Guesser(nn.Module):
 @pytest.fixture
 def run_of(tiny_parts):
     def make(knows, *, viewpoint="azimuth", name="run", limit=None):
-        parts = tiny_parts("trainer.batch_size=7")._replace(dataset=Turntable(viewpoint))
-        return TrainedRun(Guesser(knows), parts, path=Path(name), step=Step(1, 1), limit=limit)
+        components = tiny_parts("trainer.batch_size=7")._replace(dataset=Turntable(viewpoint))
+        return TrainedRun(Guesser(knows), components, path=Path(name), step=Step(1, 1), limit=limit)
 
     return make
 

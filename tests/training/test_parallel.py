@@ -292,7 +292,7 @@ def test_other_commands_refuse_several_processes(command, second):
 
 
 def test_a_sweep_refuses_torchrun(second):
-    with pytest.raises(UserError, match=r"^a sweep starts its runs by itself: start it without torchrun$"):
+    with pytest.raises(UserError, match=r"^a sweep starts its own processes: run it without torchrun$"):
         cli.dispatch(["train", "-m", "seed=0,1"])
 
 

@@ -43,7 +43,7 @@ class Results:
         self.clean.add("accuracy", correct)
         self.clean.add("known", scale.known)
         other: Units = "pixel" if units == "input" else "input"
-        self.clean.add("in_other_units", scale.epsilon(1, given=units, wanted=other).nan_to_num(0))
+        self.clean.add("in_other_units", scale.epsilon(1, units=units, to=other).nan_to_num(0))
 
     def add_gradient(self, objective: str, input_gradient: Float[Tensor, "B C H W"]) -> None:
         """Add the gradient of an objective at the clean images."""

@@ -25,10 +25,10 @@ class Scale(NamedTuple):
     known: Bool[Tensor, " B"]
     """False for an image of a single color, from which no scale can be computed: its slope is NaN."""
 
-    def epsilon(self, value: int | float, *, given: Units, wanted: Units) -> Float64[Tensor, " B"]:
+    def epsilon(self, value: int | float, *, units: Units, to: Units) -> Float64[Tensor, " B"]:
         """Convert a distance to other units, for each image; NaN where its scale is not known."""
         factor = {"input": torch.ones_like(self.slope), "pixel": WHITE / self.slope}
-        return value * factor[wanted] / factor[given]
+        return value * factor[to] / factor[units]
 
 
 class Radii(NamedTuple):
@@ -73,7 +73,7 @@ def ball_of(batch: Batch, scale: Scale, epsilon: int | float, *, units: Units, c
         units: of the radius.
         clip: whether pixels stay in [0, 1].
     """
-    radius = scale.epsilon(epsilon, given=units, wanted="input")
+    radius = scale.epsilon(epsilon, units=units, to="input")
     if units == "pixel":
         radius = radius.nan_to_num(0)  # NaN marks the scales that are not known
     low = torch.full_like(scale.slope, -torch.inf)

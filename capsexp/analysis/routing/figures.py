@@ -108,7 +108,7 @@ def parents(example: Example, grid: Grid, classes: Sequence[str]) -> Any:
     return figure
 
 
-def _sheet(images: Float[Tensor, "N C H W"], columns: int) -> Float[Tensor, "C h w"]:
+def _sheet(images: Float[Tensor, "N C H W"], columns: int) -> Float[Tensor, "D h w"]:
     return make_grid(images, nrow=columns, padding=0)
 
 
@@ -187,4 +187,4 @@ def _longest(layers: Mapping[str, Mapping[str, Any]]) -> int:
 def _title(example: Example, classes: Sequence[str]) -> str:
     label, prediction = classes[example.label], classes[example.prediction]
     predicted = "" if example.label == example.prediction else f", predicted {prediction}"
-    return f"{example.number}, {label}{predicted}"
+    return f"{example.number}, label {label}{predicted}"

@@ -1,4 +1,4 @@
-"""`capsexp bench`: speed and memory of a network, beside itself with a plain routing and without any."""
+"""`capsexp bench`: speed and memory of a network, compared with reference routing and with none."""
 
 import platform
 import statistics
@@ -7,27 +7,63 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from capsexp.analysis.speed.measure import Variant, changed, in_process, is_routed
 from capsexp.config.build import build_components
+from capsexp.config.components import Components
 from capsexp.layer.routed import RoutedLayer
 from capsexp.training.device import has_tunable_allocator
 
 NETWORK = "routing"
-"""The network as it is configured; the others are compared with it."""
+"""The network as configured. The others are compared with it."""
 
 
 def bench(config: dict[str, Any], *, plugins: Sequence[str], compiled: bool = False) -> None:
-    """Measure and print; pictures are random bytes in the shape of the data set's, so none is needed.
+    """Measure and print. Images are random bytes in the dataset's shape, so no dataset files are needed.
 
     Args:
         config: the plain config.
-        plugins: as for `components`.
-        compiled: also the networks under torch.compile, which takes a minute to start.
+        plugins: see `capsexp.config.build.build_components`.
+        compiled: also measure the networks under torch.compile, which takes a minute to start.
     """
     components = build_components(config, plugins=plugins)
     model = components.new_model()
     console = Console(soft_wrap=True)
+    _print_setup(console, components, model)
+    steps = Table(
+        "allocator", "network", "training images/s", "inference images/s", "peak memory, MiB", "data share"
+    )
+    layers = Table("allocator", "layer", "network", "forward and backward, ms/image", "speed of routing")
+    for allocator in _allocators(components.device.torch_device.type):
+        with_allocator = changed(config, "device", allocator=allocator)
+        variants = variants_of(with_allocator, routed=is_routed(model), compiled=compiled)
+        speed = in_process("speed", variants, plugins=plugins)
+        peaks = {
+            name: in_process("peak", {name: variant}, plugins=plugins)["bytes"]
+            for name, variant in variants.items()
+        }
+        for name in variants:
+            steps.add_row(*_step_row(allocator, name, speed, peaks[name]))
+        for name in list(variants)[1:]:
+            steps.add_row(*ratio_row(allocator, name, speed, peaks))
+        steps.add_section()
+        routed = {
+            name: variant for name, variant in variants.items() if variant.routed and not variant.compiled
+        }
+        for row in layer_rows(allocator, in_process("layers", routed, plugins=plugins)):
+            layers.add_row(*row)
+    console.print(steps)
+    if layers.rows:
+        console.print(layers)
+    console.print(
+        "images/s, ms/image: medians; the networks take turns, step by step. ratios: medians over neighboring"
+        " steps. memory: above the idle process. data share: time to get a batch / time of a training step"
+    )
+
+
+def _print_setup(console: Console, components: Components, model: nn.Module) -> None:
+    """Print what is measured, and which layers do not use a fused routing."""
     shape = "x".join(map(str, components.dataset.image_shape))
     count = sum(parameter.numel() for parameter in model.parameters())
     console.print(
@@ -37,37 +73,10 @@ def bench(config: dict[str, Any], *, plugins: Sequence[str], compiled: bool = Fa
     for name, layer in model.named_modules():
         if isinstance(layer, RoutedLayer) and (reason := layer.fused_reason()):
             console.print(f"{name}.routing takes the reference path: {reason}")
-    steps = Table(
-        "allocator", "network", "training images/s", "inference images/s", "peak memory, MiB", "data share"
-    )
-    layers = Table("allocator", "layer", "network", "forward and backward, ms/image", "speed of routing")
-    for allocator in _allocators(components.device.torch_device.type):
-        variants = variants_of(
-            changed(config, "device", allocator=allocator), routed=is_routed(model), compiled=compiled
-        )
-        speed = in_process("speed", variants, plugins=plugins)
-        peaks = {
-            name: in_process("peak", {name: one}, plugins=plugins)["bytes"] for name, one in variants.items()
-        }
-        for name in variants:
-            steps.add_row(*_row(allocator, name, speed, peaks[name]))
-        for name in list(variants)[1:]:
-            steps.add_row(*_ratios(allocator, name, speed, peaks))
-        steps.add_section()
-        routed = {name: one for name, one in variants.items() if one.routed and not one.compiled}
-        for row in _layer_rows(allocator, in_process("layers", routed, plugins=plugins)):
-            layers.add_row(*row)
-    console.print(steps)
-    if layers.rows:
-        console.print(layers)
-    console.print(
-        "images/s, ms/image: medians of steps taken in turns; ratios: of neighbouring steps; "
-        "memory: over the idle process; data share: of a training step"
-    )
 
 
 def variants_of(config: dict[str, Any], *, routed: bool, compiled: bool) -> dict[str, Variant]:
-    """The network as configured, and what it is compared with, by name."""
+    """Return the network as configured and those to compare it with, by name."""
     variants = {NETWORK: Variant(config)}
     routing = config.get("routing")
     if isinstance(routing, dict) and routing.get("implementation", "reference") != "reference":
@@ -86,20 +95,35 @@ def _allocators(device: str) -> list[str]:
     return ["tuned", "default"] if device == "cpu" and has_tunable_allocator() else ["default"]
 
 
-def _row(allocator: str, name: str, speed: Mapping[str, Any], peak: int) -> list[str]:
+def _step_row(allocator: str, name: str, speed: Mapping[str, Any], peak: int) -> list[str]:
     size = speed["batch"]
-    training, guessing = (statistics.median(speed[phase][name]) for phase in ("training", "inference"))
+    training, inference = (statistics.median(speed[phase][name]) for phase in ("training", "inference"))
     share = f"{speed['data'] / training:.2%}" if name == NETWORK else ""
-    return [allocator, name, f"{size / training:.1f}", f"{size / guessing:.1f}", f"{peak / 2**20:.0f}", share]
+    return [
+        allocator,
+        name,
+        f"{size / training:.1f}",
+        f"{size / inference:.1f}",
+        f"{peak / 2**20:.0f}",
+        share,
+    ]
 
 
-def _ratios(allocator: str, name: str, speed: Mapping[str, Any], peaks: Mapping[str, int]) -> list[str]:
-    """Speed of the network as a multiple of another's, from neighbouring steps; memory likewise."""
+def ratio_row(allocator: str, name: str, speed: Mapping[str, Any], peaks: Mapping[str, int]) -> list[str]:
+    """Return cells with the network's speed as a multiple of another's, and its memory likewise.
+
+    Args:
+        allocator: for the first cell.
+        name: of the other network.
+        speed: as `measure.speed` returns it.
+        peaks: bytes by network.
+    """
     cells = [f"{_times_as_fast(speed[phase], name):.3g}" for phase in ("training", "inference")]
     return [allocator, f"ratio to {name}", *cells, f"{peaks[NETWORK] / peaks[name]:.3f}", ""]
 
 
-def _layer_rows(allocator: str, measured: Mapping[str, Any]) -> list[list[str]]:
+def layer_rows(allocator: str, measured: Mapping[str, Any]) -> list[list[str]]:
+    """Return a row of cells for each layer and network, from the result of `measure.layers`."""
     rows = []
     for layer, seconds in measured.items():
         if layer == "batch":
@@ -112,11 +136,12 @@ def _layer_rows(allocator: str, measured: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _times_as_fast(seconds: Mapping[str, Sequence[float]], other: str) -> float:
+    """Return the network's speed as a multiple of another's: the median over neighboring steps."""
     return statistics.median(b / a for a, b in zip(seconds[NETWORK], seconds[other], strict=True))
 
 
 def processor() -> str:
-    """The CPU's name, as far as the system tells it."""
+    """Return the name of the CPU, or its architecture if the system does not report the name."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))

@@ -1,4 +1,4 @@
-"""`capsexp bench growth=FILE`: how time and memory of a step grow, fused beside plain, as a picture."""
+"""`capsexp bench growth=FILE`: how time and memory of a step grow, fused and reference, as a figure."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,47 +15,56 @@ from capsexp.files import require_figure_file
 BATCHES = (8, 16, 32, 64, 128)
 ITERATIONS = (1, 2, 3, 4, 5)
 FACTORS = (0.5, 1.0, 1.5, 2.0)
-"""Of the numbers of capsule types, and of the side of the pictures."""
+"""Of the numbers of capsule types, and of the height and width of the images."""
 
 Config = dict[str, Any]
 Point = tuple[int | float, Config]
+Measurements = Mapping[str, Mapping[str, Any]]
+"""`seconds` and `bytes`, by network."""
 
 
 def growth(config: Config, file: Path, *, plugins: Sequence[str]) -> None:
-    """Measure one setting after the other, print the figures and draw them.
+    """Measure one setting after the other, print a table and draw it.
 
     Args:
         config: the plain config.
-        file: the picture, PNG or another format of matplotlib's.
-        plugins: as for `components`.
-    Raises: UserError: a routing without another implementation; a file of no known format.
+        file: the figure to write, PNG or another format of matplotlib.
+        plugins: see `capsexp.config.build.build_components`.
+
+    Raises:
+        UserError: a routing without another implementation; a file of unknown format.
     """
-    if len(names := list(variants_of(config, routed=False, compiled=False))) < 2:
+    names = list(variants_of(config, routed=False, compiled=False))
+    if len(names) < 2:
         raise UserError("growth: this routing has one implementation only, so there is nothing to compare")
     require_figure_file(file, option="growth")
     console = Console(soft_wrap=True)
-    table = Table("along", "value", *(f"{name}, {what}" for name in names for what in ("s/step", "MiB")))
-    measured: dict[str, list[tuple[int | float, dict[str, Any]]]] = {}
+    table = Table("axis", "value", *(f"{name}, {unit}" for name in names for unit in ("s/step", "MiB")))
+    measured: dict[str, list[tuple[int | float, Measurements]]] = {}
     for axis, points in axes(config).items():
         for value, grown in points:
-            variants = variants_of(grown, routed=False, compiled=False)
-            figures = {
-                name: in_process("peak", {name: one}, plugins=plugins) for name, one in variants.items()
+            measurements = {
+                name: in_process("peak", {name: variant}, plugins=plugins)
+                for name, variant in variants_of(grown, routed=False, compiled=False).items()
             }
-            measured.setdefault(axis, []).append((value, figures))
-            cells = [
-                text
-                for name in names
-                for text in (f"{figures[name]['seconds']:.3f}", f"{figures[name]['bytes'] / 2**20:.0f}")
-            ]
-            table.add_row(axis, f"{value:g}", *cells)
+            measured.setdefault(axis, []).append((value, measurements))
+            table.add_row(axis, f"{value:g}", *_cells(measurements))
     console.print(table)
     draw(measured, names, file)
-    console.print(f"{processor()}; best of three steps, peak memory over the idle process; drawn in {file}")
+    console.print(
+        f"{processor()}; time: best of three steps; memory: peak above the idle process; figure: {file}"
+    )
+
+
+def _cells(measurements: Measurements) -> list[str]:
+    cells = []
+    for measurement in measurements.values():
+        cells += [f"{measurement['seconds']:.3f}", f"{measurement['bytes'] / 2**20:.0f}"]
+    return cells
 
 
 def axes(config: Config) -> dict[str, list[Point]]:
-    """What grows, and the configs along it."""
+    """Return what grows, and for each the values and their configs."""
     model, dataset = config["model"], config["dataset"]
     side = "crop" if dataset["preprocess"]["crop"] else "resize"
     types = [key for key in ("primary_types", "conv_types") if key in model]
@@ -68,18 +77,18 @@ def axes(config: Config) -> dict[str, list[Point]]:
         ],
     }
     if (size := dataset["preprocess"][side]) is not None:
-        points["side of a picture, pixels"] = [
+        points["image side, pixels"] = [
             (new, _with_side(config, side, new)) for new in (int(size * factor) for factor in FACTORS)
         ]
     return points
 
 
 def draw(
-    measured: Mapping[str, Sequence[tuple[int | float, Mapping[str, Any]]]],
+    measured: Mapping[str, Sequence[tuple[int | float, Measurements]]],
     names: Sequence[str],
     file: Path,
 ) -> None:
-    """Time above memory, one column for each thing that grows; both on logarithmic scales."""
+    """Draw time above memory on logarithmic scales, one column per axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.2 * len(measured), 5.6), layout="constrained")
@@ -88,8 +97,8 @@ def draw(
         values = [value for value, _ in points]
         for name in names:
             style = {"marker": "o", "label": "fused" if name == NETWORK else name}
-            plots[0][column].plot(values, [figures[name]["seconds"] for _, figures in points], **style)
-            plots[1][column].plot(values, [figures[name]["bytes"] / 2**20 for _, figures in points], **style)
+            plots[0][column].plot(values, [by_name[name]["seconds"] for _, by_name in points], **style)
+            plots[1][column].plot(values, [by_name[name]["bytes"] / 2**20 for _, by_name in points], **style)
         plots[1][column].set_xlabel(axis)
         for row in range(2):
             plots[row][column].set_yscale("log")
@@ -108,8 +117,6 @@ def _with_side(config: Config, key: str, size: int) -> Config:
 
 
 def _times(count: int | list[int], factor: float) -> int | list[int]:
-    return (
-        [max(1, int(one * factor)) for one in count]
-        if isinstance(count, list)
-        else max(1, int(count * factor))
-    )
+    if isinstance(count, list):
+        return [max(1, int(number * factor)) for number in count]
+    return max(1, int(count * factor))

@@ -1,6 +1,6 @@
-"""Time and memory of a network's steps, each measurement in a process of its own.
+"""Time and memory of a network's steps, each measured in a new process.
 
-The C allocator is set up once per process, and the peak of a process's memory never goes down.
+The C allocator is set up once per process, and the peak memory of a process never goes down.
 """
 
 import json
@@ -34,12 +34,12 @@ STEP = Step(0, 1)
 
 
 class Variant(NamedTuple):
-    """One of the networks that are compared."""
+    """One of the compared networks."""
 
     config: dict[str, Any]
-    """As `components` takes it."""
+    """As `build_components` takes it."""
     routed: bool = True
-    """False: each capsule layer that can be is replaced by its `without_routing()`."""
+    """False: each capsule layer is replaced by its `without_routing()`, if it has one."""
     compiled: bool = False
     """Under torch.compile."""
 
@@ -51,65 +51,72 @@ def changed(config: dict[str, Any], group: str, **values: Any) -> dict[str, Any]
     return config
 
 
-def in_process(what: str, variants: Mapping[str, Variant], *, plugins: Sequence[str]) -> dict[str, Any]:
+def in_process(kind: str, variants: Mapping[str, Variant], *, plugins: Sequence[str]) -> dict[str, Any]:
     """Measure in a new process.
 
     Args:
-        what: "speed", "layers" or "peak", the functions below.
+        kind: "speed", "layers" or "peak", the functions below.
         variants: by name; "peak" takes one.
-        plugins: as for `components`.
+        plugins: see `capsexp.config.build.build_components`.
     """
-    task = {"what": what, "variants": {name: tuple(one) for name, one in variants.items()}}
+    task = {
+        "kind": kind,
+        "variants": {name: tuple(variant) for name, variant in variants.items()},
+        "plugins": list(plugins),
+    }
     command = [sys.executable, "-m", "capsexp.analysis.speed.measure"]
-    given = json.dumps({**task, "plugins": list(plugins)})
-    child = subprocess.run(command, input=given, stdout=subprocess.PIPE, text=True)
+    child = subprocess.run(command, input=json.dumps(task), stdout=subprocess.PIPE, text=True)
     if child.returncode != 0:
         raise UserError(f"a measurement failed with code {child.returncode}")
     return dict(json.loads(child.stdout.splitlines()[-1]))
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
-    """What `in_process` asked for, in this process."""
-    variants = {name: Variant(*one) for name, one in task["variants"].items()}
+    """Do a task of `in_process` in this process."""
+    variants = {name: Variant(*variant) for name, variant in task["variants"].items()}
     components = {
-        name: build_components(one.config, plugins=task["plugins"]) for name, one in variants.items()
+        name: build_components(variant.config, plugins=task["plugins"]) for name, variant in variants.items()
     }
     first = next(iter(components.values()))
     first.device.prepare()
     torch.manual_seed(first.seed)
     measures: dict[str, Callable[..., dict[str, Any]]] = {"speed": speed, "layers": layers, "peak": peak}
-    return measures[task["what"]](variants, components)
+    return measures[task["kind"]](variants, components)
 
 
 def speed(variants: Mapping[str, Variant], components: Mapping[str, Components]) -> dict[str, Any]:
-    """Seconds of training and inference steps of networks that take turns, and of fetching a batch."""
+    """Return seconds of training and inference steps of networks that take turns, and of fetching a batch."""
     first = next(iter(components.values()))
     batches = random_batches(first)
     models = {name: _network(variants[name], components[name]) for name in variants}
     training = {name: training_step(components[name], model, batches) for name, model in models.items()}
+    inference = {name: _inference_step(first, model, batches) for name, model in models.items()}
     return {
         "batch": first.trainer.batch_size,
         "training": in_turns(training, first),
-        "inference": in_turns({name: _guess(first, one, batches) for name, one in models.items()}, first),
+        "inference": in_turns(inference, first),
         "data": statistics.median(in_turns({"data": _fetch(batches)}, first)["data"]),
     }
 
 
 def layers(variants: Mapping[str, Variant], components: Mapping[str, Components]) -> dict[str, Any]:
-    """Seconds of each routed layer alone, forward and backward, on what reaches it in a first step."""
+    """Return seconds of each routed layer alone, forward and backward, on its input in a first step."""
     first = next(iter(components.values()))
     batch = next(random_batches(first).training(0))
     steps: dict[str, dict[str, Callable[[], object]]] = {}
     for name in variants:
         model = _network(variants[name], components[name])
-        for layer, given in _inputs_of_routed_layers(model, batch.images).items():
-            steps.setdefault(layer, {})[name] = _layer_step(model.get_submodule(layer), given)
-    return {"batch": len(batch.images), **{layer: in_turns(ones, first) for layer, ones in steps.items()}}
+        for layer, capsules in _inputs_of_routed_layers(model, batch.images).items():
+            steps.setdefault(layer, {})[name] = _layer_step(model.get_submodule(layer), capsules)
+    return {
+        "batch": len(batch.images),
+        **{layer: in_turns(actions, first) for layer, actions in steps.items()},
+    }
 
 
 def peak(variants: Mapping[str, Variant], components: Mapping[str, Components]) -> dict[str, Any]:
-    """Bytes that training takes at its peak over those of the process before it, and seconds of a step."""
-    import torch._dynamo  # the first optimiser brings it: 150 MiB that are not the network's
+    """Return the peak bytes of training above those of the process before it, and seconds of a step."""
+    import torch._dynamo  # the first optimizer imports it: 150 MiB that are not the network's
 
     ((name, variant),) = variants.items()
     batches = random_batches(components[name])
@@ -118,31 +125,31 @@ def peak(variants: Mapping[str, Variant], components: Mapping[str, Components]) 
     step = training_step(components[name], _network(variant, components[name]), batches)
     seconds = []
     for _ in range(MEMORY_STEPS):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         step()
         if cuda:
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begun)
-    most = torch.cuda.max_memory_allocated() if cuda else peak_resident()
-    return {"bytes": most - idle, "seconds": min(seconds)}
+        seconds.append(time.perf_counter() - start)
+    highest = torch.cuda.max_memory_allocated() if cuda else peak_resident()
+    return {"bytes": highest - idle, "seconds": min(seconds)}
 
 
 def in_turns(actions: Mapping[str, Callable[[], object]], components: Components) -> dict[str, list[float]]:
-    """Seconds of each action, each repeated, one after the other: a noisy machine slows all alike."""
+    """Return seconds of each action, repeated in turns, so that a noisy machine slows all of them equally."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for repeat in range(WARM_UP + REPEATS):
         for name, action in actions.items():
-            begun = time.perf_counter()
+            start = time.perf_counter()
             action()
             if components.device.torch_device.type == "cuda":
                 torch.cuda.synchronize()
             if repeat >= WARM_UP:
-                seconds[name].append(time.perf_counter() - begun)
+                seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
 def training_step(components: Components, model: nn.Module, batches: Batches) -> Callable[[], object]:
-    """One step of the training loop on a fixed batch, of those that are not logged."""
+    """Return a step of the training loop on a fixed batch, without logging."""
     optimizer = components.new_optimizer(model.parameters(), lr=components.learning_rate(STEP))
     batch = next(batches.training(0))
 
@@ -155,21 +162,20 @@ def training_step(components: Components, model: nn.Module, batches: Batches) ->
 
 
 def random_batches(components: Components) -> Batches:
-    """Random bytes in the shape of the data set's pictures, so none is needed."""
+    """Return random bytes in the shape of the dataset's images, so that its files are not needed."""
     count = components.trainer.batch_size * (WARM_UP + REPEATS + 1)
     images = torch.randint(0, 256, (count, *components.dataset.raw_shape), dtype=torch.uint8)
     split = Split(images, torch.arange(count) % len(components.dataset.classes))
-    batches: Batches = components.batches(split, limit=None)
-    return batches
+    return components.batches(split, limit=None)
 
 
 def is_routed(model: nn.Module) -> bool:
-    """Whether some layer can be had without its routing."""
+    """Return whether some layer has a form without routing."""
     return any(hasattr(module, "without_routing") for module in model.modules())
 
 
 def without_routing(model: nn.Module) -> nn.Module:
-    """The network itself, each capsule layer's `without_routing()` in the layer's place."""
+    """Replace each capsule layer by its `without_routing()`, in place; return the network."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if hasattr(child, "without_routing"):
@@ -186,43 +192,43 @@ def _network(variant: Variant, components: Components) -> nn.Module:
 
 
 def _inputs_of_routed_layers(model: nn.Module, images: Tensor) -> dict[str, Capsules]:
-    found: dict[str, Capsules] = {}
+    inputs: dict[str, Capsules] = {}
     hooks = []
     for name, module in model.named_modules():
         if hasattr(module, "routing") and hasattr(module, "weight"):
 
-            def keep(_: nn.Module, given: tuple[Any, ...], name: str = name) -> None:
-                found[name] = Capsules(*(one.detach() for one in given[0]))
+            def record(_: nn.Module, arguments: tuple[Any, ...], name: str = name) -> None:
+                inputs[name] = Capsules(*(tensor.detach() for tensor in arguments[0]))
 
-            hooks.append(module.register_forward_pre_hook(keep))
+            hooks.append(module.register_forward_pre_hook(record))
     with torch.no_grad():
         model(images)
     for hook in hooks:
         hook.remove()
-    return found
+    return inputs
 
 
-def _layer_step(layer: nn.Module, given: Capsules) -> Callable[[], object]:
-    inputs = [one.clone().requires_grad_() for one in given]
-    wanted = [*inputs, *layer.parameters()]
+def _layer_step(layer: nn.Module, capsules: Capsules) -> Callable[[], object]:
+    inputs = [tensor.clone().requires_grad_() for tensor in capsules]
+    differentiated = [*inputs, *layer.parameters()]
 
     def step() -> None:
         routed = layer(Capsules(*inputs))
         total = routed.poses.sum() + routed.activations.sum()
-        # allow_unused: what a routing does not read, such as activations, has no gradient.
-        torch.autograd.grad(total, wanted, allow_unused=True)
+        # allow_unused: an input that a routing does not read, such as the activations, has no gradient.
+        torch.autograd.grad(total, differentiated, allow_unused=True)
 
     return step
 
 
-def _guess(components: Components, model: nn.Module, batches: Batches) -> Callable[[], object]:
+def _inference_step(components: Components, model: nn.Module, batches: Batches) -> Callable[[], object]:
     batch = next(batches.in_order())
 
-    def guess() -> None:
+    def step() -> None:
         with inference(model), autocast(batch.images.device, components.trainer.precision):
             model(batch.images)
 
-    return guess
+    return step
 
 
 def _fetch(batches: Batches) -> Callable[[], object]:

@@ -1,1 +1,1 @@
-"""Sweeps: their folder, and the launcher that gives each job a process of its own."""
+"""Sweeps: a folder of runs, and a launcher that runs each job in its own process."""

@@ -1,4 +1,4 @@
-"""`capsexp train -m`: the jobs of a sweep checked, and then run in the sweep's folder."""
+"""`capsexp train -m`: check the jobs of a sweep, then run them in the sweep's folder."""
 
 import shlex
 from argparse import Namespace
@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from capsexp.cli.jobs import call_hydra, training_job, typed_command
 from capsexp.cli.sweep.folder import Sweep
-from capsexp.cli.sweep.tables import checked_sweep, with_rows
+from capsexp.cli.sweep.tables import check_sweep, expand_tables
 from capsexp.cli.torchrun import is_distributed
 from capsexp.config.naming import sweep_name
 from capsexp.config.overrides import quoted, value
@@ -22,47 +22,49 @@ def sweep(options: Namespace, flags: Sequence[str], overrides: Sequence[str]) ->
     """Check all jobs of a sweep, then run them.
 
     Args:
-        options: Hydra's.
-        flags: the same as words.
+        options: Hydra's options, parsed.
+        flags: the same options as command-line arguments.
         overrides: as typed.
 
     Returns:
-        The exit code: 1 if any job has failed.
+        The exit code: 1 if any job failed.
 
     Raises:
-        UserError: every mistake in any job, before the first is run.
+        UserError: all errors in all jobs, before the first job runs.
     """
     if is_distributed():
-        raise UserError("a sweep starts its runs by itself: start it without torchrun")
-    name, folder = options.config_name or "train", options.config_dir
-    jobs, rows = with_rows(overrides, config_dir=folder)
-    composed, parts = checked_sweep(name, jobs, rows=rows, config_dir=folder)
+        raise UserError("a sweep starts its own processes: run it without torchrun")
+    name, config_dir = options.config_name or "train", options.config_dir
+    expanded, rows = expand_tables(overrides, config_dir=config_dir)
+    composed, components = check_sweep(name, expanded, rows=rows, config_dir=config_dir)
     if composed.run is not None:
-        raise UserError("run: a sweep makes a directory for each of its runs; choose hydra.sweep.dir=DIR")
-    parts.dataset.require_files()
-    words = with_constants_swept(jobs, config_dir=folder)
-    return _run(_folder(composed, overrides), [*flags, *words, "hydra.output_subdir=null"])
+        raise UserError("run: a sweep names the directories of its runs; use hydra.sweep.dir=DIR instead")
+    components.dataset.require_files()
+    arguments = with_constants_swept(expanded, config_dir=config_dir)
+    return _run(_folder(composed, overrides), [*flags, *arguments, "hydra.output_subdir=null"])
 
 
 def _folder(composed: DictConfig, overrides: Sequence[str]) -> Path:
-    """The folder of a sweep: the user's choice, or one that the same command always has."""
+    """Return the folder of a sweep: the user's choice, or one that depends only on the command."""
     if composed.hydra.sweep.dir != "auto":
         return Path(composed.hydra.sweep.dir)
     constants, swept = constants_and_swept(overrides)
-    typed = value(overrides, "experiment")  # of a table its name, not its first row
-    choices = {**composed.hydra.runtime.choices, **({"experiment": typed} if isinstance(typed, str) else {})}
+    choices = dict(composed.hydra.runtime.choices)
+    experiment = value(overrides, "experiment")
+    if isinstance(experiment, str):  # as typed: the name of a table, and not of its first row
+        choices["experiment"] = experiment
     return Path(composed.output_root) / "sweeps" / sweep_name(choices, constants, swept)
 
 
-def _run(path: Path, words: Sequence[str]) -> int:
-    """Run the jobs by whichever launcher was chosen."""
-    with Sweep(path).held():
-        Sweep(path).begin(shlex.join(typed_command()))
+def _run(path: Path, arguments: Sequence[str]) -> int:
+    """Run the jobs with the chosen launcher."""
+    with Sweep(path).locked():
+        Sweep(path).write_command(shlex.join(typed_command()))
         try:
-            call_hydra([*words, f"hydra.sweep.dir={quoted(path)}"], "train", training_job)
-        except JobFailed:  # told by the launcher, and in the table
+            call_hydra([*arguments, f"hydra.sweep.dir={quoted(path)}"], "train", training_job)
+        except JobFailed:  # the launcher has reported it, and the table shows it
             pass
-        except InstantiationException as error:  # of a launcher or sweeper, by its settings
+        except InstantiationException as error:  # wrong settings of a launcher or sweeper
             key = str(error).rpartition("full_key: ")[2]
             raise UserError(f"{key}: {error.__cause__ or error}") from None
         except ValueError as error:

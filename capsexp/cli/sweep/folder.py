@@ -1,9 +1,10 @@
-"""A sweep's folder: which runs belong to it, where each lives, and how they stand.
+"""The folder of a sweep: its runs, their directories and their statuses.
 
 NAME-FINGERPRINT/         one run each, named after its overrides, not after its number
-sweep.json  results.csv   the runs with their overrides and ends; what `capsexp compare` shows of them
-table.md                  of recipes with a paper's figure: ours beside it
-multirun.yaml             Hydra's own note of the sweep
+sweep.json                the command; overrides and status of each run
+results.csv               all runs, as `capsexp compare --csv` prints them
+table.md                  our test errors beside the papers', for recipes with a published error
+multirun.yaml             written by Hydra
 """
 
 import contextlib
@@ -19,23 +20,24 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from capsexp.compare.comparison import beside_paper
-from capsexp.compare.runs import read_all, shown_status
-from capsexp.compare.tables import as_csv, markdown, print_comparison
+from capsexp.compare.runs import read_all, read_status
+from capsexp.compare.tables import STATUS_COLOURS, as_csv, markdown, print_comparison
 from capsexp.config.naming import affects_results, job_name
 from capsexp.errors import Notes
 from capsexp.files import locked, write_atomic
 from capsexp.training.run_dir import RunDir
 
-COLOURS = {"finished": "green", "failed": "red", "died": "red", "running": "cyan", "interrupted": "yellow"}
+SHOWN_FIRST = ("running", "failed", "died")
+SUMMARY_KEYS = ("status", "step", "total", "best", "results", "seconds", "error", "exit_code")
 
 
 class Job(NamedTuple):
-    """One run of a sweep as it stands."""
+    """The current state of one run of a sweep."""
 
     name: str
     overrides: list[str]
     status: Mapping[str, Any]
-    """What its status.json says, in the words of `capsexp runs`; empty for a job that waits."""
+    """Its status.json, as `read_status` returns it; empty for a job that waits."""
 
     @property
     def state(self) -> str:
@@ -44,87 +46,55 @@ class Job(NamedTuple):
 
 
 class Sweep:
-    """The folder, and the jobs that were asked for so far."""
+    """The folder of a sweep, and the jobs that were added to it so far."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.command = ""
-        self._asked: dict[str, list[str]] = {}
+        self._overrides: dict[str, list[str]] = {}  # by job name
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            told = json.loads((path / "sweep.json").read_text())
-            self.command = str(told["command"])
-            self._asked = {name: [*map(str, job["overrides"])] for name, job in told["jobs"].items()}
+            content = json.loads((path / "sweep.json").read_text())
+            self.command = str(content["command"])
+            self._overrides = {name: [*map(str, job["overrides"])] for name, job in content["jobs"].items()}
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep every other sweep out of this folder.
+    def locked(self) -> Iterator[None]:
+        """Keep other sweeps out of this folder.
 
         Raises:
-            UserError: another one is at work in it.
+            UserError: another sweep is running in it.
         """
-        elsewhere = "hydra.sweep.dir=DIR starts one elsewhere"
 
         def refusal(owner: str) -> str:
-            return f"this sweep is already at work in {self.path} ({owner}): {elsewhere}"
+            hint = "hydra.sweep.dir=DIR starts it in another folder"
+            return f"this sweep is already running in {self.path} ({owner}): {hint}"
 
         with locked(self.path / "sweep.lock", refusal=refusal):
             yield
 
-    def ask(self, overrides: Sequence[str]) -> RunDir:
-        """The directory of a job, which from now on belongs to the sweep."""
+    def add(self, overrides: Sequence[str]) -> RunDir:
+        """Add a job to the sweep. Return its run directory."""
         name = job_name(overrides)
-        self._asked.setdefault(name, list(overrides))
+        self._overrides.setdefault(name, list(overrides))
         return RunDir(self.path / name)
 
     def jobs(self) -> list[Job]:
-        """All jobs, in the order of asking; those of another launcher by what lies in the folder."""
-        begun = sorted(status.parent for status in self.path.glob("*/status.json"))
-        asked = dict(self._asked)
-        for path in begun:
-            asked.setdefault(path.name, RunDir(path).overrides())
-        statuses = {path.name: shown_status(path, Notes()) for path in begun}
-        return [Job(name, texts, statuses.get(name, {})) for name, texts in asked.items()]
+        """Return all jobs in the order of adding, then the runs that another launcher left in the folder."""
+        started = sorted(status.parent for status in self.path.glob("*/status.json"))
+        overrides = dict(self._overrides)
+        for path in started:
+            overrides.setdefault(path.name, RunDir(path).overrides())
+        statuses = {path.name: read_status(path, Notes()) for path in started}
+        return [Job(name, job_overrides, statuses.get(name, {})) for name, job_overrides in overrides.items()]
 
     def succeeded(self) -> bool:
-        """Whether every job is complete."""
+        """Return whether every job is finished."""
         return all(job.state == "finished" for job in self.jobs())
 
-    def begin(self, command: str) -> None:
-        """Write down which command is at work."""
+    def write_command(self, command: str) -> None:
+        """Record the command that runs the sweep."""
         self.command = command
         self.write()
-
-    def finish(self) -> None:
-        """Write and print how all jobs stand, and what they came to."""
-        self.write()
-        if not (jobs := self.jobs()):
-            return
-        notes = Notes()
-        rows = as_csv([self.path], notes).encode()
-        write_atomic(self.path / "results.csv", lambda file: file.write(rows))
-        for line in notes.warnings:
-            print(f"capsexp: {line}", file=sys.stderr)
-        Console().print(table(jobs))
-        self._put_beside_paper(jobs)
-        print(f"sweep: {self.path}\ncurves: tensorboard --logdir {self.path}")
-
-    def _put_beside_paper(self, jobs: Sequence[Job]) -> None:
-        """Print and write down the recipes with our errors beside the paper's, if they have any."""
-        paths = [self.path / job.name for job in jobs if job.status]
-        runs = read_all(paths, Notes())  # whose blemishes are told already
-        if not any(run.paper for run in runs):
-            return
-        recipes = dict.fromkeys(run.choices["experiment"] for run in runs if "experiment" in run.choices)
-        comparison = beside_paper(runs, recipes=list(recipes))
-        words = [text for text in jobs[0].overrides if all(text in job.overrides for job in jobs)]
-        changes = [
-            text for text in words if affects_results(text) and not text.startswith(("experiment=", "seed="))
-        ]
-        remark = f"\nOurs with {' '.join(changes)}; the paper's figures are its own.\n" if changes else ""
-        print_comparison(comparison)
-        print(remark)
-        content = f"{markdown(comparison)}{remark}".encode()
-        write_atomic(self.path / "table.md", lambda file: file.write(content))
 
     def write(self) -> None:
         """Write sweep.json."""
@@ -134,48 +104,91 @@ class Sweep:
             self.path / "sweep.json", lambda file: file.write(json.dumps(content, indent=1).encode())
         )
 
+    def finish(self) -> None:
+        """Write and print the statuses and results of all jobs."""
+        self.write()
+        if not (jobs := self.jobs()):
+            return
+        notes = Notes()
+        csv = as_csv([self.path], notes).encode()
+        write_atomic(self.path / "results.csv", lambda file: file.write(csv))
+        for line in notes.warnings:
+            print(f"capsexp: {line}", file=sys.stderr)
+        Console().print(jobs_table(jobs))
+        self._print_beside_paper(jobs)
+        print(f"sweep: {self.path}\ncurves: tensorboard --logdir {self.path}")
 
-def told_apart(overrides: Sequence[Sequence[str]]) -> list[str]:
-    """What each job has and not all have, with short keys; of a single job, everything."""
-    common = set.intersection(*map(set, overrides)) if len(overrides) > 1 else set()
-    return [" ".join(_short(text) for text in one if text not in common) or "as it is" for one in overrides]
+    def _print_beside_paper(self, jobs: Sequence[Job]) -> None:
+        """Print our test errors beside the papers', if they have any, and write them to table.md."""
+        paths = [self.path / job.name for job in jobs if job.status]
+        runs = read_all(paths, Notes())  # `finish` has printed the warnings
+        if not any(run.paper for run in runs):
+            return
+        recipes = dict.fromkeys(run.choices["experiment"] for run in runs if "experiment" in run.choices)
+        comparison = beside_paper(runs, recipes=list(recipes))
+        changes = _common_changes([job.overrides for job in jobs])
+        remark = f"\nOurs with {' '.join(changes)}; the paper's errors are as published.\n" if changes else ""
+        print_comparison(comparison)
+        print(remark)
+        content = f"{markdown(comparison)}{remark}".encode()
+        write_atomic(self.path / "table.md", lambda file: file.write(content))
 
 
-def names(jobs: Sequence[Job]) -> dict[str, str]:
-    """What each job is called in front of the user, by its own name."""
-    told = told_apart([job.overrides for job in jobs])
-    return {job.name: words for job, words in zip(jobs, told, strict=True)}
+def job_labels(jobs: Sequence[Job]) -> dict[str, str]:
+    """Return what each job is called in output, by job name."""
+    labels = differing_overrides([job.overrides for job in jobs])
+    return {job.name: label for job, label in zip(jobs, labels, strict=True)}
 
 
-def table(jobs: Sequence[Job], *, rows: int | None = None) -> Table:
-    """The jobs with what tells them apart, and how they stand.
+def differing_overrides(all_overrides: Sequence[Sequence[str]]) -> list[str]:
+    """Return the overrides of each job that not all jobs share, with short keys. A single job keeps all."""
+    common = set.intersection(*map(set, all_overrides)) if len(all_overrides) > 1 else set()
+    differing = [[_short(item) for item in overrides if item not in common] for overrides in all_overrides]
+    return [" ".join(items) or "defaults" for items in differing]
+
+
+def jobs_table(jobs: Sequence[Job], *, max_rows: int | None = None) -> Table:
+    """Return a table of jobs, with their differing overrides and statuses.
 
     Args:
-        jobs: all of a sweep.
-        rows: at most so many, of the jobs that are at work or failed first; None for all.
+        jobs: all jobs of a sweep.
+        max_rows: the number of rows to show; running and failed jobs take precedence. None shows all.
     """
-    shown = (
-        sorted(jobs, key=lambda job: job.state not in ("running", "failed", "died"))[:rows] if rows else jobs
-    )
-    told = Table(Column("job", overflow="fold"), "status", "step", "validation", "test", "time", "")
-    called = names(jobs)
+    labels = job_labels(jobs)
+    shown = sorted(jobs, key=lambda job: job.state not in SHOWN_FIRST)[:max_rows]
+    table = Table(Column("job", overflow="fold"), "status", "step", "validation", "test", "time", "")
     for job in sorted(shown, key=jobs.index):
-        status, colour = job.status, COLOURS.get(job.state, "dim")
-        test = status.get("results", {}).get("test/accuracy") if job.state == "finished" else None
-        told.add_row(
-            Text(called[job.name]),
-            Text(job.state, colour),
-            f"{status['step']}/{status['total']}" if "total" in status and "step" in status else "",
-            _four_digits((status.get("best") or {}).get("accuracy")),
-            _four_digits(test),
-            f"{status['seconds']:.0f} s" if "seconds" in status else "",
-            Text(_failure(status)),
-        )
+        table.add_row(Text(labels[job.name]), *_status_cells(job))
     if len(shown) < len(jobs):
         states = [job.state for job in jobs]
         counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        told.caption = f"{len(jobs)} jobs: {counts}"
-    return told
+        table.caption = f"{len(jobs)} jobs: {counts}"
+    return table
+
+
+def _status_cells(job: Job) -> list[str | Text]:
+    status = job.status
+    test = status.get("results", {}).get("test/accuracy") if job.state == "finished" else None
+    return [
+        Text(job.state, STATUS_COLOURS.get(job.state, "dim")),
+        f"{status['step']}/{status['total']}" if "total" in status and "step" in status else "",
+        _four_digits((status.get("best") or {}).get("accuracy")),
+        _four_digits(test),
+        f"{status['seconds']:.0f} s" if "seconds" in status else "",
+        Text(_failure(status)),
+    ]
+
+
+def _common_changes(all_overrides: Sequence[Sequence[str]]) -> list[str]:
+    """Return the overrides that all jobs share and that change the results of their recipes."""
+    common = set.intersection(*map(set, all_overrides))
+    return [
+        override
+        for override in all_overrides[0]
+        if override in common
+        and affects_results(override)
+        and not override.startswith(("experiment=", "seed="))
+    ]
 
 
 def _short(override: str) -> str:
@@ -184,8 +197,7 @@ def _short(override: str) -> str:
 
 
 def _summary(status: Mapping[str, Any]) -> dict[str, Any]:
-    kept = ("status", "step", "total", "best", "results", "seconds", "error", "exit_code")
-    return {key: status[key] for key in kept if key in status}
+    return {key: status[key] for key in SUMMARY_KEYS if key in status}
 
 
 def _failure(status: Mapping[str, Any]) -> str:

@@ -1,18 +1,18 @@
-"""The end of a launcher that is felt by its jobs."""
+"""Stop a job when its launcher exits."""
 
 import os
 import signal
 import sys
 import threading
 
-WATCHED = "CAPSEXP_JOB"  # in the environment of a job whose standard input is its launcher's to close
+JOB_VARIABLE = "CAPSEXP_JOB"  # set in the environment of a job, whose stdin is a pipe from its launcher
 
 
 def end_with_launcher() -> None:
-    """Send this process SIGTERM when its launcher is gone, so that it saves and nobody is left behind."""
+    """Send this process SIGTERM when its launcher exits, so that it saves a checkpoint and stops."""
 
     def watch() -> None:
-        os.read(sys.stdin.fileno(), 1)  # nothing is ever written: it returns at the end of the file
+        os.read(sys.stdin.fileno(), 1)  # the launcher writes nothing; this returns when the pipe closes
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -1,4 +1,4 @@
-"""The launcher of sweeps: each job is a process, so that whatever ends one ends it alone."""
+"""The launcher of sweeps. Each job is a process, so that a crash ends only that job."""
 
 import contextlib
 import os
@@ -18,8 +18,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.live import Live
 
-from capsexp.cli.sweep.folder import Sweep, names, table
-from capsexp.cli.sweep.job_process import WATCHED
+from capsexp.cli.sweep.folder import Sweep, job_labels, jobs_table
+from capsexp.cli.sweep.job_process import JOB_VARIABLE
 from capsexp.config.compose import to_plain
 from capsexp.config.overrides import quoted
 from capsexp.errors import JobFailed, RunStopped
@@ -27,105 +27,107 @@ from capsexp.training.run_dir import RunDir
 from capsexp.training.stop_signal import StopSignal
 
 POLL_SECONDS = 0.1
-SHOWN_JOBS = 30  # in the table on a terminal, which has to fit
-OF_THE_SWEEP = (  # what is said to Hydra about the sweep, and not about its jobs
+MAX_TABLE_ROWS = 30  # the live table must fit the terminal
+SWEEP_SETTINGS = (  # Hydra's settings of the sweep, which its jobs do not get
     *("hydra.sweep", "hydra.launcher", "hydra/launcher", "hydra.sweeper", "hydra/sweeper"),
     *("hydra.mode", "hydra.run", "hydra.output_subdir"),
 )
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 
 
-class Job:
-    """One run of a sweep, and the process that is at work on it."""
+class JobProcess:
+    """One run of a sweep, and the process that works on it."""
 
-    def __init__(self, name: str, overrides: Sequence[str], run: RunDir) -> None:
-        self.name, self.overrides, self.run = name, list(overrides), run
+    def __init__(self, label: str, overrides: Sequence[str], run: RunDir) -> None:
+        self.label, self.overrides, self.run = label, list(overrides), run
         self._process: subprocess.Popen[bytes] | None = None
-        self._log_begin = 0
-        self._asked_to_stop = False
+        self._log_start = 0
+        self._stop_sent = False
 
     @property
     def log(self) -> Path:
-        """What its process prints."""
+        """The file that gets the output of the process."""
         return self.run.path / "stdout.log"
 
     @property
     def state(self) -> str:
-        """As status.json has it; a process that says complete and then fails has failed."""
-        ended_well = self._process is None or self._process.returncode == 0
+        """The status in status.json; `failed` if the process fails after it has completed the run."""
+        exited_well = self._process is None or self._process.returncode == 0
         state = str(self.run.status().get("status"))
-        return "failed" if state == "completed" and not ended_well else state
+        return "failed" if state == "completed" and not exited_well else state
 
-    def begin(self, words: Sequence[str], environment: dict[str, str]) -> None:
-        """Start a process with the words after `capsexp train`."""
+    def start(self, arguments: Sequence[str], environment: dict[str, str]) -> None:
+        """Start `capsexp train` with these arguments."""
         self.run.path.mkdir(parents=True, exist_ok=True)
         with open(self.log, "ab") as log:
-            self._log_begin = log.tell()
-            # In a session of its own: Ctrl-C reaches it once, through us. Its standard input ends when we do.
+            self._log_start = log.tell()
+            # In its own session, so that Ctrl-C reaches it only once, through us. The pipe to its stdin
+            # closes when this process exits.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "capsexp", "train", *words],
+                [sys.executable, "-m", "capsexp", "train", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **environment, WATCHED: "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **environment, JOB_VARIABLE: "1"},
                 start_new_session=True,
             )
 
     def has_ended(self) -> bool:
-        """Whether the process has ended; what it could not say itself is then said for it."""
+        """Return whether the process has ended. If it did not record its end, record it."""
         assert self._process is not None
         if self._process.poll() is None:
             return False
         assert self._process.stdin is not None
         self._process.stdin.close()
         status = self.run.status()
-        spoke = status.get("pid") == self._process.pid and status.get("status") != "running"
-        if not spoke and not self.run.is_locked():  # by a process that is none of ours
-            self._speak_for_the_dead()
+        recorded = status.get("pid") == self._process.pid and status.get("status") != "running"
+        if not recorded and not self.run.is_locked():  # a lock belongs to another process, not to this job
+            self._record_end()
         return True
 
-    def _speak_for_the_dead(self) -> None:
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the process, if it is still running."""
+        if self._process is not None and self._process.poll() is None:
+            self._stop_sent = True
+            self._process.send_signal(number)
+
+    def outcome(self) -> str:
+        """Return in one line how the process ended."""
+        if self.state == "completed":
+            return f"{self.label}: finished"
+        error = self.run.status().get("error") or self._exit_reason()
+        return f"{self.label}: {self.state}: {str(error).splitlines()[0]}; see {self.log}"
+
+    def _record_end(self) -> None:
         assert self._process is not None
         code = self._process.returncode
-        stopped = self._asked_to_stop and code < 0  # before it could listen
-        self.run.mark_dead("interrupted" if stopped else "failed", self._last_words(), exit_code=code)
+        stopped = self._stop_sent and code < 0  # by our signal, before the job had installed its handler
+        self.run.mark_dead("interrupted" if stopped else "failed", self._exit_reason(), exit_code=code)
         if not stopped:
             from capsexp.training.record import end_session
 
             end_session(self.run.path, "failed")
 
-    def signal(self, number: int) -> None:
-        """Pass a signal on."""
-        if self._process is not None and self._process.poll() is None:
-            self._asked_to_stop = True
-            self._process.send_signal(number)
-
-    def ending(self) -> str:
-        """How the process ended, in one line."""
-        if self.state == "completed":
-            return f"{self.name}: finished"
-        error = self.run.status().get("error") or self._last_words()
-        return f"{self.name}: {self.state}: {str(error).splitlines()[0]}; see {self.log}"
-
-    def _last_words(self) -> str:
+    def _exit_reason(self) -> str:
+        """Return the signal that killed the process, or its exit code and last line of output."""
         assert self._process is not None
         code = self._process.returncode
         if code < 0:
             killed = f"killed by {signal.Signals(-code).name}"
-            return f"{killed}; was the memory used up?" if -code == signal.SIGKILL else killed
+            return f"{killed} (out of memory?)" if -code == signal.SIGKILL else killed
         with open(self.log, "rb") as log:
-            log.seek(self._log_begin)
+            log.seek(self._log_start)
             lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
-        last = next((line for line in reversed(lines) if line), "it said nothing")
+        last = next((line for line in reversed(lines) if line), "no output")
         return f"exit code {code}: {last.removeprefix('capsexp: ')}"
 
 
 class FailedJob(JobReturn):
-    """What Hydra gets for a failed job: an error as soon as it asks for the result, without Hydra's line."""
+    """The result of a failed job. It raises the job's error on access, without the line that Hydra logs."""
 
     @property
     def return_value(self) -> None:
-        """Raises the job's error."""
+        """Raise the job's error."""
         raise self._return_value
 
     @return_value.setter
@@ -141,31 +143,37 @@ def launch(
     Args:
         context: Hydra's, to compose the config of a job.
         master: the config of the sweep.
-        job_overrides: those of each job.
-        n_jobs: jobs at a time; None is one for each GPU, or one.
+        job_overrides: the overrides of each job.
+        n_jobs: number of parallel jobs; None means one for each GPU, or one.
 
     Returns:
-        What each job came to, in order; of a completed one its best validation accuracy.
+        A result for each job, in order; the value of a completed job is its best validation accuracy.
 
     Raises:
-        RunStopped: Ctrl-C or SIGTERM; the jobs have saved what they had.
+        RunStopped: Ctrl-C or SIGTERM. The jobs have saved their progress.
     """
     sweep = Sweep(Path(master.hydra.sweep.dir))
-    overrides = [_of_the_job(words) for words in job_overrides]
-    runs = [sweep.ask(words) for words in overrides]
-    called = names(sweep.jobs())
-    asked = [Job(called[run.path.name], words, run) for words, run in zip(overrides, runs, strict=True)]
-    jobs = {job.run.path: job for job in asked}  # the same settings twice are one job
+    all_overrides = [_without_hydra(overrides) for overrides in job_overrides]
+    runs = [sweep.add(overrides) for overrides in all_overrides]
+    labels = job_labels(sweep.jobs())
+    jobs = [
+        JobProcess(labels[run.path.name], overrides, run)
+        for overrides, run in zip(all_overrides, runs, strict=True)
+    ]
+    unique = {job.run.path: job for job in jobs}  # equal settings are one job
     slots = slots_for(n_jobs, device=OmegaConf.select(master, "device.name"))
-    with StopSignal() as stop, _telling(sweep) as say:
-        _work_through(deque(jobs.values()), slots, lambda job: _command(context, master, job), stop, say)
+    console = Console(highlight=False, soft_wrap=True)
+    with StopSignal() as stop, live_table(sweep, console) as print_line:
+        _run_jobs(
+            deque(unique.values()), slots, lambda job: _arguments(context, master, job), stop, print_line
+        )
         if stop.asked():
-            raise RunStopped("the sweep was stopped; the same command goes on", exit_code=stop.exit_code)
-    return [_returned(jobs[job.run.path]) for job in asked]
+            raise RunStopped("sweep stopped; run the same command to resume", exit_code=stop.exit_code)
+    return [_result(unique[job.run.path]) for job in jobs]
 
 
 def slots_for(n_jobs: int | None, *, device: str | None) -> list[dict[str, str]]:
-    """The environment of each job that may run at a time: a GPU of its own, or its share of the cores."""
+    """Return an environment for each parallel job: it assigns a GPU, or a share of the cores."""
     gpus = [] if device == "cpu" else _gpus()
     count = n_jobs or max(1, len(gpus))
     if len(gpus) > 1:
@@ -173,6 +181,28 @@ def slots_for(n_jobs: int | None, *, device: str | None) -> list[dict[str, str]]
     if count > 1 and not gpus and "OMP_NUM_THREADS" not in os.environ:
         return [{"OMP_NUM_THREADS": str(max(1, _cores() // count))}] * count
     return [{}] * count
+
+
+@contextlib.contextmanager
+def live_table(sweep: Sweep, console: Console) -> Iterator[PrintLine]:
+    """Show a live table of all jobs below the printed lines, if the console is a terminal.
+
+    Yields:
+        A function that prints a line, and writes sweep.json.
+    """
+    live = Live(
+        get_renderable=lambda: jobs_table(sweep.jobs(), max_rows=MAX_TABLE_ROWS),
+        console=console,
+        refresh_per_second=2,
+        transient=True,
+    )
+
+    def print_line(line: str) -> None:
+        console.print(line, markup=False)
+        sweep.write()
+
+    with live if console.is_terminal else contextlib.nullcontext():
+        yield print_line
 
 
 def _gpus() -> list[str]:
@@ -187,85 +217,70 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _work_through(
-    waiting: deque[Job],
+def _run_jobs(
+    waiting: deque[JobProcess],
     slots: Sequence[dict[str, str]],
-    command_of: Callable[[Job], list[str] | None],
+    arguments_of: Callable[[JobProcess], list[str] | None],
     stop: StopSignal,
-    say: Say,
+    print_line: PrintLine,
 ) -> None:
-    """Keep every slot busy until all jobs have ended, or no more are wanted."""
-    running: dict[int, Job] = {}
-    passed_on = False
+    """Keep every slot busy until all jobs have ended, or until a stop signal has ended the running ones."""
+    running: dict[int, JobProcess] = {}
+    stopping = False
     try:
         while running or (waiting and not stop.asked()):
             free = sorted(set(range(len(slots))) - running.keys())
             if waiting and free and not stop.asked():
                 job = waiting.popleft()
-                if (words := command_of(job)) is None:
-                    say(f"{job.name}: finished before")
+                if (arguments := arguments_of(job)) is None:
+                    print_line(f"{job.label}: already finished")
                 else:
-                    job.begin(words, slots[free[0]])
+                    job.start(arguments, slots[free[0]])
                     running[free[0]] = job
-                    say(f"{job.name}: started")
+                    print_line(f"{job.label}: started")
                 continue
-            if stop.asked() and not passed_on:
-                passed_on = True
+            if stop.asked() and not stopping:
+                stopping = True
                 for job in running.values():
-                    job.signal(stop.exit_code - 128)
+                    job.send_signal(stop.exit_code - 128)
             time.sleep(POLL_SECONDS)
             for slot, job in [*running.items()]:
                 if job.has_ended():
                     del running[slot]
-                    say(job.ending())
-    finally:  # of a second Ctrl-C, or a mistake of ours
+                    print_line(job.outcome())
+    finally:  # after a second Ctrl-C or an error, jobs may still be running
         for job in running.values():
-            job.signal(signal.SIGKILL)
+            job.send_signal(signal.SIGKILL)
 
 
-def _command(context: HydraContext, master: DictConfig, job: Job) -> list[str] | None:
-    """The words after `capsexp train`; None if the run is complete under this very config."""
-    hydras = [str(text) for text in master.hydra.overrides.hydra]
+def _arguments(context: HydraContext, master: DictConfig, job: JobProcess) -> list[str] | None:
+    """Return the arguments of `capsexp train` for a job; None if the run is complete with this config."""
     composed = context.config_loader.load_sweep_config(master, job.overrides)
     with open_dict(composed):
         composed.hydra.job.id, composed.hydra.job.num = "0", 0
     HydraConfig.instance().set_config(composed)
     if job.run.is_finished(to_plain(composed)):
         return None
-    sources = composed.hydra.runtime.config_sources
-    folders = [word for one in sources if one.provider == "command-line" for word in ("-cd", one.path)]
-    kept = [text for text in hydras if not text.startswith(OF_THE_SWEEP)]
     name = ["-cn", composed.hydra.job.config_name]
-    return [*name, *folders, *kept, *job.overrides, f"run={quoted(job.run.path)}"]
+    folders = [
+        argument
+        for source in composed.hydra.runtime.config_sources
+        if source.provider == "command-line"
+        for argument in ("-cd", source.path)
+    ]
+    hydra_overrides = [str(override) for override in master.hydra.overrides.hydra]
+    inherited = [override for override in hydra_overrides if not override.startswith(SWEEP_SETTINGS)]
+    return [*name, *folders, *inherited, *job.overrides, f"run={quoted(job.run.path)}"]
 
 
-def _of_the_job(overrides: Sequence[str]) -> list[str]:
-    return [text for text in overrides if not text.startswith(("hydra.", "hydra/"))]
+def _without_hydra(overrides: Sequence[str]) -> list[str]:
+    return [override for override in overrides if not override.startswith(("hydra.", "hydra/"))]
 
 
-def _returned(job: Job) -> JobReturn:
-    done = job.state == "completed"
-    result = JobReturn() if done else FailedJob()
+def _result(job: JobProcess) -> JobReturn:
+    completed = job.state == "completed"
+    result = JobReturn() if completed else FailedJob()
     result.overrides, result.working_dir, result.task_name = job.overrides, str(job.run.path), "train"
-    result.status = JobStatus.COMPLETED if done else JobStatus.FAILED
-    result._return_value = job.run.best_accuracy() if done else JobFailed(job.ending())
+    result.status = JobStatus.COMPLETED if completed else JobStatus.FAILED
+    result._return_value = job.run.best_accuracy() if completed else JobFailed(job.outcome())
     return result
-
-
-@contextlib.contextmanager
-def _telling(sweep: Sweep) -> Iterator[Say]:
-    """Lines that stay, beneath them on a terminal a live table; sweep.json is written with each line."""
-    console = Console(highlight=False, soft_wrap=True)
-    live = Live(
-        get_renderable=lambda: table(sweep.jobs(), rows=SHOWN_JOBS),
-        console=console,
-        refresh_per_second=2,
-        transient=True,
-    )
-
-    def say(line: str) -> None:
-        console.print(line, markup=False)
-        sweep.write()
-
-    with live if console.is_terminal else contextlib.nullcontext():
-        yield say

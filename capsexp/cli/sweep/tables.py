@@ -1,7 +1,7 @@
-"""Tables of recipes: one name for all the rows of a paper's table.
+"""Tables of recipes: one name for all rows of a paper's table.
 
-`conf/experiment/NAME.yaml` is a table if it has a list `table` of other recipes;
-`capsexp train -m experiment=NAME` is then the sweep over them.
+`conf/experiment/NAME.yaml` is a table if it has a list `table` of other recipes.
+`capsexp train -m experiment=NAME` then sweeps over them.
 """
 
 import re
@@ -19,98 +19,102 @@ from capsexp.config.overrides import override_values, parse_all, value
 from capsexp.config.sweeps import swept_variants
 from capsexp.errors import UserError
 
-COMPARED = ("model", "routing", "loss")
-"""What the rows of a table are about: where they differ in it, one override would make them the same."""
+COMPARED_GROUPS = ("model", "routing", "loss")
+"""What the rows of a table compare. An override of a differing setting would make rows equal."""
 
 
-def with_rows(overrides: Sequence[str], *, config_dir: str | None) -> tuple[list[str], list[str]]:
-    """The overrides of a sweep with a table's rows in its place, and these rows; none without a table."""
+def expand_tables(overrides: Sequence[str], *, config_dir: str | None) -> tuple[list[str], list[str]]:
+    """Replace tables by their rows in the overrides of a sweep.
+
+    Returns:
+        The overrides, and all recipes that the sweep runs; no recipes without a table.
+    """
     with searching(config_dir):
-        for one in parse_all(overrides)[0]:
-            if one.key_or_group == "experiment" and not one.is_delete():
-                names = [str(name) for name in override_values(one)]
-                rows = list(dict.fromkeys(row for name in names for row in _rows(name) or [name]))
+        for override in parse_all(overrides)[0]:
+            if override.key_or_group == "experiment" and not override.is_delete():
+                names = [str(name) for name in override_values(override)]
+                rows = list(dict.fromkeys(row for name in names for row in _table_rows(name) or [name]))
                 if rows != names:
-                    text = f"{one.get_key_element()}={','.join(rows)}"
-                    return [text if word == one.input_line else word for word in overrides], rows
+                    expanded = f"{override.get_key_element()}={','.join(rows)}"
+                    return [expanded if text == override.input_line else text for text in overrides], rows
     return list(overrides), []
 
 
-def checked_sweep(
+def check_sweep(
     name: str, overrides: Sequence[str], *, rows: Sequence[str], config_dir: str | None
 ) -> tuple[DictConfig, Any]:
-    """Compose and check every job of a sweep, as far as varying one value at a time goes.
+    """Compose and check the jobs of a sweep, varying one value at a time.
 
     Args:
         name: of the root config.
-        overrides: as `with_rows` returns them.
-        rows: its other result.
+        overrides: as `expand_tables` returns them.
+        rows: the recipes that `expand_tables` returns.
         config_dir: see `compose`.
 
     Returns:
-        Config and parts of the first job.
+        Config and components of the first job.
 
     Raises:
-        UserError: overrides of what the rows of a table differ in; else every mistake in any job, once.
+        UserError: overrides of settings in which the rows of a table differ; else every error in any job.
     """
-    if problems := list(_made_the_same(name, overrides, rows, config_dir)):
+    if problems := list(_conflicts(name, overrides, rows, config_dir)):
         raise UserError(*problems)
-    told: dict[str, list[str]] = {}
-    first: list[Any] = []
+    rows_with: dict[str, list[str]] = {}  # by error
+    checked: list[Any] = []
 
-    def check(words: Sequence[str], row: str, *, sweep: bool) -> None:
+    def check(arguments: Sequence[str], row: str, *, sweep: bool) -> None:
         try:
-            composed = compose(name, words, config_dir=config_dir, sweep=sweep)
-            first.append((composed, validate(composed, overrides)))
+            composed = compose(name, arguments, config_dir=config_dir, sweep=sweep)
+            checked.append((composed, validate(composed, overrides)))
         except UserError as error:
-            for line in error.problems:
-                told.setdefault(line, []).append(row)
+            for problem in error.problems:
+                rows_with.setdefault(problem, []).append(row)
 
     check(overrides, rows[0] if rows else "", sweep=True)
-    for words in swept_variants(overrides, config_dir=config_dir):
-        check(words, str(value(words, "experiment")), sweep=False)
-    if told:
-        raise UserError(
-            *(_of_rows(line, [row for row in rows if row in who], rows) for line, who in told.items())
-        )
-    return first[0]
+    for variant in swept_variants(overrides, config_dir=config_dir):
+        check(variant, str(value(variant, "experiment")), sweep=False)
+    if rows_with:
+        raise UserError(*(_name_rows(problem, affected, rows) for problem, affected in rows_with.items()))
+    return checked[0]
 
 
-def _rows(name: str) -> list[str]:
-    """The rows of an experiment that is a table."""
+def _table_rows(name: str) -> list[str]:
+    """Return the rows of an experiment that is a table; empty for any other experiment."""
     loader = GlobalHydra.instance().config_loader()
     assert isinstance(loader, ConfigLoaderImpl)
-    found = loader.repository.load_config(f"experiment/{name}")
-    node = None if found is None else found.config
+    result = loader.repository.load_config(f"experiment/{name}")
+    node = None if result is None else result.config
     return [str(row) for row in node.get("table") or []] if isinstance(node, DictConfig) else []
 
 
-def _of_rows(line: str, having: Sequence[str], rows: Sequence[str]) -> str:
-    """A mistake, with the rows that have it if others have not."""
-    named = line.startswith("experiment=") or len(having) == len(rows)
-    return line if named else f"experiment={','.join(having)}: {line}"
+def _name_rows(problem: str, affected: Sequence[str], rows: Sequence[str]) -> str:
+    """Prefix an error with the rows that have it, unless all rows do."""
+    names = [row for row in rows if row in affected]
+    if problem.startswith("experiment=") or len(names) == len(rows):
+        return problem
+    return f"experiment={','.join(names)}: {problem}"
 
 
-def _made_the_same(
+def _conflicts(
     name: str, overrides: Sequence[str], rows: Sequence[str], config_dir: str | None
 ) -> Iterator[str]:
-    """Overrides of what the rows differ in: all would be one network, under the names of several."""
+    """Yield an error for each override of a setting in which the rows of a table differ."""
     with searching(config_dir):
-        keys = {one.input_line: one.key_or_group for one in parse_all(overrides)[0]}
-    judged = {text: key for text, key in keys.items() if re.split(r"[./]", key)[0] in COMPARED}
-    if not judged or not rows:
+        keys = {override.input_line: override.key_or_group for override in parse_all(overrides)[0]}
+    compared = {text: key for text, key in keys.items() if re.split(r"[./]", key)[0] in COMPARED_GROUPS}
+    if not compared or not rows:
         return
     try:
-        alone = [compose(name, [f"experiment={row}"], config_dir=config_dir) for row in rows]
-    except UserError:  # told when the jobs are checked
+        configs = [compose(name, [f"experiment={row}"], config_dir=config_dir) for row in rows]
+    except UserError:  # `check_sweep` reports it
         return
-    for text, key in judged.items():
-        found = [_setting(composed, key) for composed in alone]
-        if len({*found}) > 1:
-            ((common, _),) = Counter(one for one in found if one != "None").most_common(1)
-            alike = ",".join(row for row, one in zip(rows, found, strict=True) if one == common)
-            told = f"{text}: the rows of the table differ in {key}, and all would have this one"
-            yield f"{told}; those that have {common} are experiment={alike}"
+    for text, key in compared.items():
+        settings = [_setting(composed, key) for composed in configs]
+        if len({*settings}) > 1:
+            ((common, _),) = Counter(setting for setting in settings if setting != "None").most_common(1)
+            names = ",".join(row for row, setting in zip(rows, settings, strict=True) if setting == common)
+            hint = f"the rows with {common} are experiment={names}"
+            yield f"{text}: the rows of the table differ in {key}, and this would make them equal; {hint}"
 
 
 def _setting(composed: DictConfig, key: str) -> str:

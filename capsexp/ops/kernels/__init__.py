@@ -1,6 +1,6 @@
-"""Fast paths of the routing algorithms, each held by tests to the plain one."""
+"""Fused implementations of the routing algorithms. Tests compare each with its reference."""
 
 import importlib.util
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-"""Whether the kernels for CUDA can be imported; there are builds of Triton for Linux alone."""
+"""Whether the CUDA kernels can be imported. Triton is built for Linux only."""

@@ -1,4 +1,4 @@
-"""The C++ of this folder as a shared library, built when it is first needed."""
+"""The C++ of this folder as a shared library, built on first use."""
 
 import contextlib
 import ctypes
@@ -20,7 +20,7 @@ from capsexp.files import locked
 
 SOURCES = [Path(__file__).with_name(name) for name in ("em.cpp", "dynamic.cpp")]
 HEADERS = [Path(__file__).with_name("vectors.h")]
-# Apple's clang has no OpenMP of its own: there the kernel runs on one thread.
+# Apple's clang has no OpenMP: on a Mac the kernels run on one thread.
 THREADS = ["-fopenmp"] if sys.platform.startswith("linux") else []
 FLAGS = [
     *THREADS,
@@ -37,18 +37,18 @@ COMPILERS = ("g++", "clang++", "c++")
 
 
 class NotBuiltError(RuntimeError):
-    """The library cannot be had; the message says what is missing."""
+    """The library is not available; the message says what is missing."""
 
 
 def compiler() -> str | None:
-    """The C++ compiler that would build: $CXX, or the first there is."""
+    """The C++ compiler to build with: $CXX, or the first installed one of COMPILERS; None without any."""
     return next(
         (path for name in (os.environ.get("CXX"), *COMPILERS) if name and (path := shutil.which(name))), None
     )
 
 
 def library_path() -> Path:
-    """Where this source, with these flags on this processor, is kept once it is built."""
+    """Path of the library built from this source, with these flags, for this processor."""
     folder = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/capsexp/kernels"
     text = "".join(path.read_text() for path in (*SOURCES, *HEADERS))
     described = text + " ".join(FLAGS) + platform.machine() + _processor()
@@ -58,10 +58,10 @@ def library_path() -> Path:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The library, built if need be.
+    """Return the library; build it if it does not exist.
 
     Raises:
-        NotBuiltError: no compiler, no place to write, the compiler's own error, a file that is no library.
+        NotBuiltError: no compiler, no writable folder, a compiler error, a file that is no library.
     """
     path = library_path()
     if not path.exists():
@@ -74,7 +74,10 @@ def library() -> ctypes.CDLL:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def library_problem(cost: str) -> str | None:
-    """Why there is no library, told on stderr the first time, with what that costs; None: there is one."""
+    """Why there is no library, or None. The first call prints it to stderr.
+
+    Args: cost: what happens without the library, for the printed line.
+    """
     return _library_problem(cost)
 
 
@@ -89,31 +92,31 @@ def _library_problem(cost: str) -> str | None:
 
 
 def _build(path: Path) -> None:
-    found = compiler()
-    if found is None:
+    cxx = compiler()
+    if cxx is None:
         raise NotBuiltError("there is no C++ compiler: install g++, or name one in CXX")
     if importlib.util.find_spec("ninja") is None:
         raise NotBuiltError("there is no ninja: pip install ninja")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_suffix(".lock"), wait=True):
-            if not path.exists():  # another process may have built it meanwhile
-                _compile(path, found)
+            if not path.exists():  # another process may have built it by now
+                _compile(path, cxx)
     except OSError as error:
         raise NotBuiltError(
             f"{path.parent} cannot be written ({error.strerror}): set TORCH_EXTENSIONS_DIR"
         ) from None
 
 
-def _compile(path: Path, found: str) -> None:
+def _compile(path: Path, cxx: str) -> None:
     from torch.utils import cpp_extension
 
-    print(f"capsexp: building the routing for this processor with {found}, once; about half a minute …",
+    print(f"capsexp: building the routing for this processor with {cxx}, once; about half a minute …",
           file=sys.stderr, flush=True)  # fmt: skip
-    begun = time.monotonic()
-    for left in path.parent.glob(f"{path.stem}-*"):  # by a build that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f"{path.stem}-", dir=path.parent) as folder, _environment(found):
+    start = time.monotonic()
+    for leftover in path.parent.glob(f"{path.stem}-*"):  # of a build that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{path.stem}-", dir=path.parent) as folder, _environment(cxx):
         try:
             cpp_extension.load(
                 path.stem,
@@ -124,18 +127,18 @@ def _compile(path: Path, found: str) -> None:
                 is_python_module=False,
             )
         except RuntimeError as error:
-            raise NotBuiltError(f"{found} failed:\n{error}") from None
-        os.replace(next(Path(folder).glob("*.so")), path)  # whole or not at all
-    print(f"capsexp: built in {time.monotonic() - begun:.0f} s, kept in {path}", file=sys.stderr, flush=True)
+            raise NotBuiltError(f"{cxx} failed:\n{error}") from None
+        os.replace(next(Path(folder).glob("*.so")), path)  # atomic
+    print(f"capsexp: built in {time.monotonic() - start:.0f} s: {path}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def _environment(found: str) -> Iterator[None]:
-    """CXX as found, and ninja on the PATH also where the environment is not activated."""
+def _environment(cxx: str) -> Iterator[None]:
+    """Set CXX, and put ninja on the PATH even if the virtual environment is not activated."""
     import ninja
 
     before = {name: os.environ.get(name) for name in ("CXX", "PATH")}
-    os.environ["CXX"] = found
+    os.environ["CXX"] = cxx
     os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
     try:
         yield
@@ -148,7 +151,7 @@ def _environment(found: str) -> Iterator[None]:
 
 
 def _processor() -> str:
-    """What -march=native looks at; a home directory may be shared by different machines."""
+    """The processor that -march=native builds for: machines may share a home directory."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

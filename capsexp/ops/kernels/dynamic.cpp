@@ -1,11 +1,11 @@
 // Dynamic routing of a layer on a CPU: votes and all passes over them, forward and backward.
 //
-// The votes of a piece of the batch are made child by child, so that its matrices are read once, and routed picture
-// by picture. A pass reads the votes once: for each child the agreement with the poses of the pass before, the
-// softmax over its parents, and its share of every parent's sum. Backward likewise, with the votes made again.
+// The votes of a chunk of the batch are made child by child, so that each child's matrices are read once, and routed
+// image by image. A pass reads the votes once: for each child it computes the agreement with the poses of the pass
+// before, the softmax over its parents, and its share of every parent's sum. Backward likewise, with votes made again.
 // Formulas are those of `_FusedRouting` in capsexp/routing/dynamic.py.
 //
-// Sizes: B pictures, I children of N numbers each, J parents, D numbers of a pose (a multiple of W), T passes.
+// Sizes: B images, I children of N numbers each, J parents, D numbers of a pose (a multiple of W), T passes.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -14,7 +14,7 @@
 
 // One call. Mirrored field by field in dynamic.py.
 struct Passes {
-  int64_t batch, children, numbers, parents, dim, iterations, doubles, leaky, first, piece, threads;
+  int64_t batch, children, numbers, parents, dim, iterations, doubles, leaky, first, chunk, threads;
   // Read: [B I N], [I N J D], [I J] or null, [J D] or null.
   const void *inputs, *weight, *prior, *bias;
   // Written by forward, read by backward: [T B I J], [T B J D], [T B J D].
@@ -35,19 +35,19 @@ template <typename T, int W> struct Routing {
 
   const Passes &q;
   const int64_t B, I, N, J, D, T_, JP, size;  // size: numbers of a child's votes
-  Buffer<T> votes;                            // of a piece, [piece][I][J D]; backward: then their gradient
-  int64_t begin = 0;                          // of the piece
+  Buffer<T> votes;                            // of a chunk, [chunk][I][J D]; backward: then their gradient
+  int64_t begin = 0;                          // of the chunk
 
   explicit Routing(const Passes &passes)
       : q(passes), B(q.batch), I(q.children), N(q.numbers), J(q.parents), D(q.dim), T_(q.iterations),
-        JP((J + WIDE - 1) / WIDE * WIDE), size(J * D), votes(std::min(q.piece, q.batch) * I * size) {}
+        JP((J + WIDE - 1) / WIDE * WIDE), size(J * D), votes(std::min(q.chunk, q.batch) * I * size) {}
 
   static V load(const T *from) { V v; std::memcpy(&v, from, sizeof v); return v; }
   static void store(T *to, V v) { std::memcpy(to, &v, sizeof v); }
   T *row(int64_t i, int64_t b) const { return votes.data + ((b - begin) * I + i) * size; }
   const T *input(int64_t i, int64_t b) const { return (const T *)q.inputs + (b * I + i) * N; }
   const T *matrix(int64_t i) const { return (const T *)q.weight + i * N * size; }
-  int64_t end() const { return std::min(begin + q.piece, B); }
+  int64_t end() const { return std::min(begin + q.chunk, B); }
   T *coupling(int64_t t, int64_t b) const { return (T *)q.coupling + (t * B + b) * I * J; }
   T *total(int64_t t, int64_t b) const { return (T *)q.total + (t * B + b) * J * D; }
   T *poses(int64_t t, int64_t b) const { return (T *)q.poses + (t * B + b) * J * D; }
@@ -102,12 +102,12 @@ template <typename T, int W> struct Routing {
       for (int64_t j = 0; j < JP; j++) logits[i * JP + j] = q.prior && j < J ? ((const T *)q.prior)[i * J + j] : T(0);
     for (int64_t t = 0; t < T_; t++) {
       std::fill(s.sums.data, s.sums.data + J * D, T(0));
-      T *kept = coupling(t, b);
+      T *saved = coupling(t, b);
       for (int64_t i = 0; i < I; i++) {
         const T *child = row(i, b);
         if (t > 0) agreements(child, poses(t - 1, b), logits + i * JP);
         softmax(logits + i * JP, shares);
-        std::copy(shares, shares + J, kept + i * J);
+        std::copy(shares, shares + J, saved + i * J);
         add(shares, child, s.sums.data);
       }
       T *sum_of = total(t, b), *pose = poses(t, b);
@@ -158,7 +158,7 @@ template <typename T, int W> struct Routing {
     for (int64_t i = 0; i < I; i++) gradient_of_votes(b, i, s);
   }
 
-  // Votes of one child in all pictures of the piece.
+  // Votes of one child in all images of the chunk.
   void make_votes(int64_t i) const {
     const T *w = matrix(i);
     for (int64_t b = begin; b < end(); b++) {
@@ -199,7 +199,7 @@ template <typename T, int W> struct Routing {
     }
   }
 
-  // Gradient of a child's logits before pass t: what reaches them through its softmax, and what later passes add.
+  // Gradient of a child's logits before pass t: through its softmax, plus that of later passes.
   void logits_of(int64_t t, int64_t b, int64_t i, const T *d_total, T *here, T *to, const T *later) const {
     const T *shares = coupling(t, b) + i * J;
     for (int64_t j = 0; j < J; j++)
@@ -231,12 +231,12 @@ template <typename T, int W> void run(const Passes &q, bool backward) {
   {
     typename R::Scratch scratch(backward ? 0 : routing.I * routing.JP, routing.JP, routing.size);
     typename R::BackScratch back(routing, backward);
-    for (int64_t begin = 0; begin < q.batch; begin += q.piece) {
+    for (int64_t begin = 0; begin < q.batch; begin += q.chunk) {
 #pragma omp single
       routing.begin = begin;
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < q.children; i++) routing.make_votes(i);
-      const int64_t end = std::min(begin + q.piece, q.batch);
+      const int64_t end = std::min(begin + q.chunk, q.batch);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t b = begin; b < end; b++) backward ? routing.backward(b, back) : routing.forward(b, scratch);
       if (backward) {

@@ -1,4 +1,4 @@
-"""Dynamic routing of a layer as an operator that makes the votes itself: C++ on a CPU."""
+"""Dynamic routing of a layer as an operator that makes the votes: C++ on a CPU."""
 
 import ctypes
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from torch import Tensor
 from capsexp.ops.kernels.compiled import library
 
 NARROWEST = 4
-"""Poses of a multiple of this size have code."""
-_COUNTS = "batch children numbers parents dim iterations doubles leaky first piece threads"
+"""dynamic.cpp has code for poses whose size is a multiple of this."""
+_COUNTS = "batch children numbers parents dim iterations doubles leaky first chunk threads"
 _READ = "inputs weight prior bias"
 _SAVED = "coupling total poses"
 _BACKWARD = "g_poses g_coupling d_inputs d_weight d_logits d_total"
@@ -35,16 +35,16 @@ def dynamic_routing_op(
     iterations: int,
     leaky: bool,
     detach: bool,
-    piece: int,
+    chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Make the votes, of `piece` pictures at a time, and route them; prior is [I, J], bias [J, D].
+    """Make the votes, of `chunk` images at a time, and route them; prior is [I, J], bias [J, D].
 
     Returns, of every pass: coupling [T, B, I, J], sums s_j and poses [T, B, J, D].
     """
     passes = _empty_passes(inputs, weight, iterations)
     tensors = dict(zip(_READ.split(), [inputs, weight, prior, bias], strict=True))
     saved = dict(zip(_SAVED.split(), passes, strict=True))
-    _call(library().dynamic_forward, tensors, saved, first=0, leaky=leaky, piece=piece)
+    _call(library().dynamic_forward, tensors, saved, first=0, leaky=leaky, chunk=chunk)
     return passes
 
 
@@ -59,7 +59,7 @@ def dynamic_routing_backward_op(
     poses: Tensor,
     for_prior: bool,
     detach: bool,
-    piece: int,
+    chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of inputs, weight, prior (empty without `for_prior`) and bias.
 
@@ -74,7 +74,7 @@ def dynamic_routing_backward_op(
     saved = {"coupling": coupling, "total": total, "poses": poses, "d_inputs": d_inputs, "d_weight": d_weight}
     written = {**saved, "d_total": d_total, **({"d_logits": d_logits} if for_prior else {})}
     first = len(coupling) - 1 if detach else 0
-    _call(library().dynamic_backward, read, written, first=first, leaky=False, piece=piece)
+    _call(library().dynamic_backward, read, written, first=first, leaky=False, chunk=chunk)
     return d_inputs, d_weight, d_logits.sum(0), d_total.sum(0)
 
 
@@ -93,7 +93,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.options = inputs[6:]
-    ctx.given = [one is not None for one in inputs[2:4]]
+    ctx.given = [tensor is not None for tensor in inputs[2:4]]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs[:2], *output)
@@ -102,7 +102,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     ctx: Any, g_coupling: Tensor | None, _: None, g_poses: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    last = (None if one is None else one[-1] for one in (g_poses, g_coupling))
+    last = (None if tensor is None else tensor[-1] for tensor in (g_poses, g_coupling))
     prior, bias = ctx.given
     gradients = dynamic_routing_backward_op(*last, *ctx.saved_tensors, prior, *ctx.options)
     d_inputs, d_weight, d_prior, d_bias = gradients
@@ -129,24 +129,24 @@ def _call(
     *,
     first: int,
     leaky: bool,
-    piece: int,
+    chunk: int,
 ) -> None:
-    # Held by name until the call is over: a copy that `contiguous` made lives no longer than its last name.
-    held = {name: one.contiguous() for name, one in read.items() if one is not None} | written
-    inputs, weight = held["inputs"], held["weight"]
+    # The names keep the copies that `contiguous` makes alive until the call returns.
+    tensors = {name: tensor.contiguous() for name, tensor in read.items() if tensor is not None} | written
+    inputs, weight = tensors["inputs"], tensors["weight"]
     passes = _Passes(
         batch=inputs.shape[0],
         children=inputs.shape[1],
         numbers=inputs.shape[2],
         parents=weight.shape[2],
         dim=weight.shape[3],
-        iterations=held["coupling"].shape[0],
+        iterations=tensors["coupling"].shape[0],
         doubles=weight.dtype == torch.float64,
         leaky=leaky,
         first=first,
-        piece=piece,
+        chunk=chunk,
         threads=torch.get_num_threads(),
-        **{name: one.data_ptr() for name, one in held.items()},
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
     )
     if function(ctypes.byref(passes)) != 0:
         raise ValueError(f"dynamic.cpp has no code for poses of size {weight.shape[3]}")

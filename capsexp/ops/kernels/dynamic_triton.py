@@ -1,13 +1,13 @@
 """Dynamic routing in Triton: each pass reads the votes once, forward and backward.
 
-The logits are the running sum of the agreements, so that a pass needs the votes for three things at once: the
-agreement with the poses before, the softmax over J, and the weighted sum. The sums over I come back in blocks
-and are added in a fixed order. The squash of the few totals stays in torch. Formulas: `_FusedRouting` in
-capsexp/routing/dynamic.py.
+The logits are the running sum of the agreements, so one pass over the votes computes three things: the
+agreement with the poses of the pass before, the softmax over J, and the weighted sum. The sums over I are
+returned in blocks and added in a fixed order. PyTorch computes the squash of the few totals. Formulas:
+`_FusedRouting` in capsexp/routing/dynamic.py.
 
 Votes are [B, J, I, D], in float32 or half precision, computed in float32, or in float64.
 """
-# ruff: noqa: N803 - constants of a kernel are in capitals, as in all Triton
+# ruff: noqa: N803 - Triton writes a kernel's constants in capitals.
 
 from typing import Any, NamedTuple, no_type_check
 
@@ -33,12 +33,12 @@ def _route(
     LEAKY: tl.constexpr, D: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One pass. `before`: poses of the pass before, [B, J, D]; None in the first: its logits are `prior`."""
-    picture = tl.program_id(0).to(tl.int64)
+    """One pass. `before`: poses of the pass before, [B, J, D]; None in the first, with `prior` as logits."""
+    image = tl.program_id(0).to(tl.int64)
     j, d = tl.arange(0, BLOCK_J), tl.arange(0, BLOCK_D)
-    of_parent = (picture * parents + j) * children
+    of_parent = (image * parents + j) * children
     real = (j < parents)[:, None] & (d < D)[None, :]
-    pose_at = (picture * parents + j)[:, None] * D + d[None, :]
+    pose_at = (image * parents + j)[:, None] * D + d[None, :]
     if before is not None:
         poses = tl.load(before + pose_at, mask=real, other=0)
     total = tl.zeros([BLOCK_J, BLOCK_D], ACC)
@@ -66,7 +66,7 @@ def _route(
         share = share / norm[None, :]
         tl.store(coupling + at, share, mask=there)
         total += tl.sum(share[:, :, None] * seen, 1)
-    to = ((picture * blocks + tl.program_id(1)) * parents + j)[:, None] * D + d[None, :]
+    to = ((image * blocks + tl.program_id(1)) * parents + j)[:, None] * D + d[None, :]
     tl.store(sums + to, total, mask=real)
 
 
@@ -79,13 +79,13 @@ def _unroute(
 ):  # fmt: skip
     """One pass backward: gradient of its logits, and the sums over i of that gradient times the votes.
 
-    `later` is the gradient that reached the logits of the pass after this one, and with it these.
+    `later` is the gradient of the logits of the pass after this one, which is added to that of these.
     """
-    picture = tl.program_id(0).to(tl.int64)
+    image = tl.program_id(0).to(tl.int64)
     j, d = tl.arange(0, BLOCK_J), tl.arange(0, BLOCK_D)
-    of_parent = (picture * parents + j) * children
+    of_parent = (image * parents + j) * children
     real = (j < parents)[:, None] & (d < D)[None, :]
-    pose_at = (picture * parents + j)[:, None] * D + d[None, :]
+    pose_at = (image * parents + j)[:, None] * D + d[None, :]
     g_total = tl.load(g_totals + pose_at, mask=real, other=0)
     total = tl.zeros([BLOCK_J, BLOCK_D], ACC)
     for step in range(STEPS):
@@ -103,7 +103,7 @@ def _unroute(
             g += tl.load(later + at, mask=there, other=0)
         tl.store(g_logits + at, g, mask=there)
         total += tl.sum(g[:, :, None] * seen, 1)
-    to = ((picture * blocks + tl.program_id(1)) * parents + j)[:, None] * D + d[None, :]
+    to = ((image * blocks + tl.program_id(1)) * parents + j)[:, None] * D + d[None, :]
     tl.store(sums + to, total, mask=real)
 
 
@@ -131,7 +131,7 @@ def _add_outer(
 
 
 class _Tiles(NamedTuple):
-    """How the votes are cut."""
+    """Division of the votes into tiles."""
 
     grid: tuple[int, int]
     options: dict[str, Any]
@@ -149,7 +149,7 @@ def dynamic_forward(
     iterations: int,
     leaky: bool,
 ) -> list[Tensor]:
-    """All passes: of each, one after the other, coupling [B, J, I], total [B, J, D] and poses [B, J, D]."""
+    """Coupling [B, J, I], total [B, J, D] and poses [B, J, D] of the first pass, of the second, and so on."""
     votes = votes.contiguous()
     batch, parents, children, dim = votes.shape
     tiles = _tiles(votes)
@@ -187,7 +187,7 @@ def dynamic_backward(
 ) -> tuple[Float[Tensor, "B J I D"], Float[Tensor, "I J"] | None, Float[Tensor, "J D"]]:
     """Gradients of votes, prior and bias, given those of the last poses and coupling.
 
-    `saved_passes` is what `dynamic_forward` returns; its last three, where the agreements are constants.
+    `saved_passes` is what `dynamic_forward` returns, or its last three if the agreements are constants.
     """
     votes = votes.contiguous()
     batch, parents, children, dim = votes.shape

@@ -3,7 +3,7 @@
 // The votes V_ij = M_i W_ij + offset_i are never stored. Parent types are the lanes of a vector. For each parent
 // position and each column m of a pose, the votes of all children in the window make a tile that fits the L1
 // cache; mean, variance and distances of that column come from the tile, and the next column overwrites it.
-// Equations are those of `em_routing` in capsexp/routing/em.py, which tests hold this file to.
+// Equations are those of `em_routing` in capsexp/routing/em.py; tests compare the two.
 //
 // Sizes: B images, I children, P parent positions, K places of a window, J types (Jp: padded to whole vectors),
 // D = rows * side numbers of a pose, T iterations.
@@ -13,7 +13,7 @@
 
 #include "vectors.h"
 
-// One call. Mirrored field by field in em_cpu.py.
+// One call. Mirrored field by field in em.py.
 struct Problem {
   int64_t batch, children, positions, places, types, matrices, iterations, rows, side, lanes, doubles;
   int64_t normalisation, keep, detach, threads;
@@ -37,7 +37,7 @@ namespace {
 
 enum Normalisation { PAPER = 0, TYPES = 1, OFFICIAL_V1 = 2 };
 constexpr double SMALLEST_MASS = 1e-8;  // as in capsexp/routing/em.py
-constexpr int64_t GROUPS = 16;          // of images, each with a gradient of its own: the sum of these does not
+constexpr int64_t GROUPS = 16;          // of images, each with its own gradient, so that their sum does not
                                         // depend on the number of threads
 
 template <typename T, int W, int ROWS, int SIDE> struct Layer {
@@ -126,7 +126,7 @@ template <typename T, int W, int ROWS, int SIDE> struct Layer {
     }
   }
 
-  // M-step of the parents at one position; distances and densities of the E-step, still without a norm.
+  // M-step of the parents at one position; distances and densities of the E-step, not yet normalised.
   void fit(int64_t t, int64_t b, int64_t p, int64_t block, Scratch &s) {
     const bool last = t + 1 == T_;
     V *r = s.r.data, *tile = s.tile.data, *distance = s.distance.data;
@@ -177,8 +177,8 @@ template <typename T, int W, int ROWS, int SIDE> struct Layer {
     const V log_deviation = T(0.5) * volume.log();
     const V cost = scale * (T(D) * beta_u[block] + log_deviation) * mass;
     const V logit = temperatures[t] * (beta_a[block] - cost);
-    V *told = numbers(t, b, p, block);
-    told[0] = mass, told[NB] = log_deviation, told[2 * NB] = logit;
+    V *saved = numbers(t, b, p, block);
+    saved[0] = mass, saved[NB] = log_deviation, saved[2 * NB] = logit;
     const auto active = M::logistic(logit);
     if (last) {
       write(b, p, block, mu, active.on);
@@ -266,9 +266,9 @@ template <typename T, int W, int ROWS, int SIDE> struct Layer {
   struct BackScratch {
     Buffer<V> r, tile, gr;            // [K], [K][rows], [K]
     Buffer<V> gl;                     // [T-1][P][K][NB]: first g of R_(t+1), then of the E-step's logits
-      Buffer<V> terms;                  // [P][NB][D][T] of Term: what a vote's gradient is made of
+    Buffer<V> terms;                  // [P][NB][D][T] of Term, from which a vote's gradient is computed
     Buffer<V> carry;                  // [P][D][NB]: gradient of the mean before, for mean smoothing
-    Buffer<V> balance_vectors;        // sum over parents of R gR, whatever competes for a child
+    Buffer<V> balance_vectors;        // sum of R gR over the parents that compete for a child
     Buffer<T> balance;
     BackScratch(const Layer &l)
         : r(l.K * 3), tile(l.K * ROWS), gr(l.K), gl((l.T_ - 1) * l.P * l.K * l.NB), terms(l.P * l.NB * D * l.T_ * 4),
@@ -322,14 +322,14 @@ template <typename T, int W, int ROWS, int SIDE> struct Layer {
     }
   }
 
-  // Gradients of one position's M-step t, and of the densities of the E-step after it; those of its votes wait.
+  // Gradients of one position's M-step t and of the densities of the E-step after it; `products` adds its votes'.
   void unfit(int64_t t, int64_t first, int64_t b, int64_t p, int64_t block, BackScratch &s, Shared &g) {
     const bool last = t + 1 == T_;
     V *r = s.r.data, *tile = s.tile.data, *gr = s.gr.data;
     assigned(t, b, p, block, r);
-    const V *told = numbers(t, b, p, block), mass = told[0], log_deviation = told[NB];
-    const V least = V{} + T(SMALLEST_MASS), held = mass > least ? mass : least, inverse = 1 / held;
-    const auto active = M::logistic(told[2 * NB]);
+    const V *saved = numbers(t, b, p, block), mass = saved[0], log_deviation = saved[NB];
+    const V least = V{} + T(SMALLEST_MASS), divisor = mass > least ? mass : least, inverse = 1 / divisor;
+    const auto active = M::logistic(saved[2 * NB]);
     const V *gl = last ? nullptr : g_logits(s, t, p) + block;
     V g_logit, g_deviation = {};
     if (last) {
@@ -385,7 +385,7 @@ template <typename T, int W, int ROWS, int SIDE> struct Layer {
       }
       for (int64_t k = 0; k < K; k++) {
         V v[ROWS], *d = tile + k * ROWS;
-        if (last) {  // nothing had to be known of all children first
+        if (last) {  // no sum over all children is needed first
           votes(b, p, block, m, k, v);
           for (int row = 0; row < ROWS; row++) v[row] -= middle[row];
           d = v;
@@ -457,7 +457,7 @@ template <typename T, int W, int ROWS, int SIDE> struct Layer {
     }
   }
 
-  // ENDS: the last of these iterations is that of the routing, which no E-step follows.
+  // ENDS: these iterations end with the last one of the routing, which has no E-step.
   template <int COUNT, bool ENDS>
   void products_of(int64_t begin, int64_t b, int64_t p, int64_t block, BackScratch &s, Shared &g) {
     const Term *terms = (const Term *)s.terms.data + (p * NB + block) * D * T_ + begin;

@@ -1,4 +1,4 @@
-"""EM routing of a layer as an operator that makes the votes itself: C++ on a CPU, Triton on CUDA."""
+"""EM routing of a layer as an operator that makes the votes: C++ on a CPU, Triton on CUDA."""
 
 import ctypes
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from capsexp.ops.kernels.compiled import library, library_problem
 from capsexp.ops.votes import MatrixVotes
 
 FUSED_ACTIVATION = "logistic"
-"""The one kind of activation that there is a fused path for."""
+"""The only activation with a fused implementation."""
 FUSED_OPTIONS = ("variance_floor", "cost_scale", "mean_smoothing", "normalisation", "detach")
 Normalisation = Literal["paper", "types", "official_v1"]
 NORMALISATIONS = get_args(Normalisation)
 """In the order of em.cpp's `Normalisation`."""
 SHAPES = ((2, 2), (3, 3), (4, 4), (1, 16))
-"""Rows and columns of the poses that there is code for."""
+"""Rows and columns of a pose, for which em.cpp has code."""
 _COUNTS = "batch children positions places types matrices iterations rows side lanes doubles"
 _SWITCHES = "normalisation keep detach threads"
 _NUMBERS = "variance_floor cost_scale mean_smoothing"
@@ -55,15 +55,15 @@ def fused_em_routing(
     normalisation: str,
     detach: bool,
 ) -> Routed:
-    """`em_routing` of capsexp/routing/em.py on votes that are made on the way and never stored.
+    """`em_routing` of capsexp/routing/em.py on votes that are computed as needed and never stored.
 
     `initial` is R of the first iteration, the same for every type. The other arguments are those of
     `em_routing`.
 
-    Returns: what `em_routing` does, without the cost. No second derivatives.
+    Returns: see `em_routing`. No second derivatives.
     """
     fields, types = votes.fields, votes.weight.shape[1]
-    if fields is None:  # parents at one position: all compete, unless it is one position of a grid
+    if fields is None:  # one position: all parents compete under every normalisation
         normalisation = "types"
         child = torch.arange(votes.poses.shape[1], device=votes.poses.device).unsqueeze(0)
     else:
@@ -81,7 +81,7 @@ def fused_em_routing(
         mean_smoothing,
         normalisation,
         detach,
-        torch.is_grad_enabled() and any(one.requires_grad for one in given),
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given),
     )
     if len(inverse_temperature) == 1:
         last = initial.unsqueeze(2).expand(len(poses), -1, -1, types)
@@ -108,12 +108,12 @@ def fused_reason(device: str, dtype: torch.dtype, rows: int, side: int) -> str |
 
 
 def lanes(types: int, dtype: torch.dtype) -> int:
-    """Types that a CPU computes at a time; a layer has a multiple of these, the last ones perhaps padding."""
+    """Types that a CPU computes at a time; those of a layer are padded to a multiple."""
     return 8 if dtype == torch.float64 or types <= 8 else 16
 
 
 def padded_types(types: int) -> int:
-    """Jp on CUDA: a block of Triton's is a power of two."""
+    """Jp on CUDA: the size of a Triton block is a power of two."""
     return 1 << (types - 1).bit_length()
 
 
@@ -136,12 +136,12 @@ def em_routing_op(
     detach: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Route one layer: `fused_em_routing`, as an operator that autograd and torch.compile see as a whole.
+    """Route one layer: `fused_em_routing`, as one operator for autograd and torch.compile.
 
     Shapes: poses [B, I, D], weight [matrices, J, n, n], activations [B, I], betas [J], temperatures [T],
     initial [P, K], child (which child is at each place) and matrix (which matrices it votes with) int64
-    [P, K] and [K], offsets [K, D]. `keep`: what the backward pass needs; without it the saved tensors hold
-    the last iteration alone.
+    [P, K] and [K], offsets [K, D]. `keep`: save what the backward pass needs; without it the saved tensors
+    hold the last iteration only.
 
     Returns: poses [B, P * J, D], activations [B, P * J]; and, with types padded to Jp, R of iterations 1 …
         [T - 1, B, P, K, Jp], means and variances [T, B, P, D, Jp], and mass, sum of log deviations and logit
@@ -198,7 +198,7 @@ def em_routing_backward_op(
     """Gradients of poses, weight, activations, beta_u and beta_a; g_coupling is that of the last R."""
     given = [poses, weight, activations, beta_u, beta_a, temperatures, initial, child, matrix, offsets]
     saved, gradients = [coupling, mean, variance, stats], [g_poses, g_activations, g_coupling]
-    outputs = tuple(one.new_zeros(one.shape) for one in (poses, weight, activations, beta_u, beta_a))
+    outputs = tuple(tensor.new_zeros(tensor.shape) for tensor in (poses, weight, activations, beta_u, beta_a))
     _call(
         library().em_backward,
         dict(zip(f"{_READ} {_SAVED} {_GIVEN}".split(), [*given, *saved, *gradients], strict=True)),
@@ -228,7 +228,8 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 @em_routing_backward_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(one.new_empty(one.shape) for one in arguments[3:8])  # contiguous, whatever they are
+    # Contiguous, whatever the strides of the inputs.
+    return tuple(tensor.new_empty(tensor.shape) for tensor in arguments[3:8])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -281,9 +282,9 @@ def _call(
     normalisation: str,
     **options: bool | float,
 ) -> None:
-    # Held by name until the call is over: a copy that `contiguous` made lives no longer than its last name.
-    held = {name: one.contiguous() for name, one in read.items() if one is not None} | written
-    poses, weight, child = held["poses"], held["weight"], held["child"]
+    # The names keep the copies that `contiguous` makes alive until the call returns.
+    tensors = {name: tensor.contiguous() for name, tensor in read.items() if tensor is not None} | written
+    poses, weight, child = tensors["poses"], tensors["weight"], tensors["child"]
     matrices, types, side, _ = weight.shape
     rows = poses.shape[2] // side
     problem = _Problem(
@@ -293,7 +294,7 @@ def _call(
         places=child.shape[1],
         types=types,
         matrices=matrices,
-        iterations=held["temperatures"].shape[0],
+        iterations=tensors["temperatures"].shape[0],
         rows=rows,
         side=side,
         lanes=lanes(types, poses.dtype),
@@ -301,7 +302,7 @@ def _call(
         normalisation=NORMALISATIONS.index(normalisation),
         threads=torch.get_num_threads(),
         **options,
-        **{name: one.data_ptr() for name, one in held.items()},
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
     )
     if function(ctypes.byref(problem)) != 0:
         raise ValueError(f"em.cpp has no code for poses of {rows}x{side}")

@@ -1,15 +1,15 @@
 """EM routing of one layer of matrix capsules in Triton: forward, and backward through all iterations.
 
-The formulas, and the tensors kept for the backward pass, are those of em.cpp. Votes are made again wherever
-they are needed and never stored. One program owns the parents of some types at one position of one picture;
-the softmax of a child gathers over the places at which it is seen: but for the sum of matrices that several
-places share, no result depends on the order in which programs run.
+The formulas, and the tensors saved for the backward pass, are those of em.cpp. Votes are computed again
+wherever they are needed and never stored. One program owns the parents of some types at one position of one
+image; the softmax of a child gathers over the places at which it occurs. Only the sum of matrices that
+several places share depends on the order in which programs run.
 
-Sizes: B pictures, I children, P positions, K places of a window, J types (padded to Jp), D = rows * side
+Sizes: B images, I children, P positions, K places of a window, J types (padded to Jp), D = rows * side
 numbers of a pose, T iterations. A tile of votes is [places, rows, columns, types], each padded to a power of
 two. Inputs in half precision and in float32 are computed in float32, those in float64 in float64.
 """
-# ruff: noqa: N803 - constants of a kernel are in capitals, as in all Triton.
+# ruff: noqa: N803 - Triton writes a kernel's constants in capitals.
 
 from typing import Any, NamedTuple, no_type_check
 
@@ -20,7 +20,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 SMALLEST_MASS = tl.constexpr(1e-8)  # as in capsexp/routing/em.py
-MOST_TYPES = 16  # in a tile: more would leave no room for places
+MOST_TYPES = 16  # in a tile; more would leave no room for places
 VOTES = 2048  # in a tile: 16 numbers for each of 128 threads, with two or three such tiles in registers
 PRODUCTS = 4096  # in a tile of pose times gradient: 16 for each of 256 threads
 GROUPED = 1024  # in a tile of a softmax, or of a sum over the places of a child
@@ -39,7 +39,7 @@ def _tile(
     PADDED: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, FIRST: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Place k, whether there is one; a_i; R_ij [k, j]; votes [k, row, column, j]. Past the window: 0."""
+    """Place k, whether it exists; a_i; R_ij [k, j]; votes [k, row, column, j]. Past the window: 0."""
     k = start + tl.arange(0, BLOCK_K)
     there = k < places
     row, column = tl.arange(0, R), tl.arange(0, S)
@@ -80,7 +80,7 @@ def _over_pose(numbers):
 
 @triton.jit
 @no_type_check
-def _held(mass, BLOCK_J: tl.constexpr, ACC: tl.constexpr):
+def _as_divisor(mass, BLOCK_J: tl.constexpr, ACC: tl.constexpr):
     """A mass as a divisor."""
     return tl.maximum(mass, tl.full([BLOCK_J], SMALLEST_MASS, ACC))  # a plain number would be float32
 
@@ -107,7 +107,7 @@ def _fit(
     ROWS: tl.constexpr, SIDE: tl.constexpr, R: tl.constexpr, S: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """M-step of the parents at one position; densities of the E-step, without a norm, or the results."""
+    """M-step of the parents at one position; densities of the E-step, not yet normalised, or the results."""
     at = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
     row, column = tl.arange(0, R)[:, None, None], tl.arange(0, S)[None, :, None]
@@ -126,8 +126,8 @@ def _fit(
         masses += r
         sums += r[:, None, None, :] * votes
     mass = tl.sum(masses, 0)
-    held = _held(mass, BLOCK_J, ACC)[None, None, :]
-    middle = tl.sum(sums, 0) / held
+    divisor = _as_divisor(mass, BLOCK_J, ACC)[None, None, :]
+    middle = tl.sum(sums, 0) / divisor
     if SMOOTH != 0:
         middle = (1 - SMOOTH) * middle
         if not FIRST:
@@ -141,7 +141,7 @@ def _fit(
         )  # fmt: skip
         d = votes - middle[None, :, :, :]
         sums += (share * active[:, None])[:, None, None, :] * (d * d)
-    spread = tl.sum(sums, 0) / held
+    spread = tl.sum(sums, 0) / divisor
     whole = tl.where(real, spread + FLOOR, 1)
     log_deviation = 0.5 * _over_pose(tl.log(whole))
     bias_u = tl.load(beta_u + j, mask=j < types, other=0).to(ACC)
@@ -151,10 +151,10 @@ def _fit(
     on, _off, log_on = _logistic(logit)
     tl.store(mean + h, middle, mask=inside)
     tl.store(variance + h, spread, mask=inside)
-    told = stats + at * (3 * PADDED) + j
-    tl.store(told, mass)
-    tl.store(told + PADDED, log_deviation)
-    tl.store(told + 2 * PADDED, logit)
+    stats_at = stats + at * (3 * PADDED) + j
+    tl.store(stats_at, mass)
+    tl.store(stats_at + PADDED, log_deviation)
+    tl.store(stats_at + 2 * PADDED, logit)
     if LAST:
         parent = at * types + j
         number = parent[None, None, :] * (ROWS * SIDE) + row * SIDE + column
@@ -176,7 +176,7 @@ def _fit(
 @triton.jit
 @no_type_check
 def _of_groups(order, begin, count, start, types, PADDED: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Where slots `start` and up of each group lie, [g, m, j]; which there are; which are no padding."""
+    """Offsets of slots `start` and up of each group, [g, m, j]; which exist; which are not padding."""
     m = (start + tl.arange(0, BLOCK_M))[None, :]
     here = m < count[:, None]
     slot = tl.load(order + begin[:, None] + m, mask=here, other=0)
@@ -195,27 +195,27 @@ def _softmax(
     begin = tl.load(begins + g, mask=g < groups, other=0)
     count = tl.load(begins + g + 1, mask=g < groups, other=0) - begin
     most = tl.max(count, 0)
-    picture = shares + tl.program_id(0).to(tl.int64) * slots * PADDED
+    image = shares + tl.program_id(0).to(tl.int64) * slots * PADDED
     highest = tl.full([BLOCK_I, BLOCK_M, PADDED], -float("inf"), ACC)
     for start in range(0, most, BLOCK_M):
         at, here, real = _of_groups(order, begin, count, start, types, PADDED, BLOCK_M)
-        highest = tl.maximum(highest, tl.load(picture + at, mask=real, other=-float("inf")))
+        highest = tl.maximum(highest, tl.load(image + at, mask=real, other=-float("inf")))
     top = tl.max(highest, 1)
     if ACROSS_TYPES:
         top = tl.max(top, 1)[:, None]
     totals = tl.zeros([BLOCK_I, BLOCK_M, PADDED], ACC)
     for start in range(0, most, BLOCK_M):
         at, here, real = _of_groups(order, begin, count, start, types, PADDED, BLOCK_M)
-        above = tl.where(real, tl.load(picture + at, mask=real, other=0) - top[:, None, :], 0)
+        above = tl.where(real, tl.load(image + at, mask=real, other=0) - top[:, None, :], 0)
         totals += tl.where(real, tl.exp(above), 0)
     total = tl.sum(totals, 1)
     if ACROSS_TYPES:
         total = tl.sum(total, 1)[:, None]
     for start in range(0, most, BLOCK_M):
         at, here, real = _of_groups(order, begin, count, start, types, PADDED, BLOCK_M)
-        above = tl.where(real, tl.load(picture + at, mask=real, other=0) - top[:, None, :], 0)
+        above = tl.where(real, tl.load(image + at, mask=real, other=0) - top[:, None, :], 0)
         share = tl.exp(above) / tl.where(real, total[:, None, :], 1)
-        tl.store(picture + at, tl.where(real, share, 0), mask=here)
+        tl.store(image + at, tl.where(real, share, 0), mask=here)
 
 
 @triton.jit
@@ -229,20 +229,20 @@ def _softmax_backward(
     begin = tl.load(begins + g, mask=g < groups, other=0)
     count = tl.load(begins + g + 1, mask=g < groups, other=0) - begin
     most = tl.max(count, 0)
-    picture = tl.program_id(0).to(tl.int64) * slots * PADDED
+    image = tl.program_id(0).to(tl.int64) * slots * PADDED
     balances = tl.zeros([BLOCK_I, BLOCK_M, PADDED], ACC)
     for start in range(0, most, BLOCK_M):
         at, here, real = _of_groups(order, begin, count, start, types, PADDED, BLOCK_M)
-        share = tl.load(shares + picture + at, mask=real, other=0)
-        balances += share * tl.load(gradient + picture + at, mask=real, other=0)
+        share = tl.load(shares + image + at, mask=real, other=0)
+        balances += share * tl.load(gradient + image + at, mask=real, other=0)
     balance = tl.sum(balances, 1)
     if ACROSS_TYPES:
         balance = tl.sum(balance, 1)[:, None]
     for start in range(0, most, BLOCK_M):
         at, here, real = _of_groups(order, begin, count, start, types, PADDED, BLOCK_M)
-        share = tl.load(shares + picture + at, mask=real, other=0)
-        g_share = tl.load(gradient + picture + at, mask=real, other=0)
-        tl.store(gradient + picture + at, share * (g_share - balance[:, None, :]), mask=here)
+        share = tl.load(shares + image + at, mask=real, other=0)
+        g_share = tl.load(gradient + image + at, mask=real, other=0)
+        tl.store(gradient + image + at, share * (g_share - balance[:, None, :]), mask=here)
 
 
 @triton.jit
@@ -257,8 +257,8 @@ def _unfit(
 ):  # fmt: skip
     """Gradients of one position's M-step t, and of the densities of the E-step after it.
 
-    Writes what a vote's gradient is made of (`slope`, `curve`), and that of R, unless `g_shares` is None;
-    adds to the gradients of the betas and of the activations.
+    Writes `slope` and `curve`, from which a vote's gradient is computed, and the gradient of R, unless
+    `g_shares` is None. Adds to the gradients of the betas and of the activations.
     """
     at = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
@@ -270,11 +270,11 @@ def _unfit(
     middle = tl.load(mean + h, mask=inside, other=0)
     spread = tl.load(variance + h, mask=inside, other=0)
     precision = 1 / tl.where(real, spread + FLOOR, 1)
-    told = stats + at * (3 * PADDED) + j
-    mass = tl.load(told)
-    log_deviation = tl.load(told + PADDED)
-    on, off, _log_on = _logistic(tl.load(told + 2 * PADDED))
-    held = _held(mass, BLOCK_J, ACC)
+    stats_at = stats + at * (3 * PADDED) + j
+    mass = tl.load(stats_at)
+    log_deviation = tl.load(stats_at + PADDED)
+    on, off, _log_on = _logistic(tl.load(stats_at + 2 * PADDED))
+    divisor = _as_divisor(mass, BLOCK_J, ACC)
     parent = at * types + j
     g_mean = tl.zeros([R, S, BLOCK_J], ACC)
     if LAST:
@@ -324,11 +324,11 @@ def _unfit(
             fresh -= SMOOTH * tl.load(before + h, mask=inside, other=0)
         fresh = fresh / (1 - SMOOTH)
     # 0 but for smoothing or hardly any mass.
-    g_mean -= 2 * g_variance * (fresh - middle * (mass / held)[None, None, :])
+    g_mean -= 2 * g_variance * (fresh - middle * (mass / divisor)[None, None, :])
     if SMOOTH != 0:
         tl.store(carry + h, SMOOTH * g_mean, mask=inside)
-    alpha = (1 - SMOOTH) * g_mean / held[None, None, :]
-    gamma = g_variance / held[None, None, :]
+    alpha = (1 - SMOOTH) * g_mean / divisor[None, None, :]
+    gamma = g_variance / divisor[None, None, :]
     tl.store(slope + h, alpha, mask=inside)
     tl.store(curve + h, 2 * gamma, mask=inside)
     enough = (mass > SMALLEST_MASS)[None, None, :]
@@ -365,7 +365,7 @@ def _products(
 ):  # fmt: skip
     """Gradients of the votes, summed over the iterations, into those of poses and matrices.
 
-    A program owns the matrices of some places and types, and takes a share of all positions of all pictures.
+    A program owns the matrices of some places and types, for some of the positions of all images.
     The axis n of a product, [k, row, n, column, j], is the column of the pose and the row of the matrix.
     """
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -422,11 +422,11 @@ def _products(
 @triton.jit
 @no_type_check
 def _sum_of_children(
-    parts, out, order, begins, groups, slots, pictures, WIDTH: tl.constexpr, C: tl.constexpr,
+    parts, out, order, begins, groups, slots, images, WIDTH: tl.constexpr, C: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Parts [blocks of types, B, slots, width], summed over the blocks and the places of a child."""
-    picture = tl.program_id(0).to(tl.int64)
+    image = tl.program_id(0).to(tl.int64)
     g = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     begin = tl.load(begins + g, mask=g < groups, other=0)
     count = tl.load(begins + g + 1, mask=g < groups, other=0) - begin
@@ -437,9 +437,9 @@ def _sum_of_children(
         slot = tl.load(order + begin[:, None] + m, mask=m < count[:, None], other=0)
         mask = (m < count[:, None])[:, :, None] & (c < WIDTH)[None, None, :]
         for block in tl.static_range(BLOCKS):
-            at = ((block * pictures + picture) * slots + slot)[:, :, None] * WIDTH + c[None, None, :]
+            at = ((block * images + image) * slots + slot)[:, :, None] * WIDTH + c[None, None, :]
             total += tl.load(parts + at, mask=mask, other=0)
-    to = out + (picture * groups + g)[:, None] * WIDTH + c[None, :]
+    to = out + (image * groups + g)[:, None] * WIDTH + c[None, :]
     tl.store(to, tl.sum(total, 1), mask=(g < groups)[:, None] & (c < WIDTH)[None, :])
 
 
@@ -449,7 +449,7 @@ class _Groups(NamedTuple):
     order: Tensor
     begins: Tensor
     most: int
-    """How many to look at in one step."""
+    """Slots of a group in one step."""
 
     @property
     def number(self) -> int:
@@ -457,7 +457,7 @@ class _Groups(NamedTuple):
 
 
 class _Layer:
-    """Sizes, and what all kernels take."""
+    """Sizes of a layer, and the arguments that all kernels take."""
 
     def __init__(self, poses: Tensor, weight: Tensor, child: Tensor, temperatures: Tensor) -> None:
         self.batch, self.children, self.dim = poses.shape
@@ -476,7 +476,7 @@ class _Layer:
         return self.children, self.positions, self.places, self.types
 
     def options(self, tile: int, *, product: bool = False) -> dict[str, Any]:
-        """Constants of a kernel whose tiles have so many numbers."""
+        """Constants of a kernel whose tiles have `tile` numbers."""
         r, s = triton.next_power_of_2(self.rows), triton.next_power_of_2(self.side)
         room = tile // (r * s * self.block_j * (s if product else 1))
         return {
@@ -520,7 +520,7 @@ def em_forward(
     batch, positions, iterations = layer.batch, layer.positions, layer.iterations
     read = _readable(layer, poses, weight, offsets, activations, initial, child, matrix)
     groups = _competitors(child, layer, normalisation)
-    # Without keep two slots take turns, for the iteration before and this one.
+    # Without keep, two slots alternate between this iteration and the one before.
     slots, steps = (iterations, iterations - 1) if keep else (min(2, iterations), min(2, iterations - 1))
     out_poses = layer.empty(batch, positions * layer.types, layer.dim)
     out_activations = layer.empty(batch, positions * layer.types)
@@ -561,7 +561,7 @@ def em_forward(
                 _over_groups(_softmax, groups, layer, normalisation, density)
     if not keep:
         now = (iterations - 1) % slots
-        mean, variance, stats = (one[now : now + 1] for one in (mean, variance, stats))
+        mean, variance, stats = (tensor[now : now + 1] for tensor in (mean, variance, stats))
         now = (iterations - 2) % steps if steps else 0
         coupling = coupling[now : now + 1]
     return out_poses, out_activations, coupling, mean, variance, stats
@@ -594,7 +594,9 @@ def em_backward(
     """Gradients of poses, weight, activations, beta_u and beta_a. See `em_routing_backward_op`."""
     layer = _Layer(poses, weight, child, temperatures)
     batch, positions, places, iterations = layer.batch, layer.positions, layer.places, layer.iterations
-    given = [None if one is None else one.contiguous() for one in (g_poses, g_activations, g_coupling)]
+    given = [
+        None if tensor is None else tensor.contiguous() for tensor in (g_poses, g_activations, g_coupling)
+    ]
     read = _readable(layer, poses, weight, offsets, activations, initial, child, matrix)
     groups = _competitors(child, layer, normalisation)
     begin = iterations - 1 if detach else 0
@@ -664,14 +666,14 @@ def _readable(
     child: Tensor,
     matrix: Tensor,
 ) -> list[Tensor | None]:
-    """What `_tile` reads, in its order, less R; matrices as [W, n, m, Jp], so that types lie together."""
+    """The arguments of `_tile`, in its order, without R; matrices as [W, n, m, Jp], with types together."""
     packed = F.pad(weight.permute(0, 2, 3, 1), (0, layer.padded - layer.types))
     given = (poses, packed, offsets, activations, initial, child, matrix)
-    return [None if one is None else one.contiguous() for one in given]
+    return [None if tensor is None else tensor.contiguous() for tensor in given]
 
 
 def _seen_by_child(child: Tensor, children: int) -> _Groups:
-    """The places at which each child is seen; made without asking the device for a number."""
+    """The places at which each child occurs; computed without waiting for the device."""
     of_place, order = child.flatten().sort(stable=True)
     begins = torch.searchsorted(of_place, torch.arange(children + 1, device=child.device))
     return _Groups(order, begins, SEEN if len(child) > 1 else 1)

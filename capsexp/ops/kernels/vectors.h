@@ -1,4 +1,4 @@
-// Vectors of numbers, and the functions of them that routing needs.
+// SIMD vectors, and the functions of them that routing needs.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -62,7 +62,7 @@ template <typename T, int W> struct Math {
   static IV bits(V v) { IV i; std::memcpy(&i, &v, sizeof v); return i; }
   static V number(IV i) { V v; std::memcpy(&v, &i, sizeof v); return v; }
 
-  // Taylor series on [-ln 2 / 2, ln 2 / 2]; what is below the smallest normal number is 0.
+  // Taylor series on [-ln 2 / 2, ln 2 / 2]; results below the smallest normal number are 0.
   static V exp(V x) {
     constexpr T magic = DOUBLE ? T(6755399441055744.0) : T(12582912.0);  // 1.5 * 2^mantissa: rounds
     constexpr T high = DOUBLE ? T(6.93147180369123816490e-01) : T(0.693359375);
@@ -92,7 +92,7 @@ template <typename T, int W> struct Math {
       const IV i = bits(x);
       exponent += (i >> MANTISSA) - Int(BIAS - 1);
       mantissa *= number((i & ((Int(1) << MANTISSA) - 1)) | (Int(BIAS - 1) << MANTISSA));  // [1/2, 1)
-      wrong += x - x;  // what is no number, or infinite, stays so
+      wrong += x - x;  // NaN and infinity stay NaN
     }
 
     // log m = 2 artanh((m - 1) / (m + 1)) with m near 1.

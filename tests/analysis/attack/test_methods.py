@@ -117,7 +117,7 @@ def test_attacks_raise_their_objective(cnn, batch):
 @pytest.mark.parametrize(
     "loss", [LOSS, Spread(margin=0.9, mean_over_classes=True, weight_decay=0.0, reconstruction_weight=0.0)]
 )
-def test_a_images_gradient_is_its_own_whatever_batch_it_is_in(cnn, batch, loss):
+def test_an_images_gradient_is_its_own_whatever_batch_it_is_in(cnn, batch, loss):
     together = attacker(cnn, loss).input_gradient(batch)
     for place in (0, 7, 39):
         alone = Batch(*(field[place : place + 1] for field in batch))
@@ -130,10 +130,10 @@ def test_where_the_margin_is_met_the_spread_loss_has_no_gradient_and_the_differe
     margin = float((scores[:, 0] - scores[:, 1]).quantile(0.5))
     loss = Spread(margin=margin, mean_over_classes=False, weight_decay=0.0, reconstruction_weight=0.0)
     batch = batch._replace(labels=labels)
-    kept = scores[:, 0] - scores[:, 1] >= margin
+    meets_margin = scores[:, 0] - scores[:, 1] >= margin
     attack = attacker(cnn, loss)
-    assert 0.4 < kept.float().mean() < 0.6
-    assert torch.equal((attack.input_gradient(batch) == 0).flatten(1).all(1), kept)
+    assert 0.4 < meets_margin.float().mean() < 0.6
+    assert torch.equal((attack.input_gradient(batch) == 0).flatten(1).all(1), meets_margin)
     assert not (attack.input_gradient(batch, objective="difference") == 0).flatten(1).all(1).any()
     # So FGSM does not change these images, and their accuracy shows no robustness.
     epsilons, broken = [0.5], SmallestBreakingRadius(labels)
@@ -145,9 +145,9 @@ def test_where_the_margin_is_met_the_spread_loss_has_no_gradient_and_the_differe
         broken,
         input_gradient=attack.input_gradient(batch),
     )
-    assert not successes["fgsm"][0, kept].any()
-    assert not successes["bim"][0, kept].any()
-    assert successes["pgd difference"][0, kept].float().mean() > 0.5
+    assert not successes["fgsm"][0, meets_margin].any()
+    assert not successes["bim"][0, meets_margin].any()
+    assert successes["pgd difference"][0, meets_margin].float().mean() > 0.5
 
 
 def test_a_network_that_does_not_depend_on_its_images_has_gradients_of_exactly_zero(batch):

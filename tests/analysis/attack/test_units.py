@@ -10,17 +10,7 @@ from capsexp.errors import UserError
 
 
 def digits(standardise, crop=None):
-    preprocess = Preprocess(
-        resize=None,
-        shift=0,
-        crop=crop,
-        flip=False,
-        brightness=0,
-        contrast=None,
-        light="window",
-        standardise=standardise,
-        test_crops=1,
-    )
+    preprocess = Preprocess.identity(crop=crop, standardise=standardise)
     stored = Digits(preprocess=preprocess, validation=0, split_seed=0).read("test").images
     images, pixels = preprocess.test(stored)
     labels = torch.zeros(len(images), dtype=torch.long)
@@ -45,10 +35,10 @@ def test_the_scale_is_the_deviation_that_the_dataset_standardised_by(standardise
     torch.testing.assert_close(scale.slope, 1 / deviation, rtol=1e-6, atol=0)
     torch.testing.assert_close(scale.offset, -whole.mean(1) / deviation, rtol=1e-6, atol=0)
     torch.testing.assert_close(
-        scale.epsilon(0.1, given="input", wanted="pixel"), 25.5 * deviation, rtol=1e-6, atol=0
+        scale.epsilon(0.1, units="input", to="pixel"), 25.5 * deviation, rtol=1e-6, atol=0
     )
     torch.testing.assert_close(
-        scale.epsilon(8, given="pixel", wanted="input"), 8 / 255 / deviation, rtol=1e-6, atol=0
+        scale.epsilon(8, units="pixel", to="input"), 8 / 255 / deviation, rtol=1e-6, atol=0
     )
     torch.testing.assert_close(as_pixels(batch.images, scale), batch.pixels, rtol=0, atol=1e-6)
 
@@ -84,7 +74,7 @@ def test_a_standardised_image_of_one_color_has_no_scale_no_bounds_and_no_pixel_a
     batch = batch_of(images, pixels)
     scale = scale_of(batch)
     assert scale.known.tolist() == [False, True]
-    assert scale.epsilon(1, given="input", wanted="pixel").isnan().tolist() == [True, False]
+    assert scale.epsilon(1, units="input", to="pixel").isnan().tolist() == [True, False]
     ones = torch.ones_like(images)
     moved = fgsm(ones, ball_of(batch, scale, 9.0, units="input", clip=True)) - images
     torch.testing.assert_close(moved[0], torch.full((1, 4, 4), 9.0))
@@ -114,6 +104,6 @@ def test_inputs_that_are_not_linear_in_the_pixels_have_no_units():
 
 def test_units_of_several_epsilons_follow_from_those_of_one():
     scale = Scale(torch.tensor([2.0, 4.0]).double(), torch.zeros(2).double(), torch.tensor([True, True]))
-    assert scale.epsilon(0.5, given="input", wanted="input").tolist() == [0.5, 0.5]
-    assert scale.epsilon(0.5, given="input", wanted="pixel").tolist() == [63.75, 31.875]
-    assert scale.epsilon(51, given="pixel", wanted="input").tolist() == pytest.approx([0.4, 0.8])
+    assert scale.epsilon(0.5, units="input", to="input").tolist() == [0.5, 0.5]
+    assert scale.epsilon(0.5, units="input", to="pixel").tolist() == [63.75, 31.875]
+    assert scale.epsilon(51, units="pixel", to="input").tolist() == pytest.approx([0.4, 0.8])

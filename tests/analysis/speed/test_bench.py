@@ -13,19 +13,19 @@ SPEED["inference"] = SPEED["training"]
 
 @pytest.fixture
 def quick(monkeypatch):
-    def here(what, variants, *, plugins):
-        described = {name: tuple(one) for name, one in variants.items()}
-        told = measure.measure({"what": what, "variants": described, "plugins": plugins})
-        # Other tests of this process may have had a higher peak: then this one is 0 bytes over it.
-        return {**told, "bytes": told["bytes"] + 1} if what == "peak" else told
+    def in_this_process(kind, variants, *, plugins):
+        plain = {name: tuple(variant) for name, variant in variants.items()}
+        results = measure.measure({"kind": kind, "variants": plain, "plugins": plugins})
+        # The peak of earlier tests in this process may be higher: then this measurement is 0 bytes.
+        return {**results, "bytes": results["bytes"] + 1} if kind == "peak" else results
 
     monkeypatch.setattr(measure, "WARM_UP", 1)
     monkeypatch.setattr(measure, "REPEATS", 3)
-    monkeypatch.setattr(bench, "in_process", here)
+    monkeypatch.setattr(bench, "in_process", in_this_process)
     monkeypatch.setenv("COLUMNS", "160")
 
 
-def test_every_figure_of_the_table_comes_from_a_measurement(quick, tiny_config, capsys):
+def test_every_number_of_the_table_is_measured(quick, tiny_config, capsys):
     bench.bench(tiny_config("trainer.batch_size=16"), plugins=[])
     text = capsys.readouterr().out
     assert "CapsNet" in text
@@ -48,34 +48,34 @@ def test_a_layer_that_takes_the_plain_path_is_named_with_the_reason(quick, em_co
         )
 
 
-def test_a_network_is_compared_with_its_plain_form_compiled_or_not(tiny_config):
+def test_a_network_is_compared_with_its_reference_compiled_or_not(tiny_config):
     config = tiny_config()
     assert list(bench.variants_of(config, routed=True, compiled=False)) == [
         "routing",
         "reference",
         "no routing",
     ]
-    found = bench.variants_of(config, routed=False, compiled=True)
-    assert list(found) == ["routing", "reference", "reference, compiled", "routing, compiled"]
-    assert found["routing"] == Variant(config)
+    variants = bench.variants_of(config, routed=False, compiled=True)
+    assert list(variants) == ["routing", "reference", "reference, compiled", "routing, compiled"]
+    assert variants["routing"] == Variant(config)
     for name in ("reference", "reference, compiled"):
-        for node in (found[name].config["routing"], found[name].config["model"]["routing"]):
+        for node in (variants[name].config["routing"], variants[name].config["model"]["routing"]):
             assert node["implementation"] == "reference"
     plain = tiny_config("routing.implementation=reference")
     assert list(bench.variants_of(plain, routed=False, compiled=False)) == ["routing"]
 
 
-def test_ratios_are_of_neighbouring_steps():
+def test_ratios_are_of_neighboring_steps():
     peaks = {"routing": 110, "no routing": 100, "reference": 1100}
-    assert bench._ratios("tuned", "no routing", SPEED, peaks) == [
+    assert bench.ratio_row("tuned", "no routing", SPEED, peaks) == [
         *("tuned", "ratio to no routing", "0.5", "0.5", "1.100", "")
     ]
-    assert bench._ratios("tuned", "reference", SPEED, peaks)[2:5] == ["2", "2", "0.100"]
+    assert bench.ratio_row("tuned", "reference", SPEED, peaks)[2:5] == ["2", "2", "0.100"]
 
 
-def test_layers_are_told_in_milliseconds_per_image():
+def test_layers_are_reported_in_milliseconds_per_image():
     measured = {"batch": 4, "class_caps": {"routing": [0.004, 0.008], "reference": [0.016, 0.032]}}
-    assert bench._layer_rows("tuned", measured) == [
+    assert bench.layer_rows("tuned", measured) == [
         ["tuned", "class_caps", "routing", "1.500", ""],
         ["tuned", "class_caps", "reference", "6.000", "4 times that of reference"],
     ]

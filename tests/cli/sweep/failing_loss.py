@@ -1,4 +1,4 @@
-"""A loss that ends its process in the way that a job asks for; `mended` in the working folder stops that."""
+"""A loss that ends its process in a configured way, unless the working folder contains a file `fixed`."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from capsexp.loss.margin import Margin
 FAIL_AT = 3
 
 
-def use_up_the_memory():
+def exhaust_memory():
     torch.empty(2**58)
 
 
@@ -24,7 +24,7 @@ WAYS = {
     "raise": raise_error,
     "exit": lambda: sys.exit(3),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "memory": use_up_the_memory,
+    "memory": exhaust_memory,
     "silent": lambda: os._exit(0),
 }
 
@@ -35,6 +35,6 @@ class Loss(Margin):
         self.how = how
 
     def __call__(self, output, batch, step):
-        if step.number == FAIL_AT and self.how in WAYS and not Path("mended").exists():
+        if step.number == FAIL_AT and self.how in WAYS and not Path("fixed").exists():
             WAYS[self.how]()
         return super().__call__(output, batch, step)

@@ -1,4 +1,4 @@
-"""Sweeps on the engines of clusters, each with what it has for a single machine."""
+"""Test sweeps with the launchers for clusters, in their single-machine modes."""
 
 import os
 import signal
@@ -12,16 +12,16 @@ from capsexp.training.run_dir import RunDir
 
 @pytest.fixture
 def sweep(tmp_path):
-    """`sweep(WORDS)` starts `capsexp train -m` in a process of its own, with its output in a file."""
+    """`sweep(*ARGUMENTS)` starts `capsexp train -m` as a process, with its output in a file."""
     started = []
 
-    def start(*words):
-        with open(tmp_path / "said", "w") as said:
-            command = [sys.executable, "-m", "capsexp", "train", "-m", "hydra.sweep.dir=sweep", *words]
+    def start(*arguments):
+        with open(tmp_path / "output", "w") as output:
+            command = [sys.executable, "-m", "capsexp", "train", "-m", "hydra.sweep.dir=sweep", *arguments]
             variables = {"COLUMNS": "250", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
             started.append(
                 subprocess.Popen(
-                    command, cwd=tmp_path, env=os.environ | variables, stdout=said, stderr=subprocess.STDOUT
+                    command, cwd=tmp_path, env=os.environ | variables, stdout=output, stderr=subprocess.STDOUT
                 )
             )
         return started[-1]
@@ -39,34 +39,34 @@ def runs(folder):
 
 
 @pytest.mark.slow
-def test_a_preempted_job_is_queued_again_and_goes_on_bit_for_bit(
+def test_a_preempted_job_is_queued_again_and_resumes_bit_for_bit(
     sweep, tmp_path, tiny_overrides, train_tiny, until
 ):
     pytest.importorskip("submitit", reason="the extra [slurm] is not installed")
     long = ["trainer.max_epochs=120", "trainer.images_every=1000"]
-    words = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10", "seed=0"]
-    process = sweep(*words, *tiny_overrides, *long, "trainer.save_every=100000")
+    launcher = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10", "seed=0"]
+    process = sweep(*launcher, *tiny_overrides, *long, "trainer.save_every=100000")
 
     def status():
         return runs(tmp_path)[0].status() if runs(tmp_path) else {}
 
-    until(status, lambda told: told.get("status") == "running" and told.get("step", 0) > 0, seconds=300)
+    until(status, lambda found: found.get("status") == "running" and found.get("step", 0) > 0, seconds=300)
     first = status()["pid"]
     os.kill(first, signal.SIGUSR2)
-    assert process.wait(300) == 0, (tmp_path / "said").read_text()
+    assert process.wait(300) == 0, (tmp_path / "output").read_text()
     (run,) = runs(tmp_path)
     train_tiny(tmp_path / "whole", *long)
     assert (run.path / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
-    told = run.status()
-    assert told["status"] == "completed"
-    assert told["pid"] != first
-    (resume,) = told["resumes"]
+    last = run.status()
+    assert last["status"] == "completed"
+    assert last["pid"] != first
+    (resume,) = last["resumes"]
     assert resume["step"] > 0
 
 
 @pytest.mark.slow
 def test_jobs_run_under_ray(sweep, tmp_path, tiny_overrides):
     pytest.importorskip("ray", reason="the extra [ray] is not installed")
-    words = ["hydra/launcher=ray", "seed=0,1", *tiny_overrides, "trainer.max_steps=2"]
-    assert sweep(*words).wait(500) == 0, (tmp_path / "said").read_text()
+    arguments = ["hydra/launcher=ray", "seed=0,1", *tiny_overrides, "trainer.max_steps=2"]
+    assert sweep(*arguments).wait(500) == 0, (tmp_path / "output").read_text()
     assert [run.status()["status"] for run in runs(tmp_path)] == ["completed"] * 2

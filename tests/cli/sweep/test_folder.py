@@ -5,7 +5,7 @@ import socket
 import pytest
 from rich.console import Console
 
-from capsexp.cli.sweep.folder import Sweep, table, told_apart
+from capsexp.cli.sweep.folder import Sweep, differing_overrides, jobs_table
 from capsexp.config.naming import job_name
 from capsexp.errors import UserError
 from capsexp.training.run_dir import RunDir
@@ -16,39 +16,39 @@ def sweep(tmp_path):
     return Sweep(tmp_path / "sweep")
 
 
-def finish(sweep, overrides, **status):
-    """A job that another process has worked on."""
-    run = sweep.ask(overrides)
+def write_status(sweep, overrides, **status):
+    """Write the status of a job, as its process would."""
+    run = sweep.add(overrides)
     run.path.mkdir(parents=True, exist_ok=True)
     (run.path / "status.json").write_text(json.dumps(status))
 
 
-def shown(sweep, **options):
+def printed_table(sweep, **options):
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     with console.file:
-        console.print(table(sweep.jobs(), **options))
+        console.print(jobs_table(sweep.jobs(), **options))
     return console.export_text()
 
 
-def test_a_jobs_directory_follows_from_its_overrides(sweep):
-    assert sweep.ask(["seed=0"]).path == sweep.path / job_name(["seed=0"])
+def test_the_directory_of_a_job_depends_on_its_overrides(sweep):
+    assert sweep.add(["seed=0"]).path == sweep.path / job_name(["seed=0"])
 
 
-def test_what_was_asked_for_is_remembered(sweep):
-    finish(sweep, ["seed=0"], status="completed", step=3, results={"test/accuracy": 0.5}, pid=7)
-    sweep.ask(["seed=1"])
-    sweep.begin("capsexp train -m seed=0,1")
+def test_a_sweep_remembers_its_jobs(sweep):
+    write_status(sweep, ["seed=0"], status="completed", step=3, results={"test/accuracy": 0.5}, pid=7)
+    sweep.add(["seed=1"])
+    sweep.write_command("capsexp train -m seed=0,1")
     again = Sweep(sweep.path)
-    again.ask(["seed=2"])
+    again.add(["seed=2"])
     assert [(job.overrides, job.state) for job in again.jobs()] == [
         (["seed=0"], "finished"),
         (["seed=1"], "waiting"),
         (["seed=2"], "waiting"),
     ]
     assert not again.succeeded()
-    told = json.loads((sweep.path / "sweep.json").read_text())
-    assert told["command"] == "capsexp train -m seed=0,1"
-    assert told["jobs"][job_name(["seed=0"])] == {
+    content = json.loads((sweep.path / "sweep.json").read_text())
+    assert content["command"] == "capsexp train -m seed=0,1"
+    assert content["jobs"][job_name(["seed=0"])] == {
         "overrides": ["seed=0"],
         "status": "finished",
         "step": 3,
@@ -67,37 +67,39 @@ def test_runs_of_another_launcher_are_found(sweep):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"jobs": 3, "command": ""}', '{"jobs": {"a": {}}}'])
-def test_a_damaged_note_is_begun_anew(content, sweep):
+def test_a_damaged_sweep_json_is_replaced(content, sweep):
     sweep.path.mkdir()
     (sweep.path / "sweep.json").write_text(content)
     again = Sweep(sweep.path)
     assert again.jobs() == []
-    again.begin("command")
+    again.write_command("command")
     assert json.loads((sweep.path / "sweep.json").read_text())["jobs"] == {}
 
 
-def test_one_sweep_at_a_time(sweep):
-    refusal = rf"^this sweep is already at work in {sweep.path} \(process \d+ on .+\): hydra\.sweep\.dir=DIR"
-    with sweep.held(), pytest.raises(UserError, match=refusal), Sweep(sweep.path).held():
+def test_a_folder_runs_one_sweep_at_a_time(sweep):
+    refusal = rf"^this sweep is already running in {sweep.path} \(process \d+ on .+\): hydra\.sweep\.dir=DIR"
+    with sweep.locked(), pytest.raises(UserError, match=refusal), Sweep(sweep.path).locked():
         raise AssertionError("two sweeps")
-    with sweep.held():
+    with sweep.locked():
         pass
 
 
-def test_jobs_are_told_apart_by_what_differs():
-    assert told_apart([["a.b=1", "seed=0"], ["a.b=1", "seed=1"]]) == ["seed=0", "seed=1"]
-    assert told_apart([["model.routing.iterations=1"]]) == ["iterations=1"]
-    assert told_apart([["a=1"], ["a=1", "b=2"]]) == ["as it is", "b=2"]
-    assert told_apart([]) == []
+def test_jobs_are_labelled_by_their_differing_overrides():
+    assert differing_overrides([["a.b=1", "seed=0"], ["a.b=1", "seed=1"]]) == ["seed=0", "seed=1"]
+    assert differing_overrides([["model.routing.iterations=1"]]) == ["iterations=1"]
+    assert differing_overrides([["a=1"], ["a=1", "b=2"]]) == ["defaults", "b=2"]
+    assert differing_overrides([]) == []
 
 
-def test_the_table_has_how_every_job_stands(sweep):
+def test_the_table_shows_the_status_of_every_job(sweep):
     done = {"step": 9, "total": 9, "best": {"accuracy": 0.75, "step": 5}, "seconds": 61.2}
-    finish(sweep, ["m=[8,8]", "seed=0"], status="completed", results={"test/accuracy": 0.5}, **done)
-    finish(sweep, ["m=[8,8]", "seed=1"], status="failed", error="KeyError: [red]'a'\nmore")
-    finish(sweep, ["m=[8,8]", "seed=2"], status="interrupted", error="SIGTERM", step=3, total=9)
-    sweep.ask(["m=[8,8]", "seed=3"])
-    lines = [re.split(r" *│ *", line)[1:-1] for line in shown(sweep).splitlines() if line.startswith("│")]
+    write_status(sweep, ["m=[8,8]", "seed=0"], status="completed", results={"test/accuracy": 0.5}, **done)
+    write_status(sweep, ["m=[8,8]", "seed=1"], status="failed", error="KeyError: [red]'a'\nmore")
+    write_status(sweep, ["m=[8,8]", "seed=2"], status="interrupted", error="SIGTERM", step=3, total=9)
+    sweep.add(["m=[8,8]", "seed=3"])
+    lines = [
+        re.split(r" *│ *", line)[1:-1] for line in printed_table(sweep).splitlines() if line.startswith("│")
+    ]
     assert lines == [
         ["seed=0", "finished", "9/9", "0.7500", "0.5000", "61 s", ""],
         ["seed=1", "failed", "", "", "", "", "KeyError: [red]'a'"],
@@ -106,26 +108,26 @@ def test_the_table_has_how_every_job_stands(sweep):
     ]
 
 
-def test_a_short_table_shows_first_what_is_at_work_or_failed(sweep):
+def test_a_short_table_prefers_running_and_failed_jobs(sweep):
     for seed in range(8):
         state = {6: "running", 7: "failed"}.get(seed, "completed")
-        finish(sweep, [f"seed={seed}"], status=state, host=socket.gethostname())
-    with sweep.ask(["seed=6"]).locked():
-        text = shown(sweep, rows=3)
+        write_status(sweep, [f"seed={seed}"], status=state, host=socket.gethostname())
+    with sweep.add(["seed=6"]).locked():
+        text = printed_table(sweep, max_rows=3)
     assert [seed for seed in range(8) if f"seed={seed}" in text] == [0, 6, 7]
     assert "8 jobs: 6 finished, 1 running, 1 failed" in text
-    assert "8 jobs: 6 finished, 1 died, 1 failed" in shown(sweep, rows=3)
+    assert "8 jobs: 6 finished, 1 died, 1 failed" in printed_table(sweep, max_rows=3)
 
 
-def test_recipes_end_beside_their_papers_figure(write_run, tmp_path, capsys):
-    sweep, words = Sweep(tmp_path), ["dataset=digits", "device=cpu", "trainer.max_steps=30"]
+def test_a_sweep_of_recipes_ends_with_a_table_beside_the_papers(write_run, tmp_path, capsys):
+    sweep, common = Sweep(tmp_path), ["dataset=digits", "device=cpu", "trainer.max_steps=30"]
     for name, seed, test in (("b", 0, 0.9), ("b", 1, 0.94), ("a", 0, 0.99)):
-        overrides = [f"experiment={name}", f"seed={seed}", *words]
-        path = sweep.ask(overrides).path
-        told = {"choices": {"experiment": name}, "steps_per_epoch": 20, "test": test}
+        overrides = [f"experiment={name}", f"seed={seed}", *common]
+        path = sweep.add(overrides).path
+        status = {"choices": {"experiment": name}, "steps_per_epoch": 20, "test": test}
         paper = {"error": 0.25, "sd": 0.005} if name == "b" else None
-        write_run(path.name, {"seed": seed, "paper": paper}, **told)
-    sweep.ask(["experiment=a", "seed=1", *words])  # waits
+        write_run(path.name, {"seed": seed, "paper": paper}, **status)
+    sweep.add(["experiment=a", "seed=1", *common])  # still waiting
     sweep.finish()
     lines = capsys.readouterr().out.splitlines()
     start = next(number for number, line in enumerate(lines) if line.split()[:1] == ["recipe"])
@@ -135,16 +137,16 @@ def test_recipes_end_beside_their_papers_figure(write_run, tmp_path, capsys):
         ["b", "8.00 ± 2.83 (2)", "0.25 ± 0.005", "30 ± 0 (2)", "30 ± 0 (2)", "1.5 ± 0 (2)"],
         ["a", "1.00 (1)", dash, "30 (1)", "30 (1)", "1.5 (1)"],
     ]
-    remark = "Ours with dataset=digits trainer.max_steps=30; the paper's figures are its own."
+    remark = "Ours with dataset=digits trainer.max_steps=30; the paper's errors are as published."
     assert remark in lines
     written = (tmp_path / "table.md").read_text()
     assert "| b | 8.00 ± 2.83 (2) | 0.25 ± 0.005 |" in written
     assert written.endswith(f"|\n\n{remark}\n")
 
 
-def test_without_a_papers_figure_a_sweep_has_no_such_table(write_run, tmp_path, capsys):
+def test_without_a_published_error_there_is_no_such_table(write_run, tmp_path, capsys):
     sweep = Sweep(tmp_path)
-    write_run(sweep.ask(["experiment=a"]).path.name, choices={"experiment": "a"}, test=0.9)
+    write_run(sweep.add(["experiment=a"]).path.name, choices={"experiment": "a"}, test=0.9)
     sweep.finish()
     assert "recipe" not in capsys.readouterr().out
     assert not (tmp_path / "table.md").exists()

@@ -1,4 +1,4 @@
-"""Searches beyond grids, by optuna."""
+"""Test hyperparameter search with optuna."""
 
 import os
 import re
@@ -13,10 +13,10 @@ from capsexp.training.run_dir import RunDir
 pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="the extra [optuna] is not installed")
 
 
-def search(home, *words):
+def search(home, *overrides):
     variables = {"CAPSEXP_OUTPUTS": "outputs", "COLUMNS": "250", "PYTHONPATH": str(Path(__file__).parent)}
     return subprocess.run(
-        [sys.executable, "-m", "capsexp", "train", "-m", "hydra/sweeper=search", *words],
+        [sys.executable, "-m", "capsexp", "train", "-m", "hydra/sweeper=search", *overrides],
         cwd=home,
         env=os.environ | variables,
         capture_output=True,
@@ -27,33 +27,38 @@ def search(home, *words):
 
 
 @pytest.mark.slow
-def test_a_failed_trial_does_not_end_a_study_and_the_same_command_makes_the_same_trials(
+def test_a_failed_trial_does_not_end_a_search_and_the_same_command_makes_the_same_trials(
     tmp_path, tiny_overrides
 ):
-    words = ["plugins=[failing_loss]", "loss._target_=failing_loss.Loss", "+loss.how=well,raise"]
-    words += ["hydra.sweeper.n_trials=4", "hydra.launcher.n_jobs=2", "trainer.max_steps=4", *tiny_overrides]
+    overrides = ["plugins=[failing_loss]", "loss._target_=failing_loss.Loss", "+loss.how=well,raise"]
+    overrides += [
+        "hydra.sweeper.n_trials=4",
+        "hydra.launcher.n_jobs=2",
+        "trainer.max_steps=4",
+        *tiny_overrides,
+    ]
 
     def jobs():
         (folder,) = (tmp_path / "outputs" / "sweeps").iterdir()
         return {path.parent.name: RunDir(path.parent).status() for path in folder.glob("*/status.json")}
 
-    first = search(tmp_path, *words)
+    first = search(tmp_path, *overrides)
     trials = jobs()
-    ends = [one["status"] for one in trials.values()]
+    ends = [status["status"] for status in trials.values()]
     assert len(ends) == 4
     assert {*ends} == {"completed", "failed"}
     assert first.returncode == 1
     assert "Traceback" not in first.stderr
-    again = search(tmp_path, *words)
+    again = search(tmp_path, *overrides)
     assert {*jobs()} == {*trials}
-    assert again.stdout.count(": finished before") == ends.count("completed")
+    assert again.stdout.count(": already finished") == ends.count("completed")
     assert len(re.findall(": failed: KeyError: 'a bug'; see ", again.stdout)) == ends.count("failed")
 
 
 @pytest.mark.slow
-def test_a_study_without_validation_says_what_it_needs(tmp_path, tiny_overrides):
-    words = ["dataset.validation=0", "hydra.sweeper.n_trials=1", "trainer.max_steps=1", *tiny_overrides]
-    done = search(tmp_path, *words)
+def test_a_search_without_validation_is_refused(tmp_path, tiny_overrides):
+    overrides = ["dataset.validation=0", "hydra.sweeper.n_trials=1", "trainer.max_steps=1", *tiny_overrides]
+    done = search(tmp_path, *overrides)
     assert done.returncode == 2
     assert "A trial needs a validation accuracy: dataset.validation > 0" in done.stderr
     assert "Traceback" not in done.stderr

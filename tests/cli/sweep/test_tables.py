@@ -1,11 +1,11 @@
-"""Tables of recipes: their expansion, what is refused, and the papers' figures in the recipes."""
+"""Test tables of recipes: expansion, refused overrides, and published errors."""
 
 from pathlib import Path
 
 import pytest
 import yaml
 
-from capsexp.cli.sweep.tables import checked_sweep, with_rows
+from capsexp.cli.sweep.tables import check_sweep, expand_tables
 from capsexp.config.compose import compose, conf_dir, to_plain
 from capsexp.config.naming import sweep_name
 from capsexp.config.settings import Published, comparable, published
@@ -20,7 +20,7 @@ TABLES = {
 
 # Test errors in %, as the papers print them: Sabour et al. 2017, Table 1 and section 7; Hinton et al. 2018,
 # Tables 1 and 2, sections 4 and 5.
-PRINTED = {
+PUBLISHED_ERRORS = {
     "sabour2017_mnist_baseline": (0.39, None),
     "sabour2017_mnist_r1_no_reconstruction": (0.34, 0.032),
     "sabour2017_mnist_r1_reconstruction": (0.29, 0.011),
@@ -51,8 +51,8 @@ PRINTED = {
     "hinton2018_elevation": (12.3, None),
     "hinton2018_elevation_baseline": (17.8, None),
 }
-# Ours, or of another setting than the figure in the paper.
-NOT_PRINTED = {
+# Our own recipes, or recipes with other settings than the published experiment.
+UNPUBLISHED = {
     *("quickstart", "sabour2017_mnist_official", "sabour2017_cifar10", "hinton2018_smallnorb_laptop"),
     *("sabour2017_mnist_uniform", "sabour2017_mnist_shared_uniform", "sabour2017_mnist_shared_r3"),
     *("hinton2018_table1_shared", "hinton2018_azimuth_laptop", "hinton2018_elevation_laptop"),
@@ -63,7 +63,7 @@ NOT_PRINTED = {
 
 @pytest.fixture
 def own(tmp_path):
-    """Write experiments into a folder of a user's own configs; returns the folder."""
+    """Write experiments into a folder of user configs; return the folder."""
     folder = tmp_path / "own" / "experiment"
     folder.mkdir(parents=True)
 
@@ -83,9 +83,9 @@ def pair(own):
 
 
 def problems(overrides, *, config_dir=None):
-    jobs, rows = with_rows(overrides, config_dir=config_dir)
+    expanded, rows = expand_tables(overrides, config_dir=config_dir)
     with pytest.raises(UserError) as caught:
-        checked_sweep("train", jobs, rows=rows, config_dir=config_dir)
+        check_sweep("train", expanded, rows=rows, config_dir=config_dir)
     return list(caught.value.problems)
 
 
@@ -94,29 +94,32 @@ def test_every_row_of_a_table_is_a_recipe(name):
     rows = TABLES[name]
     assert len({*rows}) == len(rows) > 1
     assert {*rows} <= EXPERIMENTS.keys() - TABLES.keys()
-    assert with_rows([f"experiment={name}"], config_dir=None) == ([f"experiment={','.join(rows)}"], rows)
+    assert expand_tables([f"experiment={name}"], config_dir=None) == ([f"experiment={','.join(rows)}"], rows)
 
 
-@pytest.mark.parametrize("name", sorted(EXPERIMENTS.keys() - TABLES.keys() - NOT_PRINTED))
-def test_a_recipe_has_the_papers_figure(name):
-    assert published(to_plain(compose("train", [f"experiment={name}"], config_dir=None))) == PRINTED[name]
+@pytest.mark.parametrize("name", sorted(EXPERIMENTS.keys() - TABLES.keys() - UNPUBLISHED))
+def test_a_recipe_has_its_published_error(name):
+    assert (
+        published(to_plain(compose("train", [f"experiment={name}"], config_dir=None)))
+        == PUBLISHED_ERRORS[name]
+    )
 
 
-@pytest.mark.parametrize("name", sorted(NOT_PRINTED))
-def test_what_no_paper_has_gets_no_figure(name):
+@pytest.mark.parametrize("name", sorted(UNPUBLISHED))
+def test_an_unpublished_recipe_has_no_error(name):
     assert published(to_plain(compose("train", [f"experiment={name}"], config_dir=None))) is None
 
 
-def test_a_tables_rows_stand_where_its_name_was(pair):
-    words = ["seed=0,1", "experiment=pair", "trainer.max_steps=3"]
-    assert with_rows(words, config_dir=pair) == (
+def test_the_rows_of_a_table_replace_its_name(pair):
+    overrides = ["seed=0,1", "experiment=pair", "trainer.max_steps=3"]
+    assert expand_tables(overrides, config_dir=pair) == (
         ["seed=0,1", "experiment=quickstart,large", "trainer.max_steps=3"],
         ["quickstart", "large"],
     )
 
 
 @pytest.mark.parametrize(
-    ("word", "rows"),
+    ("override", "expanded"),
     [
         ("+experiment=pair", "+experiment=quickstart,large"),
         ("experiment=hinton2018_mnist,pair", "experiment=hinton2018_mnist,quickstart,large"),
@@ -124,12 +127,12 @@ def test_a_tables_rows_stand_where_its_name_was(pair):
         ("experiment=glob(pa*)", "experiment=quickstart,large"),
     ],
 )
-def test_tables_are_found_in_lists_and_no_recipe_comes_twice(word, rows, pair):
-    assert with_rows([word], config_dir=pair)[0] == [rows]
+def test_tables_are_expanded_in_lists_without_duplicates(override, expanded, pair):
+    assert expand_tables([override], config_dir=pair)[0] == [expanded]
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         [],
         ["experiment=quickstart"],
@@ -139,82 +142,82 @@ def test_tables_are_found_in_lists_and_no_recipe_comes_twice(word, rows, pair):
         ["seed="],
     ],
 )
-def test_what_holds_no_table_stays_as_it_is(words):
-    assert with_rows(words, config_dir=None) == (words, [])
+def test_overrides_without_a_table_stay_the_same(overrides):
+    assert expand_tables(overrides, config_dir=None) == (overrides, [])
 
 
-def test_a_table_by_itself_is_no_run(pair):
-    told = "experiment=pair is a table of 2 recipes: `capsexp train -m` trains them all"
-    with pytest.raises(UserError, match=f"^{told}, experiment=quickstart is the first of them$"):
+def test_a_table_is_not_a_run(pair):
+    problem = "experiment=pair is a table of 2 recipes: `capsexp train -m` trains them all"
+    with pytest.raises(UserError, match=f"^{problem}, experiment=quickstart is the first of them$"):
         compose("train", ["experiment=pair"], config_dir=pair)
 
 
-def test_mistakes_in_rows_are_told_at_once_and_of_which_rows(own):
+def test_errors_in_rows_are_reported_at_once_with_their_rows(own):
     sizes = {"one": 0, "two": -1, "three": 16}
     recipes = {
         name: f"defaults: [quickstart]\nmodel: {{class_dim: {size}}}\n" for name, size in sizes.items()
     }
     folder = own(**recipes, all="table: [three, one, two, four]\n")
-    told = problems(["experiment=all", "seed=0,1", "trainer.max_step=3"], config_dir=folder)
-    assert told[1:] == ["unknown key 'trainer.max_step': did you mean 'trainer.max_steps'?"]
-    assert told[0].startswith("experiment=four: no such option")
+    lines = problems(["experiment=all", "seed=0,1", "trainer.max_step=3"], config_dir=folder)
+    assert lines[1:] == ["unknown key 'trainer.max_step': did you mean 'trainer.max_steps'?"]
+    assert lines[0].startswith("experiment=four: no such option")
     own(all="table: [three, one, two]\n")
-    told = problems(["experiment=all"], config_dir=folder)
-    assert told == [
+    lines = problems(["experiment=all"], config_dir=folder)
+    assert lines == [
         "experiment=one: model: class_dim must be >= 1, got 0",
         "experiment=two: model: class_dim must be >= 1, got -1",
     ]
 
 
-def test_a_row_may_be_no_table_itself(pair, own):
+def test_a_row_cannot_be_a_table(pair, own):
     own(nested="table: [pair, quickstart]\n")
     (line,) = problems(["experiment=nested"], config_dir=pair)
     assert line.startswith("experiment=pair is a table of 2 recipes")
 
 
-@pytest.mark.parametrize("word", ["model.class_dim=8", "model.class_dim=8,16"])
-def test_what_the_rows_differ_in_cannot_be_set_for_all_of_them(word, pair):
-    (line,) = problems(["experiment=pair", word], config_dir=pair)
-    told = f"{word}: the rows of the table differ in model.class_dim, and all would have this one"
-    assert line == f"{told}; those that have 16 are experiment=quickstart"
+@pytest.mark.parametrize("override", ["model.class_dim=8", "model.class_dim=8,16"])
+def test_a_setting_in_which_rows_differ_cannot_be_overridden(override, pair):
+    (line,) = problems(["experiment=pair", override], config_dir=pair)
+    start = f"{override}: the rows of the table differ in model.class_dim, and this would make them equal"
+    assert line == f"{start}; the rows with 16 are experiment=quickstart"
 
 
-def test_another_network_for_a_whole_table_would_be_the_baselines_too():
+def test_a_table_of_several_networks_refuses_another_network():
     (line,) = problems(["experiment=hinton2018_table1", "model=em_routing"])
-    start, _, rows = line.partition("; those that have em_routing_310k are experiment=")
-    assert start == "model=em_routing: the rows of the table differ in model, and all would have this one"
+    start, _, rows = line.partition("; the rows with em_routing_310k are experiment=")
+    assert start == "model=em_routing: the rows of the table differ in model, and this would make them equal"
     others = [row for row in TABLES["hinton2018_table1"] if row != "hinton2018_table1_baseline"]
     assert rows.split(",") == others
-    checked_sweep("train", [f"experiment={rows}", "model=em_routing"], rows=[], config_dir=None)
+    check_sweep("train", [f"experiment={rows}", "model=em_routing"], rows=[], config_dir=None)
 
 
-def test_what_the_rows_have_in_common_can_be_set(pair):
-    words = [
+def test_settings_that_all_rows_share_can_be_overridden(pair):
+    overrides = [
         "model.decoder=null",
         "loss.present=0.8",
         "optimizer=sgd",
         "dataset=mnist",
         "trainer.max_steps=3",
     ]
-    jobs, rows = with_rows(["experiment=pair", *words], config_dir=pair)
-    assert checked_sweep("train", jobs, rows=rows, config_dir=pair)
+    expanded, rows = expand_tables(["experiment=pair", *overrides], config_dir=pair)
+    assert check_sweep("train", expanded, rows=rows, config_dir=pair)
 
 
-def test_every_mistake_in_any_value_of_a_sweep_is_told():
-    told = problems(["model.class_dim=16,0,-1"])
-    assert told == [f"model: class_dim must be >= 1, got {size}" for size in (0, -1)]
+def test_errors_in_all_values_of_a_sweep_are_reported():
+    lines = problems(["model.class_dim=16,0,-1"])
+    assert lines == [f"model: class_dim must be >= 1, got {size}" for size in (0, -1)]
 
 
-def test_two_tables_have_two_folders_and_a_table_gives_the_sweep_its_name():
+def test_each_table_has_its_own_folder_with_its_name():
     names = [sweep_name({"experiment": name}, [f"experiment={name}"], ["seed"]) for name in TABLES]
     assert len({*names}) == len(TABLES)
-    assert all(found.startswith(f"{name}-seed-") for name, found in zip(TABLES, names, strict=True))
+    assert all(folder.startswith(f"{name}-seed-") for name, folder in zip(TABLES, names, strict=True))
 
 
-# The paper's figure
+# Published errors
 
 
-def test_the_papers_figure_is_no_setting():
+def test_a_published_error_is_not_a_setting():
     config = {"seed": 1, "paper": {"error": 0.25, "sd": 0.005}}
     assert published(config) == Published(0.25, 0.005)
     assert comparable(config) == comparable({"seed": 1}) == {"seed": 1}
@@ -225,14 +228,14 @@ def test_the_papers_figure_is_no_setting():
 @pytest.mark.parametrize(
     "node", [0.25, "0.25", {}, {"error": None}, {"error": 101}, {"error": 1, "sd": -1}, {"error": 1, "n": 3}]
 )
-def test_a_figure_that_is_none_is_refused(node):
+def test_an_invalid_published_error_is_refused(node):
     with pytest.raises(
         ValueError, match=r"^paper must be null or \{error: PERCENT, sd: PERCENT or null\}, got "
     ):
         published({"paper": node})
 
 
-def test_a_recipe_with_a_wrong_figure_is_told_before_anything_is_done(own):
+def test_a_recipe_with_an_invalid_published_error_is_reported_before_it_runs(own):
     folder = own(wrong="defaults: [quickstart]\npaper: {eror: 3}\n")
     (line,) = problems(["experiment=wrong,quickstart"], config_dir=folder)
     assert line == "paper must be null or {error: PERCENT, sd: PERCENT or null}, got {'eror': 3}"

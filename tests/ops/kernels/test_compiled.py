@@ -17,7 +17,7 @@ needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="needs a
 
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
-    """A cache of kernels with nothing in it, and a source that is quick to compile."""
+    """An empty cache of kernels, and a source that compiles fast."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     source = tmp_path / "em.cpp"
     source.write_text('extern "C" int em_forward(const void *) { return 7; }\n')
@@ -43,14 +43,14 @@ def starting(source, cache, code=LOAD, **environment):
 @needs_compiler
 def test_the_library_is_built_once_and_says_so(empty_cache, capfd):
     assert compiled.library().em_forward(None) == 7
-    told = capfd.readouterr().err
-    assert "building the routing" in told
-    assert str(compiled.library_path()) in told
+    progress = capfd.readouterr().err
+    assert "building the routing" in progress
+    assert str(compiled.library_path()) in progress
     compiled.library.cache_clear()
     assert compiled.library().em_forward(None) == 7
     assert capfd.readouterr().err == ""
-    kept = sorted(path.name for path in empty_cache.iterdir())
-    assert kept == sorted([compiled.library_path().name, compiled.library_path().with_suffix(".lock").name])
+    files = sorted(path.name for path in empty_cache.iterdir())
+    assert files == sorted([compiled.library_path().name, compiled.library_path().with_suffix(".lock").name])
 
 
 @needs_compiler

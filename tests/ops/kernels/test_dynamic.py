@@ -1,4 +1,4 @@
-"""The fused layer is held to the plain one, which tests/routing/test_dynamic.py holds to the paper."""
+"""The fused layer against the reference, which tests/routing/test_dynamic.py compares with the paper."""
 
 import functools
 
@@ -72,37 +72,37 @@ def values_and_gradients(layer, poses):
     poses = poses.clone().requires_grad_()
     results = layer(Capsules(poses, poses.norm(dim=2)))[:3]
     generator = torch.Generator().manual_seed(2)
-    weights = (torch.randn(one.shape, generator=generator, dtype=torch.float64) for one in results)
-    loss = sum((one * weight.to(one)).sum() for one, weight in zip(results, weights, strict=True))
+    weights = (torch.randn(tensor.shape, generator=generator, dtype=torch.float64) for tensor in results)
+    loss = sum((tensor * weight.to(tensor)).sum() for tensor, weight in zip(results, weights, strict=True))
     gradients = torch.autograd.grad(loss, [poses, *layer.parameters()], materialize_grads=True)
-    return [*(one.detach() for one in results), *gradients]
+    return [*(tensor.detach() for tensor in results), *gradients]
 
 
 def assert_same(shape, **options):
     expected, got = (
-        values_and_gradients(layer_of(shape, implementation=one, **options), inputs_for(shape))
-        for one in ("reference", "fused")
+        values_and_gradients(layer_of(shape, implementation=implementation, **options), inputs_for(shape))
+        for implementation in ("reference", "fused")
     )
-    for one, other in zip(expected, got, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-11)
+    for tensor, other in zip(expected, got, strict=True):
+        torch.testing.assert_close(other, tensor, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("iterations", [1, 2, 3, 5])
-def test_values_and_gradients_are_those_of_the_plain_path(shape, iterations):
+def test_values_and_gradients_are_those_of_the_reference(shape, iterations):
     assert layer_of(shape).fused_reason() is None
     assert_same(shape, iterations=iterations)
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
-def test_shared_transformations_have_the_values_and_gradients_of_the_plain_path(switches):
+def test_shared_transformations_have_the_values_and_gradients_of_the_reference(switches):
     assert_same(SHAPES[2], shared=True, votes_mib=0.01, **switches)
 
 
 @pytest.mark.parametrize("changes", SWITCHES, ids=str)
 @pytest.mark.parametrize("iterations", [1, 3])
-@pytest.mark.parametrize("votes_mib", [None, 1e-6])  # 1e-6: one picture at a time
-def test_every_switch_does_what_it_does_in_the_plain_path(changes, iterations, votes_mib):
+@pytest.mark.parametrize("votes_mib", [None, 1e-6])  # 1e-6: one image at a time
+def test_every_switch_does_what_it_does_in_the_reference(changes, iterations, votes_mib):
     assert_same(SHAPES[0], iterations=iterations, votes_mib=votes_mib, **changes)
 
 
@@ -115,34 +115,34 @@ def test_every_switch_does_what_it_does_in_the_plain_path(changes, iterations, v
     switch=st.sampled_from(SWITCHES),
 )
 @settings(max_examples=30, deadline=None)
-def test_layers_of_any_shape_are_routed_as_in_the_plain_path(
+def test_layers_of_any_shape_are_routed_as_in_the_reference(
     children, numbers, parents, quarter, iterations, switch
 ):
     assert_same((children, numbers, parents, 4 * quarter), iterations=iterations, **switch)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1e3])
-def test_extreme_poses_are_routed_as_in_the_plain_path(scale):
+def test_extreme_poses_are_routed_as_in_the_reference(scale):
     shape = SHAPES[2]
     results = [
-        values_and_gradients(layer_of(shape, implementation=one), inputs_for(shape, scale=scale))
-        for one in ("reference", "fused")
+        values_and_gradients(layer_of(shape, implementation=implementation), inputs_for(shape, scale=scale))
+        for implementation in ("reference", "fused")
     ]
-    for one, other in zip(*results, strict=True):
+    for tensor, other in zip(*results, strict=True):
         assert other.isfinite().all()
-        torch.testing.assert_close(other, one, rtol=1e-8, atol=1e-10 * max(1.0, one.abs().max().item()))
+        torch.testing.assert_close(other, tensor, rtol=1e-8, atol=1e-10 * max(1.0, tensor.abs().max().item()))
 
 
 @pytest.mark.parametrize("scale", [0.3, 3.0])
-def test_float32_error_is_at_most_twice_that_of_the_plain_path(scale):
+def test_float32_error_is_at_most_twice_that_of_the_reference(scale):
     shape = (40, 8, 10, 16)
     poses = inputs_for(shape, batch=8, scale=scale, dtype=torch.float32)
     exact = layer_of(shape, implementation="reference", dtype=torch.float32).double()
     truth = values_and_gradients(exact, poses.double())
     errors = [
         [
-            ((one - right).norm() / right.norm()).item()
-            for one, right in zip(
+            ((tensor - right).norm() / right.norm()).item()
+            for tensor, right in zip(
                 values_and_gradients(layer_of(shape, implementation=how, dtype=torch.float32), poses),
                 truth,
                 strict=True,
@@ -168,14 +168,14 @@ def test_gradients_pass_gradcheck():
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_number_of_the_results_is_written(shape):
-    torch.use_deterministic_algorithms(True)  # fills new memory with what is no number
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
         assert torch.empty(3).isnan().all()
         results = values_and_gradients(layer_of(shape, prior="learned", bias=True), inputs_for(shape))
     finally:
         torch.use_deterministic_algorithms(False)
-    for one in results:
-        assert one.isfinite().all()
+    for tensor in results:
+        assert tensor.isfinite().all()
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
@@ -187,20 +187,20 @@ def test_results_do_not_depend_on_the_number_of_threads():
             results.append(values_and_gradients(layer_of(SHAPES[2], dtype=torch.float32), poses))
     finally:
         torch.set_num_threads(before)
-    for one, *others in zip(*results, strict=True):
+    for tensor, *others in zip(*results, strict=True):
         for other in others:
-            assert torch.equal(one, other)
+            assert torch.equal(tensor, other)
 
 
 def test_an_empty_batch_gives_empty_results():
     results = values_and_gradients(
         layer_of(SHAPES[0], prior="learned", bias=True), inputs_for(SHAPES[0], batch=0)
     )
-    assert [len(one) for one in results[:3]] == [0, 0, 0]
-    assert not any(one.any() for one in results[4:])
+    assert [len(tensor) for tensor in results[:3]] == [0, 0, 0]
+    assert not any(tensor.any() for tensor in results[4:])
 
 
-def test_poses_that_there_is_no_code_for_take_the_plain_path():
+def test_poses_that_there_is_no_code_for_take_the_reference_path():
     shape = (5, 3, 4, 6)
     assert layer_of(shape).fused_reason() == "there is no fused dynamic routing for poses of size 6"
     assert_same(shape)
@@ -222,9 +222,9 @@ def test_the_operator_keeps_the_rules_of_its_framework():
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     checked = torch.library.opcheck(dynamic_routing_op, (*given_, 3, False, False, 2), test_utils=tests)
     assert set(checked.values()) == {"SUCCESS"}
-    coupling, total, poses = (one.detach() for one in dynamic_routing_op(*given_, 3, False, False, 2))
-    kept = (inputs.detach(), layer.weight.detach(), coupling, total, poses)
-    backward = (poses[-1].clone(), coupling[-1].clone(), *kept, True, False, 2)
+    coupling, total, poses = (tensor.detach() for tensor in dynamic_routing_op(*given_, 3, False, False, 2))
+    saved = (inputs.detach(), layer.weight.detach(), coupling, total, poses)
+    backward = (poses[-1].clone(), coupling[-1].clone(), *saved, True, False, 2)
     checked = torch.library.opcheck(dynamic_routing_backward_op, backward, test_utils=tests[:2])
     assert set(checked.values()) == {"SUCCESS"}
 
@@ -236,5 +236,5 @@ def test_torch_compile_takes_the_fused_layer_as_a_whole():
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True)
     compiled.routing = layer.routing
-    for one, other in zip(expected, values_and_gradients(compiled, poses), strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-11)
+    for tensor, other in zip(expected, values_and_gradients(compiled, poses), strict=True):
+        torch.testing.assert_close(other, tensor, rtol=1e-9, atol=1e-11)

@@ -1,4 +1,4 @@
-"""The Triton kernels are held to the reference, which tests/routing/test_dynamic.py holds to the paper."""
+"""The Triton kernels against the reference, which tests/routing/test_dynamic.py compares with the paper."""
 
 import itertools
 import multiprocessing
@@ -10,7 +10,7 @@ import torch
 
 from capsexp.routing.dynamic import dynamic_routing_reference
 
-pytest.importorskip("triton", reason="Triton is not installed: there are builds for Linux alone")
+pytest.importorskip("triton", reason="Triton is not installed: it is built for Linux only")
 
 from capsexp.ops.kernels.dynamic_triton import dynamic_backward, dynamic_forward
 
@@ -23,8 +23,8 @@ SMALL_TILES = "VOTES, STEPS = 1024, 2"
 def interpreted():
     """Calls a function of the kernels' module with Triton's interpreter.
 
-    In a process of its own: Triton takes the interpreter if told so before its first import, which torch may
-    have made long ago; and the interpreter leaves its changes to Triton's language behind.
+    In a separate process: Triton chooses the interpreter at its first import, and torch may have imported it
+    already; also, the interpreter does not undo its changes to Triton's language.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -39,14 +39,14 @@ def interpreted():
 def compiled(function, *arguments):
     """Calls a function of the kernels' module on the accelerator."""
     on = [
-        [each.cuda() for each in one]
-        if isinstance(one, list)
-        else one.cuda()
-        if isinstance(one, torch.Tensor)
-        else one
-        for one in arguments
+        [each.cuda() for each in argument]
+        if isinstance(argument, list)
+        else argument.cuda()
+        if isinstance(argument, torch.Tensor)
+        else argument
+        for argument in arguments
     ]
-    return [None if one is None else one.cpu() for one in function(*on)]
+    return [None if tensor is None else tensor.cpu() for tensor in function(*on)]
 
 
 def random(*shape, seed=0, scale=1.0):
@@ -65,20 +65,26 @@ def example(shape, *, prior=True, bias=True, seed=0):
 
 def weights_like(*results):
     """Of the random linear function whose gradients are compared."""
-    return [random(*one.shape, seed=9).to(one) for one in results]
+    return [random(*tensor.shape, seed=9).to(tensor) for tensor in results]
 
 
 def plain(votes, prior, bias, *, use=(True, True), **options):
     """Poses, coupling [B, I, J]; then the gradients of the votes, and of prior and bias if there are any."""
-    inputs = [None if one is None else one.detach().clone().requires_grad_() for one in (votes, prior, bias)]
+    inputs = [
+        None if tensor is None else tensor.detach().clone().requires_grad_()
+        for tensor in (votes, prior, bias)
+    ]
     routed = dynamic_routing_reference(inputs[0], prior=inputs[1], bias=inputs[2], **options)
     results = (routed.poses, routed.coupling)
     weights = weights_like(*results)
-    loss = sum((one * w).sum() for one, w, used in zip(results, weights, use, strict=True) if used)
-    wanted = [one for one in inputs if one is not None]
+    loss = sum((tensor * w).sum() for tensor, w, used in zip(results, weights, use, strict=True) if used)
+    tensors = [tensor for tensor in inputs if tensor is not None]
     if not loss.requires_grad:  # the coupling of a single pass without a prior
-        return [one.detach() for one in results] + [torch.zeros_like(one) for one in wanted]
-    return [*(one.detach() for one in results), *torch.autograd.grad(loss, wanted, materialize_grads=True)]
+        return [tensor.detach() for tensor in results] + [torch.zeros_like(tensor) for tensor in tensors]
+    return [
+        *(tensor.detach() for tensor in results),
+        *torch.autograd.grad(loss, tensors, materialize_grads=True),
+    ]
 
 
 def in_triton(run: Callable, votes, prior, bias, *, iterations, leaky, detach, use=(True, True)):
@@ -98,19 +104,19 @@ def in_triton(run: Callable, votes, prior, bias, *, iterations, leaky, detach, u
         prior is not None,
     )
     assert (d_prior is None) == (prior is None)
-    learned = [one for one, given in ((d_prior, prior), (d_bias, bias)) if given is not None]
+    learned = [tensor for tensor, given in ((d_prior, prior), (d_bias, bias)) if given is not None]
     return [poses, coupling.transpose(1, 2), d_votes.transpose(1, 2), *learned]
 
 
 def assert_same(run, inputs, **options):
     expected, got = plain(*inputs, **options), in_triton(run, *inputs, **options)
-    for one, other in zip(expected, got, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-12)
+    for tensor, other in zip(expected, got, strict=True):
+        torch.testing.assert_close(other, tensor, rtol=1e-10, atol=1e-12)
 
 
 def errors(truth, got):
     return torch.tensor(
-        [((one - exact).norm() / exact.norm()).item() for exact, one in zip(truth, got, strict=True)]
+        [((tensor - exact).norm() / exact.norm()).item() for exact, tensor in zip(truth, got, strict=True)]
     )
 
 
@@ -147,14 +153,14 @@ def test_votes_of_zero_have_finite_gradients(interpreted):
     got = in_triton(
         interpreted, torch.zeros_like(votes), prior, None, iterations=3, leaky=False, detach=False
     )
-    assert all(one.isfinite().all() for one in got)
+    assert all(tensor.isfinite().all() for tensor in got)
     assert not got[0].any()
     torch.testing.assert_close(got[1], prior.softmax(1).expand_as(got[1]))
 
 
 def test_float32_error_is_at_most_twice_that_of_plain_torch(interpreted):
     inputs = example((2, 36, 10, 16))
-    single = [one.float() for one in inputs]
+    single = [tensor.float() for tensor in inputs]
     options = {"iterations": 3, "leaky": False, "detach": False}
     truth = plain(*inputs, **options)
     allowed = errors(truth, plain(*single, **options))
@@ -168,9 +174,9 @@ def test_half_precision_is_computed_in_float32(interpreted, dtype):
     half = votes.to(dtype), prior.float(), bias.float()
     options = {"iterations": 3, "leaky": True, "detach": False}
     got = in_triton(interpreted, *half, **options)
-    assert [one.dtype for one in got] == [torch.float32] * 2 + [dtype] + [torch.float32] * 2
+    assert [tensor.dtype for tensor in got] == [torch.float32] * 2 + [dtype] + [torch.float32] * 2
     truth, single = (
-        plain(*(one.to(exact) for one in half), **options) for exact in (torch.float64, torch.float32)
+        plain(*(tensor.to(exact) for tensor in half), **options) for exact in (torch.float64, torch.float32)
     )
     slack = torch.tensor([0.0, 0.0, torch.finfo(dtype).eps, 0.0, 0.0])  # the votes' gradient is rounded
     assert (errors(truth, got) <= 2 * errors(truth, single) + slack + 1e-9).all()
@@ -185,7 +191,7 @@ def test_compiled_kernels_do_what_the_reference_does(shape, iterations):
         inputs = example(shape, prior=prior, bias=bias)
         options = {"iterations": iterations, "leaky": leaky, "detach": detach}
         assert_same(compiled, inputs, **options)
-        single = [None if one is None else one.float() for one in inputs]
+        single = [None if tensor is None else tensor.float() for tensor in inputs]
         truth = plain(*inputs, **options)
         allowed = errors(truth, plain(*single, **options))
         got = errors(truth, in_triton(compiled, *single, **options))

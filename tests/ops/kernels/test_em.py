@@ -1,4 +1,4 @@
-"""The fused path is held to the plain one, which tests/routing/test_em.py holds to the paper."""
+"""The fused implementation against the reference, which test_em_reference.py compares with the paper."""
 
 import itertools
 from typing import NamedTuple
@@ -97,11 +97,11 @@ def lazy(layer, poses, weight):
     return MatrixVotes(poses, weight, torch.arange(layer.in_types).repeat(positions), None, offsets)
 
 
-def made(votes):
+def votes_of(votes):
     """The votes, [B, P, K, J, D]."""
     places = votes.poses.unsqueeze(1) if votes.fields is None else gather_windows(votes.poses, votes.fields)
-    made_ = window_votes(places, votes.weight[votes.matrices])
-    return made_ if votes.offsets is None else made_ + votes.offsets[:, None]
+    made_votes = window_votes(places, votes.weight[votes.matrices])
+    return made_votes if votes.offsets is None else made_votes + votes.offsets[:, None]
 
 
 def shares(votes, initial):
@@ -128,7 +128,7 @@ def plain(layer, poses, weight, activations, beta_u, beta_a, *, iterations=3, te
     options = {**OPTIONS, **changes}
     votes = lazy(layer, poses, weight)
     return em_routing(
-        made(votes),
+        votes_of(votes),
         activations,
         fields=votes.fields,
         beta_u=beta_u,
@@ -142,28 +142,33 @@ def plain(layer, poses, weight, activations, beta_u, beta_a, *, iterations=3, te
 
 def values_and_gradients(run, layer, inputs, **options):
     """Poses, activations and coupling, then the gradients of a random linear function of them."""
-    inputs = [one.detach().clone().requires_grad_() for one in inputs]
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     results = run(layer, *inputs, **options)
-    loss = sum((one * random(*one.shape, seed=9).to(one)).sum() for one in results)
-    return [*(one.detach() for one in results), *torch.autograd.grad(loss, inputs, materialize_grads=True)]
+    loss = sum((tensor * random(*tensor.shape, seed=9).to(tensor)).sum() for tensor in results)
+    return [
+        *(tensor.detach() for tensor in results),
+        *torch.autograd.grad(loss, inputs, materialize_grads=True),
+    ]
 
 
 def assert_same(layer, inputs, **options):
     expected, got = (values_and_gradients(how, layer, inputs, **options) for how in (plain, fused))
-    for one, other in zip(expected, got, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-11 * max(1.0, one.abs().max().item()))
+    for tensor, other in zip(expected, got, strict=True):
+        torch.testing.assert_close(
+            other, tensor, rtol=1e-10, atol=1e-11 * max(1.0, tensor.abs().max().item())
+        )
 
 
 @EVERY_LAYER
 @pytest.mark.parametrize("iterations", [1, 2, 3, 4])
-def test_values_and_gradients_are_those_of_the_plain_path(layer, iterations):
+def test_values_and_gradients_are_those_of_the_reference(layer, iterations):
     assert_same(layer, example(layer), iterations=iterations)
 
 
 @pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[4], LAYERS[8]], ids=str)
 @pytest.mark.parametrize("changes", SWITCHES, ids=str)
 @pytest.mark.parametrize("iterations", [1, 3])
-def test_every_switch_does_what_it_does_in_the_plain_path(layer, changes, iterations):
+def test_every_switch_does_what_it_does_in_the_reference(layer, changes, iterations):
     assert_same(layer, example(layer), iterations=iterations, **changes)
 
 
@@ -181,7 +186,7 @@ def test_every_switch_does_what_it_does_in_the_plain_path(layer, changes, iterat
     seed=st.integers(0, 9),
 )
 @settings(max_examples=40, deadline=None)
-def test_layers_of_any_shape_are_routed_as_in_the_plain_path(
+def test_layers_of_any_shape_are_routed_as_in_the_reference(
     rows, columns, in_types, kernel, stride, types, pose, dense, iterations, switch, seed
 ):
     window = (min(kernel[0], rows), min(kernel[1], columns))
@@ -194,7 +199,7 @@ def test_layers_of_any_shape_are_routed_as_in_the_plain_path(
 @pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[8]], ids=str)
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 1e3])
 @pytest.mark.parametrize("active", [0.0, 1e-12, 1.0])
-def test_extreme_poses_and_silent_children_are_routed_as_in_the_plain_path(layer, scale, active):
+def test_extreme_poses_and_silent_children_are_routed_as_in_the_reference(layer, scale, active):
     poses, weight, activations, *betas = example(layer, scale=scale)
     inputs = [poses, weight, torch.full_like(activations, active), *betas]
     weak = {"temperatures": PAPERS_LAMBDA}
@@ -203,27 +208,28 @@ def test_extreme_poses_and_silent_children_are_routed_as_in_the_plain_path(layer
     ):
         assert got.isfinite().all()
         # With equal votes and hardly any mass the gradients of the poses reach 1e10, and one unit in the last
-        # place of the inputs moves them, in the plain path, by 3e-8 of that.
+        # place of the inputs moves them, in the reference, by 3e-8 of that.
         largest = max(1.0, expected.abs().max().item())
         torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-7 * largest)
 
 
 @pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[1], LAYERS[3], LAYERS[7], LAYERS[8]], ids=str)
 @pytest.mark.parametrize("changes", [{}, {"scale": 30.0}, {"normalisation": "official_v1"}], ids=str)
-def test_float32_error_is_at_most_twice_that_of_the_plain_path(layer, changes):
+def test_float32_error_is_at_most_twice_that_of_the_reference(layer, changes):
     scale, options = changes.get("scale", 1.0), {k: v for k, v in changes.items() if k != "scale"}
     options["temperatures"] = PAPERS_LAMBDA
     errors = []
-    for seed in range(0, 45, 5):  # the median of some draws: one picture near a tie outweighs all the others
+    for seed in range(0, 45, 5):  # the median of some draws: one image near a tie outweighs all the others
         inputs = example(layer, batch=4, seed=seed, scale=scale)
-        single = [one.float() for one in inputs]
+        single = [tensor.float() for tensor in inputs]
+        double = [tensor.double() for tensor in single]
         exact, plain_torch, ours = (
-            values_and_gradients(how, layer, one, **options)
-            for how, one in [(plain, [one.double() for one in single]), (plain, single), (fused, single)]
+            values_and_gradients(how, layer, tensors, **options)
+            for how, tensors in [(plain, double), (plain, single), (fused, single)]
         )
         errors.append(
             [
-                [((one - truth).norm() / truth.norm()).item() for one in both]
+                [((tensor - truth).norm() / truth.norm()).item() for tensor in both]
                 for truth, *both in zip(exact, plain_torch, ours, strict=True)
             ]
         )
@@ -236,7 +242,7 @@ def test_float32_error_is_at_most_twice_that_of_the_plain_path(layer, changes):
 )
 @pytest.mark.parametrize("normalisation", kernel.NORMALISATIONS)
 def test_gradients_pass_gradcheck(layer, normalisation):
-    inputs = [one.requires_grad_() for one in example(layer, batch=1)]
+    inputs = [tensor.requires_grad_() for tensor in example(layer, batch=1)]
 
     def run(*given_):
         return fused(layer, *given_, normalisation=normalisation, variance_floor=0.1)
@@ -246,19 +252,19 @@ def test_gradients_pass_gradcheck(layer, normalisation):
 
 @EVERY_LAYER
 def test_every_number_of_the_results_is_written(layer):
-    torch.use_deterministic_algorithms(True)  # fills new memory with what is no number
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
         assert torch.empty(3).isnan().all()
         results = values_and_gradients(fused, layer, example(layer))
     finally:
         torch.use_deterministic_algorithms(False)
-    for one in results:
-        assert one.isfinite().all()
+    for tensor in results:
+        assert tensor.isfinite().all()
 
 
 @pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[8]], ids=str)
 def test_results_do_not_depend_on_the_number_of_threads(layer):
-    inputs, before = [one.float() for one in example(layer, batch=37)], torch.get_num_threads()
+    inputs, before = [tensor.float() for tensor in example(layer, batch=37)], torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 3):
@@ -266,9 +272,9 @@ def test_results_do_not_depend_on_the_number_of_threads(layer):
             results.append(values_and_gradients(fused, layer, inputs))
     finally:
         torch.set_num_threads(before)
-    for one, *others in zip(*results, strict=True):
+    for tensor, *others in zip(*results, strict=True):
         for other in others:
-            assert torch.equal(one, other)
+            assert torch.equal(tensor, other)
 
 
 @pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[8]], ids=str)
@@ -277,9 +283,9 @@ def test_without_gradients_the_same_results_take_less_memory(layer, iterations):
     inputs = example(layer)
     with torch.no_grad():
         alone = fused(layer, *inputs, iterations=iterations)
-    with_gradients = fused(layer, *(one.requires_grad_() for one in inputs), iterations=iterations)
-    for one, other in zip(alone, with_gradients, strict=True):
-        assert torch.equal(one, other)
+    with_gradients = fused(layer, *(tensor.requires_grad_() for tensor in inputs), iterations=iterations)
+    for tensor, other in zip(alone, with_gradients, strict=True):
+        assert torch.equal(tensor, other)
     assert alone[2].untyped_storage().nbytes() * max(1, iterations - 1) <= max(
         with_gradients[2].untyped_storage().nbytes(), alone[2].untyped_storage().nbytes()
     )
@@ -288,8 +294,8 @@ def test_without_gradients_the_same_results_take_less_memory(layer, iterations):
 def test_an_empty_batch_gives_empty_results():
     layer = LAYERS[0]
     results = values_and_gradients(fused, layer, example(layer, batch=0))
-    assert [len(one) for one in results[:3]] == [0, 0, 0]
-    assert not any(one.any() for one in results[3:])
+    assert [len(tensor) for tensor in results[:3]] == [0, 0, 0]
+    assert not any(tensor.any() for tensor in results[3:])
 
 
 def test_a_gradient_that_is_not_asked_for_may_be_missing():
@@ -297,17 +303,17 @@ def test_a_gradient_that_is_not_asked_for_may_be_missing():
     for only in range(3):
         grads = []
         for how in (plain, fused):
-            inputs = [one.requires_grad_() for one in example(layer)]
+            inputs = [tensor.requires_grad_() for tensor in example(layer)]
             grads.append(
                 torch.autograd.grad(how(layer, *inputs)[only].square().sum(), inputs, materialize_grads=True)
             )
-        for one, other in zip(*grads, strict=True):
-            torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-11)
+        for tensor, other in zip(*grads, strict=True):
+            torch.testing.assert_close(other, tensor, rtol=1e-9, atol=1e-11)
 
 
 def test_second_derivatives_are_refused():
     layer = LAYERS[0]
-    inputs = [one.requires_grad_() for one in example(layer)]
+    inputs = [tensor.requires_grad_() for tensor in example(layer)]
     (gradient,) = torch.autograd.grad(fused(layer, *inputs)[0].square().sum(), inputs[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="em_routing_backward"):
         torch.autograd.grad(gradient.sum(), inputs[:1])
@@ -316,8 +322,8 @@ def test_second_derivatives_are_refused():
 def test_the_operators_keep_the_rules_of_their_framework():
     layer = LAYERS[0]
     # Transposed and back, so that strides are not those of what the operators return.
-    odd = (one.transpose(0, -1).contiguous().transpose(0, -1) for one in example(layer))
-    poses, weight, *others = (one.requires_grad_() for one in odd)
+    odd = (tensor.transpose(0, -1).contiguous().transpose(0, -1) for tensor in example(layer))
+    poses, weight, *others = (tensor.requires_grad_() for tensor in odd)
     votes = lazy(layer, poses, weight)
     arguments = (
         *(poses, weight, *others, lambdas(poses, 3, STRONG), shares(votes, "paper"), votes.fields.children),
@@ -326,8 +332,8 @@ def test_the_operators_keep_the_rules_of_their_framework():
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     checked = torch.library.opcheck(kernel.em_routing_op, arguments, test_utils=tests)
     assert set(checked.values()) == {"SUCCESS"}
-    results = [one.detach() for one in kernel.em_routing_op(*arguments)]
-    constant = [one.detach() if torch.is_tensor(one) else one for one in arguments]
+    results = [tensor.detach() for tensor in kernel.em_routing_op(*arguments)]
+    constant = [tensor.detach() if torch.is_tensor(tensor) else tensor for tensor in arguments]
     backward = (*results[:2], None, *constant[:10], *results[2:], *constant[10:15])
     checked = torch.library.opcheck(kernel.em_routing_backward_op, backward, test_utils=tests[:2])
     assert set(checked.values()) == {"SUCCESS"}
@@ -336,12 +342,12 @@ def test_the_operators_keep_the_rules_of_their_framework():
 def test_strides_of_the_inputs_do_not_matter():
     layer = LAYERS[0]
     inputs = example(layer)
-    odd = [one.transpose(0, -1).contiguous().transpose(0, -1) for one in inputs]
+    odd = [tensor.transpose(0, -1).contiguous().transpose(0, -1) for tensor in inputs]
     assert not odd[0].is_contiguous()
-    for one, other in zip(
+    for tensor, other in zip(
         *(values_and_gradients(fused, layer, given_) for given_ in (inputs, odd)), strict=True
     ):
-        assert torch.equal(one, other)
+        assert torch.equal(tensor, other)
 
 
 @pytest.mark.parametrize(
@@ -360,6 +366,6 @@ def test_what_there_is_no_code_for_is_named(arguments, reason):
 def test_every_shape_of_pose_has_code():
     for pose, dtype in itertools.product(kernel.SHAPES, (torch.float32, torch.float64)):
         layer = Layer(pose=pose)
-        inputs = [one.to(dtype) for one in example(layer)]
-        for one, other in zip(plain(layer, *inputs), fused(layer, *inputs), strict=True):
-            torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4)
+        inputs = [tensor.to(dtype) for tensor in example(layer)]
+        for tensor, other in zip(plain(layer, *inputs), fused(layer, *inputs), strict=True):
+            torch.testing.assert_close(other, tensor, rtol=1e-3, atol=1e-4)

@@ -1,4 +1,4 @@
-"""The Triton kernels are held to the plain path, which tests/routing/test_em.py holds to the paper."""
+"""The Triton kernels against the reference, which test_em_reference.py compares with the paper."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from capsexp.ops.receptive_fields import Grid, gather_windows, receptive_fields
 from capsexp.ops.votes import window_votes
 from capsexp.routing.em import em_routing, initial_shares
 
-pytest.importorskip("triton", reason="Triton is not installed: there are builds for Linux alone")
+pytest.importorskip("triton", reason="Triton is not installed: it is built for Linux only")
 
 from capsexp.ops.kernels.em import padded_types
 from capsexp.ops.kernels.em_triton import em_backward, em_forward
@@ -66,8 +66,8 @@ LAYERS = [
 def interpreted():
     """Calls a function of the kernels' module with Triton's interpreter.
 
-    In a process of its own: Triton takes the interpreter if told so before its first import, which torch may
-    have made long ago; and the interpreter leaves its changes to Triton's language behind.
+    In a separate process: Triton chooses the interpreter at its first import, and torch may have imported it
+    already; also, the interpreter does not undo its changes to Triton's language.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -79,8 +79,8 @@ def interpreted():
 
 def compiled(function, *arguments):
     """Calls a function of the kernels' module on the accelerator."""
-    on = [one.cuda() if isinstance(one, torch.Tensor) else one for one in arguments]
-    return [one.cpu() for one in function(*on)]
+    on = [tensor.cuda() if isinstance(tensor, torch.Tensor) else tensor for tensor in arguments]
+    return [tensor.cpu() for tensor in function(*on)]
 
 
 def random(*shape, seed=0, scale=1.0):
@@ -129,12 +129,12 @@ def example(layer, *, batch=2, seed=0, scale=1.0):
 
 def weights_like(results):
     """Of the random linear function whose gradients are compared."""
-    return [random(*one.shape, seed=9).to(one) for one in results]
+    return [random(*tensor.shape, seed=9).to(tensor) for tensor in results]
 
 
 def plain(layer, inputs, *, iterations=3, use=(True, True, True), **changes):
     """Poses, activations, coupling [B, P, K, J]; then the gradients of the inputs."""
-    inputs = [one.detach().clone().requires_grad_() for one in inputs]
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     poses, weight, activations, beta_u, beta_a = inputs
     fields, (_, matrix) = fields_of(layer), places_of(layer)
     votes = window_votes(poses[:, None] if fields is None else gather_windows(poses, fields), weight[matrix])
@@ -153,10 +153,12 @@ def plain(layer, inputs, *, iterations=3, use=(True, True, True), **changes):
     )
     results = [routed.poses, routed.activations, routed.coupling.view(votes.shape[:4])]
     loss = sum(
-        (one * w).sum() for one, w, used in zip(results, weights_like(results), use, strict=True) if used
+        (tensor * w).sum()
+        for tensor, w, used in zip(results, weights_like(results), use, strict=True)
+        if used
     )
     gradients = torch.autograd.grad(loss, inputs, materialize_grads=True)
-    return [*(one.detach() for one in results), *gradients]
+    return [*(tensor.detach() for tensor in results), *gradients]
 
 
 def in_triton(run: Callable, layer, inputs, *, iterations=3, use=(True, True, True), **changes):
@@ -177,53 +179,55 @@ def in_triton(run: Callable, layer, inputs, *, iterations=3, use=(True, True, Tr
     ]
     given = weights_like(results)
     given[2] = torch.nn.functional.pad(given[2], (0, padded_types(layer.types) - layer.types))
-    given = [one if used else None for one, used in zip(given, use, strict=True)]
+    given = [tensor if used else None for tensor, used in zip(given, use, strict=True)]
     gradients = run(em_backward, *given, *read, coupling, *saved, *options.values())
     return [*results, *gradients]
 
 
 def assert_same(run, layer, inputs, **options):
     expected, got = plain(layer, inputs, **options), in_triton(run, layer, inputs, **options)
-    for one, other in zip(expected, got, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-11 * max(1.0, one.abs().max().item()))
+    for tensor, other in zip(expected, got, strict=True):
+        torch.testing.assert_close(
+            other, tensor, rtol=1e-10, atol=1e-11 * max(1.0, tensor.abs().max().item())
+        )
 
 
 def errors(truth, got):
     return [
-        ((one - exact).norm() / exact.norm().clamp_min(1e-30)).item()
-        for exact, one in zip(truth, got, strict=True)
+        ((tensor - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+        for exact, tensor in zip(truth, got, strict=True)
     ]
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_values_and_gradients_are_those_of_the_plain_path(interpreted, layer):
+def test_values_and_gradients_are_those_of_the_reference(interpreted, layer):
     assert_same(interpreted, layer, example(layer, batch=2 if layer is STRIDED else 1))
 
 
 @pytest.mark.parametrize(("layer", "iterations"), [(STRIDED, 1), (DENSE, 1), (DENSE, 2), (DENSE, 4)], ids=str)
-def test_any_number_of_iterations_does_what_it_does_in_the_plain_path(interpreted, layer, iterations):
+def test_any_number_of_iterations_does_what_it_does_in_the_reference(interpreted, layer, iterations):
     assert_same(interpreted, layer, example(layer, batch=1), iterations=iterations)
 
 
 @pytest.mark.parametrize("changes", SWITCHES, ids=str)
-def test_every_switch_does_what_it_does_in_the_plain_path(interpreted, changes):
+def test_every_switch_does_what_it_does_in_the_reference(interpreted, changes):
     assert_same(interpreted, STRIDED, example(STRIDED, batch=1), **changes)
 
 
 @pytest.mark.parametrize("active", [0.0, 1e-12])
 @pytest.mark.parametrize("scale", [0.0, 1e3])
-def test_extreme_poses_and_silent_children_are_routed_as_in_the_plain_path(interpreted, scale, active):
+def test_extreme_poses_and_silent_children_are_routed_as_in_the_reference(interpreted, scale, active):
     poses, weight, activations, *betas = example(LAYERS[0], batch=1, scale=scale)
     inputs = [poses, weight, torch.full_like(activations, active), *betas]
     expected = plain(LAYERS[0], inputs, iterations=2)
-    for one, other in zip(expected, in_triton(interpreted, LAYERS[0], inputs, iterations=2), strict=True):
+    for tensor, other in zip(expected, in_triton(interpreted, LAYERS[0], inputs, iterations=2), strict=True):
         assert other.isfinite().all()
         # With hardly any mass a unit in the last place of the inputs moves the gradients by much more.
-        torch.testing.assert_close(other, one, rtol=1e-7, atol=1e-7 * max(1.0, one.abs().max().item()))
+        torch.testing.assert_close(other, tensor, rtol=1e-7, atol=1e-7 * max(1.0, tensor.abs().max().item()))
 
 
 @pytest.mark.parametrize("used", range(3))
-def test_gradients_are_those_of_the_plain_path_whichever_result_the_loss_takes(interpreted, used):
+def test_gradients_are_those_of_the_reference_whichever_result_the_loss_takes(interpreted, used):
     use = [number == used for number in range(3)]
     assert_same(interpreted, DENSE, example(DENSE, batch=1), iterations=2, use=use)
 
@@ -234,19 +238,19 @@ def test_what_is_not_kept_for_a_gradient_leaves_the_last_iteration(interpreted, 
     initial = torch.full(child.shape, 0.2, dtype=torch.float64)
     options = {**OPTIONS, "mean_smoothing": 0.3}
     read = [*inputs, torch.tensor(STRONG[:iterations]).double(), initial, child, matrix, None]
-    kept, not_kept = (interpreted(em_forward, *read, *options.values(), keep) for keep in (True, False))
-    for one, other in zip(kept[:2], not_kept[:2], strict=True):
-        assert torch.equal(one, other)
-    for one, other in zip(kept[2:], not_kept[2:], strict=True):
-        assert torch.equal(one[-1:], other)
+    saved, not_saved = (interpreted(em_forward, *read, *options.values(), keep) for keep in (True, False))
+    for tensor, other in zip(saved[:2], not_saved[:2], strict=True):
+        assert torch.equal(tensor, other)
+    for tensor, other in zip(saved[2:], not_saved[2:], strict=True):
+        assert torch.equal(tensor[-1:], other)
 
 
 def test_float32_error_is_at_most_twice_that_of_plain_torch(interpreted):
     both = []
     layer = Layer(rows=3, in_types=2, kernel=(3, 3), types=5)
-    for seed in range(0, 12, 4):  # the median of some draws: one picture near a tie outweighs all the others
+    for seed in range(0, 12, 4):  # the median of some draws: one image near a tie outweighs all the others
         inputs = example(layer, batch=1, seed=seed)
-        single = [one.float() for one in inputs]
+        single = [tensor.float() for tensor in inputs]
         truth = plain(layer, inputs)
         both.append(
             [errors(truth, plain(layer, single)), errors(truth, in_triton(interpreted, layer, single))]
@@ -261,11 +265,11 @@ def test_half_precision_is_computed_in_float32(interpreted, dtype):
     slack[3:5] = torch.finfo(dtype).eps  # the gradients of poses and matrices are rounded to their precision
     for seed in range(0, 12, 4):
         poses, weight, *others = example(DENSE, batch=1, seed=seed)
-        inputs = [poses.to(dtype), weight.to(dtype), *(one.float() for one in others)]
+        inputs = [poses.to(dtype), weight.to(dtype), *(tensor.float() for tensor in others)]
         got = in_triton(interpreted, DENSE, inputs, iterations=2)
-        assert [one.dtype for one in got] == [torch.float32] * 3 + [dtype] * 2 + [torch.float32] * 3
+        assert [tensor.dtype for tensor in got] == [torch.float32] * 3 + [dtype] * 2 + [torch.float32] * 3
         truth, single = (
-            plain(DENSE, [one.to(exact) for one in inputs], iterations=2)
+            plain(DENSE, [tensor.to(exact) for tensor in inputs], iterations=2)
             for exact in (torch.float64, torch.float32)
         )
         both.append([errors(truth, single), errors(truth, got)])
@@ -280,8 +284,8 @@ def test_half_precision_is_computed_in_float32(interpreted, dtype):
 def test_compiled_kernels_do_what_the_plain_path_does(layer, changes):
     inputs = example(layer, batch=3)
     assert_same(compiled, layer, inputs, **changes)
-    single, truth = [one.float() for one in inputs], plain(layer, inputs, **changes)
+    single, truth = [tensor.float() for tensor in inputs], plain(layer, inputs, **changes)
     allowed = errors(truth, plain(layer, single, **changes))
     got = errors(truth, in_triton(compiled, layer, single, **changes))
     # One draw, where the test on a CPU takes the median of some: a coarser bound.
-    assert all(one <= 10 * other + 1e-6 for one, other in zip(got, allowed, strict=True))
+    assert all(error <= 10 * limit + 1e-6 for error, limit in zip(got, allowed, strict=True))

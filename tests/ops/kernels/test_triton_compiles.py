@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed: there are builds for Linux alone")
+pytest.importorskip("triton", reason="Triton is not installed: it is built for Linux only")
 
 # In a process of its own: the driver is Triton's for good, and kernels are compiled instead of launched.
 PROGRAM = """

@@ -1,6 +1,6 @@
-"""`hydra/launcher=process`, in the one namespace where Hydra looks for plugins.
+"""`hydra/launcher=process`, in the only namespace where Hydra looks for plugins.
 
-Hydra imports this file at every start, so the work is done, and imported, in capsexp.cli.sweep.launcher.
+Hydra imports this file at every start, so the work and its imports are in capsexp.cli.sweep.launcher.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from omegaconf import DictConfig
 
 
 class ProcessLauncher(Launcher):
-    """Runs each job of a sweep as a process of its own.
+    """Run each job of a sweep in its own process.
 
     Args:
-        n_jobs: jobs at a time; None is one for each GPU, or one.
+        n_jobs: number of parallel jobs; None means one for each GPU, or one.
 
     Raises:
-        ValueError: n_jobs is no number >= 1.
+        ValueError: n_jobs is not an integer >= 1.
     """
 
     def __init__(self, *, n_jobs: int | None) -> None:
@@ -27,11 +27,11 @@ class ProcessLauncher(Launcher):
         self.n_jobs = n_jobs
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take over what Hydra has composed."""
+        """Keep the context and the config of the sweep."""
         self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs; their returns, failed ones among them, in the order of `job_overrides`."""
+        """Run the jobs. Return a result for each, failed or not, in the order of `job_overrides`."""
         from capsexp.cli.sweep.launcher import launch
 
         return launch(self.hydra_context, self.config, job_overrides, n_jobs=self.n_jobs)

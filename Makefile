@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Changes when what has to be installed changes, so a second `make` installs nothing.
 INSTALLED := .venv/installed-$(shell cat pyproject.toml Makefile | cksum | cut -d' ' -f1)
+INSTALLED_DOCS := .venv/installed-docs-$(shell cat pyproject.toml Makefile | cksum | cut -d' ' -f1)
 DEMO := outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +18,10 @@ $(INSTALLED):
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	rm -f .venv/installed-*
+	touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	touch $@
 
 demo: $(INSTALLED) ## train a small CapsNet on embedded digits (under a minute), evaluate it, show where it is
@@ -39,6 +44,13 @@ lint: $(INSTALLED) ## style and types
 format: $(INSTALLED) ## put the code into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED_DOCS) ## the documentation site, into build/site
+	$(BIN)/python docs/make_config_reference.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
+	@echo
+	@echo "The site is in build/site. To read it with its search:"
+	@echo "  $(BIN)/python -m http.server --directory build/site    then open http://localhost:8000"
 
 clean: ## remove the environment and caches; runs in outputs/ stay
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

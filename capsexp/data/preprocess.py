@@ -7,6 +7,7 @@ The images in [0, 1] after geometry are returned too: they are what a decoder ha
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
@@ -214,7 +215,7 @@ IDENTITY: dict[str, Any] = {
 def as_uint8_images(images: Tensor | NDArray[Any], shape: Shape) -> UInt8[Tensor, "N C H W"]:
     """Convert a user's images to the uint8 batch that `Preprocess.test` takes.
 
-    uint8 images are not copied. Floats are rounded to multiples of 1/255, so bytes divided by 255 are exact.
+    uint8 tensors are not copied. Floats are rounded to multiples of 1/255, so bytes divided by 255 are exact.
 
     Args:
         images: uint8, or float in [0, 1]; [N, C, H, W], or [C, H, W] for one image. The channel axis may be
@@ -227,7 +228,8 @@ def as_uint8_images(images: Tensor | NDArray[Any], shape: Shape) -> UInt8[Tensor
     Raises:
         ValueError: another shape or dtype, no image, or a float outside [0, 1].
     """
-    images = torch.as_tensor(images)
+    if not isinstance(images, Tensor):  # a copy, because torch warns about read-only arrays
+        images = torch.from_numpy(np.array(images, order="C"))
     if images.dtype not in (torch.uint8, *EXACT_FLOATS):
         raise ValueError(f"images must be uint8 or float in [0, 1], got {dtype_name(images)}")
     batch = _as_batch(images, shape)
@@ -243,10 +245,8 @@ def as_uint8_images(images: Tensor | NDArray[Any], shape: Shape) -> UInt8[Tensor
 
 def resized(images: UInt8[Tensor, "N C H W"], size: tuple[int, int]) -> UInt8[Tensor, "N C h w"]:
     """Resize images, antialiased."""
-    interpolated = F.interpolate(
-        images.float(), size=size, mode="bilinear", antialias=True, align_corners=False
-    )
-    return interpolated.round_().clamp_(0, 255).to(torch.uint8)
+    result = F.interpolate(images.float(), size, mode="bilinear", antialias=True, align_corners=False)
+    return result.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _as_batch(images: Tensor, shape: Shape) -> Tensor:

@@ -29,9 +29,9 @@ class Command(NamedTuple):
 WEIGHTS = "best (default), last, or the number of a step with a checkpoint"
 COMMANDS = {
     "train": Command(
-        "train a network, or a sweep of networks",
+        "train a capsule network, or a sweep of networks",
         "[GROUP=OPTION] [KEY=VALUE] [-m KEY=A,B,C]",
-        "capsexp train experiment=sabour2017_mnist seed=1",
+        "capsexp train model=em_routing trainer.max_epochs=5 seed=1",
     ),
     "eval": Command(
         "measure a trained network on a split of its dataset",

@@ -72,6 +72,7 @@ def test_a_key_that_does_not_fit_is_reported_by_its_name(overrides, message, edi
         ("device.name=gpu", "device.name: must be 'auto' or 'cpu' or 'cuda' or 'mps', got 'gpu'"),
         ("model.conv_channels=64.5", "model.conv_channels: must be int, got 64.5"),
         ("model.padding=3", "model.padding: must be 'valid' or 'same', got 3"),
+        ("model.padding=wide", "model.padding: must be 'valid' or 'same', got 'wide'"),
         ("model.decoder.hidden=8", "model.decoder.hidden: must be a list of int, got 8"),
         ("model.decoder.hidden=[8,a]", "model.decoder.hidden: must be a list of int, got [8, 'a']"),
         ("model.decoder.hidden=[null]", "model.decoder.hidden: must be a list of int, got [None]"),
@@ -96,7 +97,6 @@ def test_a_value_of_the_wrong_type_is_reported_by_its_key(override, message, edi
     ("override", "message"),
     [
         ("routing.iterations=0", "routing: iterations must be >= 1, got 0"),
-        ("model.padding=wide", "model: padding must be "),
         ("loss.present=2", "loss: absent and present must be 0 <= absent < present <= 1, got 0.1 and 2"),
         ("loss.reconstruction_weight=.nan", "loss: value must be finite, got nan"),
         ("loss.reconstruction_weight=-1", "loss: reconstruction_weight must be >= 0, got -1"),

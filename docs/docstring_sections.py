@@ -1,6 +1,7 @@
-"""Let the API page show the docstring sections that the Google style takes for admonitions.
+"""Let the API page show parts of our docstrings that are not in the Google style.
 
-These are sections that begin on the line of their name, such as `Returns: poses …`, and `Example:`.
+These are sections that begin on the line of their name, such as `Returns: poses …`; `Example:`; and arguments
+that share a description, such as `kernel, stride: of the convolution`.
 """
 
 import re
@@ -9,6 +10,7 @@ from typing import Any
 import griffe
 
 SECTION = re.compile(r"^(Args|Returns|Raises|Laws): (\S.*(?:\n[ ]+\S.*)*)", re.MULTILINE)
+SHARED = re.compile(r"^( +)(\w+(?:, \w+)+): (\S.*(?:\n\1 +\S.*)*)", re.MULTILINE)
 EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
 
 
@@ -17,11 +19,16 @@ def _as_paragraph(section: re.Match[str]) -> str:
     return f"\n**{section[1]}:** {text}\n"
 
 
+def _separate(arguments: re.Match[str]) -> str:
+    indent, names, text = arguments.groups()
+    return "\n".join(f"{indent}{name}: {text}" for name in names.split(", "))
+
+
 class DocstringSections(griffe.Extension):
-    """Turn short sections into paragraphs, and `Example:` into `Examples:`."""
+    """Turn short sections into paragraphs, list every argument by itself, write `Examples:`."""
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Rewrite the docstring of an object that griffe has read."""
         if obj.docstring:
-            text = SECTION.sub(_as_paragraph, obj.docstring.value)
+            text = SHARED.sub(_separate, SECTION.sub(_as_paragraph, obj.docstring.value))
             obj.docstring.value = EXAMPLE.sub("Examples:", text)

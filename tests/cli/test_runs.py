@@ -171,7 +171,7 @@ def test_missing_data_are_reported_before_a_run_directory_is_made(tmp_path, caps
         f"output_root={tmp_path / 'out'}",
     )
     assert code == 2
-    assert "data set mnist is not complete under" in error
+    assert "dataset mnist is not complete under" in error
     assert not (tmp_path / "out").exists()
 
 

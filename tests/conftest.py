@@ -202,13 +202,13 @@ SETTINGS = {
 def write_run(tmp_path) -> Callable[..., Path]:
     """Write a run's files: `write_run("a", {"seed": 1}, validation=[0.5, 0.6], test=0.6)`."""
 
-    def write(name: str, settings: dict[str, Any] | None = None, **told: Any) -> Path:
+    def write(name: str, settings: dict[str, Any] | None = None, **fields: Any) -> Path:
         path = tmp_path / name
         path.mkdir(parents=True, exist_ok=True)
-        config = told.pop("config", SETTINGS)
+        config = fields.pop("config", SETTINGS)
         for key, value in (settings or {}).items():
             config = with_setting(config, key, value)
-        validation, test = told.pop("validation", []), told.pop("test", None)
+        validation, test = fields.pop("validation", []), fields.pop("test", None)
         lines = [
             {"step": 10 * number, "epoch": number, "train/loss": 1 / number, "train/accuracy": 0.5}
             for number in range(1, 4)
@@ -217,14 +217,14 @@ def write_run(tmp_path) -> Callable[..., Path]:
             {"step": 10 * number, "epoch": number, "validation/accuracy": value}
             for number, value in enumerate(validation, 1)
         ]
-        version = told.pop("version", importlib.metadata.version("capsexp"))
+        version = fields.pop("version", importlib.metadata.version("capsexp"))
         status = {"status": "completed", "started": 1e9, "heartbeat": 1e9 + 60, "seconds": 60.0}
         status |= {"step": 30, "total": 30, "choices": {"model": "small", "dataset": "digits"}}
         if validation:
             status["best"] = {"accuracy": max(validation), "step": 10}
         if test is not None:
             status["results"] = {"test/accuracy": test}
-        (path / "status.json").write_text(json.dumps(status | told))
+        (path / "status.json").write_text(json.dumps(status | fields))
         (path / "resolved_config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (path / "env.json").write_text(json.dumps({"versions": {"capsexp": version}}))

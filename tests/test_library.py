@@ -156,7 +156,7 @@ def test_the_functions_take_one_line_and_the_papers_values():
 
 WRONG_CALLS = {
     "em_routing(rand(2, 8, 5, 16), rand(2, 7))": "activations must have shape [B, I] = [2, 8], got [2, 7]",
-    "em_routing(rand(8, 5, 6), rand(2, 8))": "votes must have shape [B, I, J, D] or [B, P, K, J, D], got [8, 5, 6]",
+    "em_routing(rand(5, 6), rand(2, 8))": "votes must have shape [B, I, J, D] or [B, P, K, J, D], got [5, 6]",
     "dynamic_routing(rand(8, 5, 16))": "votes must have shape [B, I, J, D], got [8, 5, 16]",
     "dynamic_routing(rand(2, 8, 5, 16), iterations=0)": "iterations must be >= 1, got 0",
     "margin_loss(rand(2, 5), tensor([0, 5]))": "labels must be in 0 ... 4, got 0 ... 5",

@@ -120,7 +120,7 @@ def test_every_option_passes_the_checks(group, tmp_path):
         overrides = [f"{group}={path.stem}", f"data_root={tmp_path}"]
         overrides += ["dataset=mnist"] if group == "model" else []  # large enough for every network
         if path.stem == "image_folder":
-            continue  # needs pictures: see its own test
+            continue  # needs images: see its own test
         if path.stem in ("cuda", "mps") and not available()[path.stem]:
             with pytest.raises(UserError, match=f"^device: no {path.stem} device here; there is .*cpu"):
                 build_components(composed(*overrides), plugins=[])

@@ -107,9 +107,9 @@ def test_the_test_and_eval_use_the_weights_of_the_stop(tmp_path, train_tiny, tin
     overrides = (*FAMILIAR, "trainer.stop_accuracy=0.001", "trainer.limit_eval_batches=null")
     results = train_tiny(tmp_path, *overrides)
     assert status(tmp_path)["stopped"]["step"] == best_step(tmp_path) == 5
-    told = {"run": str(tmp_path), "weights": "best"}
+    settings = {"run": str(tmp_path), "weights": "best"}
     for part in ("familiar", "test"):
-        values = evaluate_run(tiny_parts(*overrides), {**told, "split": part})
+        values = evaluate_run(tiny_parts(*overrides), {**settings, "split": part})
         assert values["accuracy"] == results[f"{part}/accuracy"]
     stopped = status(tmp_path)["stopped"]
     assert stopped["accuracy"] == results["familiar/accuracy"]

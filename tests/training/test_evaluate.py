@@ -40,7 +40,7 @@ def brightness(output, batch, step):
 
 
 def crops(count):
-    """Three pictures of which 0, 4 and 13 of the 13 crops, the centre first, are bright."""
+    """Three images of which 0, 4 and 13 of the 13 crops, the center first, are bright."""
     preprocess = Preprocess.identity(crop=1, test_crops=count)
     images = torch.zeros(3, 1, 7, 7, dtype=torch.uint8)
     images[1, 0, range(4), range(4)] = 255
@@ -91,15 +91,15 @@ def test_autocast_is_off_for_float32():
 
 def test_a_part_that_does_not_exist_or_is_empty_is_refused(tmp_path, train_tiny, tiny_parts):
     train_tiny(tmp_path, "dataset.validation=0", "trainer.max_steps=2", "trainer.test=none")
-    told = {"run": str(tmp_path), "weights": "last"}
+    settings = {"run": str(tmp_path), "weights": "last"}
     with pytest.raises(
         UserError, match="split: must be 'test', 'familiar', 'validation' or 'train', got 'all'"
     ):
-        evaluate_run(tiny_parts("dataset.validation=0"), {**told, "split": "all"})
+        evaluate_run(tiny_parts("dataset.validation=0"), {**settings, "split": "all"})
     with pytest.raises(UserError, match="this run has no validation images"):
-        evaluate_run(tiny_parts("dataset.validation=0"), {**told, "split": "validation"})
+        evaluate_run(tiny_parts("dataset.validation=0"), {**settings, "split": "validation"})
     with pytest.raises(UserError, match="split=familiar: digits has no familiar test images beside its test"):
-        evaluate_run(tiny_parts(), {**told, "split": "familiar"})
+        evaluate_run(tiny_parts(), {**settings, "split": "familiar"})
 
 
 def test_weights_of_another_network_are_refused(tmp_path, train_tiny, tiny_parts):
@@ -118,8 +118,8 @@ def test_a_step_can_be_named(tmp_path, train_tiny, tiny_parts):
 
 def test_eval_repeats_the_runs_own_test_figures(tmp_path, train_tiny, tiny_parts):
     results = train_tiny(tmp_path)
-    told = {"run": str(tmp_path), "weights": "best", "split": "test"}
-    values = evaluate_run(tiny_parts(), told)
+    settings = {"run": str(tmp_path), "weights": "best", "split": "test"}
+    values = evaluate_run(tiny_parts(), settings)
     assert values["accuracy"] == results["test/accuracy"]
     assert values["margin"] == results["test/margin"]
 

@@ -35,7 +35,7 @@ class TrainedRun:
 
     Attributes:
         path (Path): the run directory.
-        model (nn.Module): the network, in evaluation mode, on the run's device, without gradients of its parameters.
+        model (nn.Module): the network on the run's device, in evaluation mode; its parameters need no gradient.
         step (Step): training step of the weights: `number` of `total`.
         classes (tuple[str, ...]): names of the classes.
         components (Components): everything else that the run is built of.

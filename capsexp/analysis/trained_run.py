@@ -35,7 +35,7 @@ class TrainedRun:
 
     Attributes:
         path (Path): the run directory.
-        model (nn.Module): the network, on its device and in evaluation mode, without gradients of its parameters.
+        model (nn.Module): the network on its device, in evaluation mode, without parameter gradients.
         step (Step): training step of the weights: `number` of `total`.
         classes (tuple[str, ...]): names of the classes.
         components (Components): everything else that the run is built of.

@@ -1,6 +1,7 @@
 """The examples run as they are, on the digits that need no download."""
 
 import importlib.util
+import itertools
 import os
 from pathlib import Path
 
@@ -34,7 +35,6 @@ def test_the_notebook_runs_and_was_committed_with_its_outputs(monkeypatch):
 
 
 def kinds(cell):
-    """What a cell shows: text or a figure, in order."""
-    return [
-        tuple(sorted(output.get("data", {output.get("name"): None}))) for output in cell.get("outputs", [])
-    ]
+    """What a cell shows: text or a figure, in order. Jupyter may divide printed text into several outputs."""
+    outputs = (tuple(sorted(output.get("data", [output.get("name")]))) for output in cell.get("outputs", []))
+    return [kind for kind, _ in itertools.groupby(outputs)]

@@ -4,6 +4,7 @@ The names are imported on first use, so `import capsexp` is fast and the command
 """
 
 import importlib
+import sys
 
 TYPE_CHECKING = False  # type checkers take it for True; typing itself takes longer to import than this file
 
@@ -87,7 +88,8 @@ def __getattr__(name: str) -> object:
     elif name in _MODULES:
         value = getattr(importlib.import_module(f"capsexp.{_MODULES[name]}"), name)
     else:
-        raise AttributeError(f"module 'capsexp' has no attribute {name!r}")
+        module = sys.modules[__name__]  # Python suggests a similar name of it
+        raise AttributeError(f"module 'capsexp' has no attribute {name!r}", name=name, obj=module)
     globals()[name] = value
     return value
 

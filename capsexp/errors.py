@@ -147,4 +147,4 @@ def nearest(name: str, known: Iterable[str]) -> str:
         close = [key_of_leaf[near] for near in difflib.get_close_matches(leaf, key_of_leaf, n=1, cutoff=0.75)]
     if close:
         return f": did you mean {close[0]!r}?"
-    return f"; there is {', '.join(known)}" if len(known) <= 20 else ""
+    return f"; choose from {', '.join(known)}" if len(known) <= 20 else ""

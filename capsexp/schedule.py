@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Step(NamedTuple):
-    """Progress of a training: `number` optimiser steps done, of `total`."""
+    """Progress of a training: `number` optimizer steps done, of `total`."""
 
     number: int
     total: int
@@ -58,7 +58,7 @@ class Linear:
     Args:
         start: value at step 0.
         end: value from step `steps` on.
-        steps: length of the ramp: an integer >= 1 in optimiser steps, or a float in (0, 1] as a fraction of
+        steps: length of the ramp: an integer >= 1 in optimizer steps, or a float in (0, 1] as a fraction of
             the run. 1 is one step, 1.0 the whole run.
     """
 
@@ -100,7 +100,7 @@ class Sigmoid:
 
 
 class Saturating:
-    """`limit * (1 - decay ** (step + 1))`: rises towards `limit`, slower and slower."""
+    """`limit * (1 - decay ** (step + 1))`: rises toward `limit`, slower and slower."""
 
     def __init__(self, *, limit: int | float, decay: int | float) -> None:
         if not 0 <= decay < 1:

@@ -2,7 +2,7 @@
 
     python docs/make_front_figure.py RUN FILE.png
 
-RUN is the directory of a run with a decoder.
+RUN is the directory of a run whose network has a decoder.
 """
 
 import io

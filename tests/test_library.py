@@ -106,12 +106,12 @@ def test_a_routing_without_sizes_is_a_factory_for_a_layer():
     ("name", "changes", "message"),
     [
         ("routing/emm", {}, r"^no 'routing/emm' in conf/: did you mean 'routing/em'\?$"),
-        ("em", {}, r"^no 'em' in conf/; a name reads GROUP/OPTION, such as routing/em$"),
+        ("em", {}, r"^no 'em' in conf/; a name has the form GROUP/OPTION, such as routing/em$"),
         ("../x", {}, r"^no '\.\./x' in conf/; a name reads"),
         (
             "routing/em",
             {"in_caps": 8},
-            r"^routing/em\.out_caps: EMRouting needs a value for it\nrouting/em\.pose",
+            r"^routing/em\.out_caps: EMRouting needs a value\nrouting/em\.pose",
         ),
         ("routing/em", {**SIZES, "iteration": 2}, r"takes no 'iteration': did you mean 'iterations'\?$"),
         ("routing/em", {**SIZES, "iterations": 0}, r"^routing/em: iterations must be >= 1, got 0$"),

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from capsexp.cli.jobs import call_hydra, evaluation_job, no_op, train_as_worker, training_job, validate
 from capsexp.cli.sweep.job_process import JOB_VARIABLE, end_with_launcher
 from capsexp.cli.torchrun import is_distributed, processes
-from capsexp.config.compose import compose, conf_dir, to_plain
+from capsexp.config.compose import compose, conf_dir, option_names, to_plain
 from capsexp.config.naming import new_run_dir
 from capsexp.config.overrides import parse, plugins, quoted, value
 from capsexp.config.saved import register_saved_config
@@ -83,6 +83,8 @@ def analyze(arguments: Sequence[str]) -> int:
     """Run `capsexp analyze`."""
     options, flags, overrides = parse(arguments)
     register_saved_config(overrides, command="analyze", groups={"study": "???"}, weights="best", limit=None)
+    if not any(text.startswith("study=") for text in overrides):
+        raise UserError(f"capsexp analyze needs a study: study=NAME{nearest('', option_names('study'))}")
     composed = compose("analyze_run", overrides, config_dir=options.config_dir)
     if options.cfg or options.info:
         return call_hydra([*flags, *overrides], "analyze_run", no_op)

@@ -42,7 +42,8 @@ def _detail(name: str) -> str:
         return ", ".join(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
     if name == "cpu":
         instructions = torch.backends.cpu.get_cpu_capability()
-        return f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {instructions}"
+        threads = torch.get_num_threads()
+        return f"{os.cpu_count()} cores, {threads} thread{'s' * (threads != 1)}, {instructions}"
     return "yes"
 
 

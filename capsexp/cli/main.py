@@ -5,8 +5,7 @@ A command's modules are imported when it runs, so that help and completion answe
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from capsexp.cli.torchrun import is_distributed, run_distributed
@@ -69,16 +68,16 @@ COMMANDS = {
         },
         group="study",
     ),
-    "runs": Command("list runs", "[DIRS] [FILTERS]", "capsexp runs status=running"),
+    "runs": Command("list runs", "[DIRS] [FILTERS]", "capsexp runs outputs/sweeps status=failed,died"),
     "compare": Command(
         "compare runs: the settings that differ, and metrics",
         "[DIRS] [FILTERS] [OPTIONS]",
-        "capsexp compare outputs model=em_routing --group-by seed",
+        "capsexp compare outputs/sweeps model=em_routing --group-by seed --show train/loss",
     ),
     "report": Command(
         "write an HTML page with runs, curves and images",
-        "[DIRS] [FILTERS] [-o FILE]",
-        "capsexp report outputs/sweeps -o report.html",
+        "[DIRS] [FILTERS] [OPTIONS]",
+        "capsexp report outputs/sweeps iterations=2,3 --sort-by test -o report.html",
     ),
     "data": Command(
         "list, download or verify datasets",
@@ -148,7 +147,7 @@ def dispatch(arguments: Sequence[str]) -> int:
     if command in ("runs", "compare", "report"):
         from capsexp.compare.command import run
 
-        return run(command, rest, COMMANDS[command].summary)
+        return run(command, rest, heading=_heading(command), example=COMMANDS[command].example)
     from capsexp.cli.commands import RUN
 
     return RUN[command](rest)
@@ -169,19 +168,19 @@ def usage() -> str:
 def command_help(name: str) -> str:
     """Return the text of `capsexp NAME --help`."""
     command = COMMANDS[name]
-    summary = f"{command.summary[0].upper()}{command.summary[1:]}."
-    blocks = [summary, f"usage: capsexp {name} {command.arguments}"]
+    blocks = [_heading(name)]
     if command.settings:
         blocks.append("\n".join(f"  {key:16} {text}" for key, text in command.settings.items()))
     if command.group:
-        blocks.append(f"{command.group}: {', '.join(_options(command.group))}")
+        from capsexp.config.compose import option_names
+
+        blocks.append(f"{command.group}: {', '.join(option_names(command.group))}")
     return "\n\n".join([*blocks, f"example: {command.example}"])
 
 
-def _options(group: str) -> Iterator[str]:
-    from capsexp.config.compose import conf_dir
-
-    return (path.stem for path in sorted(Path(conf_dir(), group).glob("*.yaml")))
+def _heading(name: str) -> str:
+    command = COMMANDS[name]
+    return f"{command.summary[0].upper()}{command.summary[1:]}.\n\nusage: capsexp {name} {command.arguments}"
 
 
 def _complete(arguments: Sequence[str]) -> int:

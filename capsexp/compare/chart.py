@@ -47,7 +47,7 @@ class SvgCurve(NamedTuple):
     """From 1, as in the legend."""
     colour: str
     is_other: bool
-    """Whether the curve is beyond those with their own colours."""
+    """Whether the curve is beyond those with their own colors."""
     title: str
     line: str
     """SVG path of the means."""

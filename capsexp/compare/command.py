@@ -21,27 +21,22 @@ arguments:
                         - a config group: model=em_routing, dataset=mnist, experiment=quickstart
                         - status: status=running|finished|failed|interrupted|died"""
 
-EXAMPLES = {
-    "runs": "capsexp runs outputs/sweeps status=failed,died",
-    "compare": "capsexp compare outputs/sweeps model=em_routing --group-by seed --show train/loss",
-    "report": "capsexp report outputs/sweeps iterations=2,3 --sort-by test -o report.html",
-}
-
 
 class _Parser(argparse.ArgumentParser):
     """A parser that reports errors as UserError."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} -h)")
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def run(command: str, arguments: Sequence[str], description: str) -> int:
+def run(command: str, arguments: Sequence[str], *, heading: str, example: str) -> int:
     """Run one of the commands.
 
     Args:
         command: runs, compare or report.
         arguments: the arguments that follow it.
-        description: one line for its help.
+        heading: start of its help.
+        example: end of its help.
 
     Returns:
         The exit code.
@@ -49,7 +44,7 @@ def run(command: str, arguments: Sequence[str], description: str) -> int:
     Raises:
         UserError: all errors in the arguments. Whatever can be printed is printed first.
     """
-    parser = _parser(command, description)
+    parser = _parser(command, heading, example)
     notes = Notes()
     try:
         options = parser.parse_intermixed_args(list(arguments))
@@ -63,12 +58,12 @@ def run(command: str, arguments: Sequence[str], description: str) -> int:
     return 0
 
 
-def _parser(command: str, description: str) -> argparse.ArgumentParser:
+def _parser(command: str, heading: str, example: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=f"capsexp {command}",
-        usage=f"capsexp {command} [DIRS] [FILTERS]" + " [OPTIONS]" * (command != "runs"),
-        description=f"{command}: {description}\n\n{ARGUMENTS}",
-        epilog=f"example:\n  {EXAMPLES[command]}",
+        usage=argparse.SUPPRESS,  # the heading has it
+        description=f"{heading}\n\n{ARGUMENTS}",
+        epilog=f"example: {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

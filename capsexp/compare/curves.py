@@ -13,7 +13,7 @@ from capsexp.errors import Notes
 from capsexp.files import write_atomic
 
 TAGS = ("validation/accuracy", "train/loss")
-# Distinct on light and dark backgrounds, and for most colour-blind readers.
+# Distinct on light and dark backgrounds, and for most color-blind readers.
 COLOURS = ("#2f6fde", "#d9730d", "#1f9d63", "#cf3f5b", "#8250df", "#0f9bb0", "#c2409b", "#8a6a45")
 OTHER_COLOUR = "#9aa0a6"
 MAX_POINTS = 200  # a panel cannot show more
@@ -74,7 +74,7 @@ def mean_over_seeds(comparison: Comparison) -> Comparison:
 
 
 def colour(index: int) -> str:
-    """Return the colour of a curve: the first few have their own, all others share a grey."""
+    """Return the color of a curve: the first few have their own, all others share a gray."""
     return COLOURS[index] if index < len(COLOURS) else OTHER_COLOUR
 
 

@@ -135,6 +135,10 @@ def _static_problems(config: dict[str, Any], plugins: Sequence[str]) -> dict[str
             ]
         elif "routing" not in without_routing_copy(config)["model"]:  # reported once, as `routing`
             by_key["model"] = [line for line in by_key["model"] if not line.startswith("model.routing.")]
+        if not config["routing"].get("_partial_"):
+            by_key["routing"] = [
+                "routing._partial_: must be true: the layer adds in_caps, out_caps and pose_dim"
+            ]
     return by_key
 
 

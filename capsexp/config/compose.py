@@ -39,6 +39,11 @@ def conf_dir() -> str:
     )
 
 
+def option_names(group: str) -> list[str]:
+    """Return the options of a config group in conf/, sorted."""
+    return sorted(path.stem for path in Path(conf_dir(), group).glob("*.yaml"))
+
+
 def compose(
     config_name: str, overrides: Sequence[str], *, config_dir: str | None, sweep: bool = False
 ) -> DictConfig:

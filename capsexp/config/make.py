@@ -56,7 +56,7 @@ def _group_of(name: str) -> str:
     groups = [group for group in GROUPS if group not in NOT_MADE]
     names = [f"{group}/{path.stem}" for group in groups for path in Path(conf_dir(), group).glob("*.yaml")]
     if name not in names:
-        hint = nearest(name, names) or "; a name reads GROUP/OPTION, such as routing/em"
+        hint = nearest(name, names) or "; a name has the form GROUP/OPTION, such as routing/em"
         raise UserError(f"no {name!r} in conf/{hint}")
     return name.partition("/")[0]
 

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
@@ -24,8 +24,13 @@ def parse(arguments: Sequence[str]) -> tuple[Namespace, list[str], list[str]]:
 
     Returns:
         Hydra's options as an object, the same as typed, and the overrides.
+
+    Raises:
+        UserError: an option that does not exist or has no or a wrong value.
     """
-    options = get_args_parser().parse_intermixed_args(list(arguments))
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign] # argparse would print Hydra's usage
+    options = parser.parse_intermixed_args(list(arguments))
     if options.experimental_rerun is not None:
         raise UserError("--experimental-rerun is switched off: it loads a pickle; use run=DIR")
     if options.multirun and (options.cfg or options.info):
@@ -72,7 +77,7 @@ def parse_all(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
                 raise HydraException("no key")
             parsed.append(override)
         except FAILURES as error:
-            problems.append(f"cannot read {text!r}: {one_line(error)}; an override reads KEY=VALUE")
+            problems.append(f"cannot read {text!r}: {one_line(error)}; an override has the form KEY=VALUE")
     return parsed, problems
 
 
@@ -102,6 +107,10 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip() for text in texts for line in text.splitlines()]
     noise = ("full_key", "object_type", "provider=", "Config search path")
     return " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{message} (--hydra-help lists the options)")
 
 
 def _ends(override: Override) -> list[Any]:

@@ -140,7 +140,7 @@ def _read(run: Path) -> dict[str, Any]:
     """Read the saved config of a run directory; interpolations stay as they are."""
     path = run / ".hydra" / "config.yaml"
     if not path.is_file():
-        raise UserError(f"{run} is not the directory of a run: there is no {path}")
+        raise UserError(f"{run} is not a run directory: there is no {path}")
     try:
         return parse_saved(path.read_bytes())
     except (OSError, ValueError) as error:

@@ -39,7 +39,7 @@ def signature_problems(
         if parameter.default is parameter.empty and parameter.kind in kinds
     }
     for name in sorted(required - set(arguments) - run_time) if not partial else ():
-        yield f"{at}.{name}: {target.__name__} needs a value for it"
+        yield f"{at}.{name}: {target.__name__} needs a value"
 
 
 def _annotations(target: Any) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsexp.capsules import Capsules, Routed
-from capsexp.layer.routed import RoutedLayer
+from capsexp.errors import require_at_least_1
+from capsexp.layer.routed import RoutedLayer, require_factory
 from capsexp.ops.squash import length, squash
 from capsexp.ops.votes import DenseVotes, make_votes
 
@@ -27,7 +28,9 @@ class ClassCaps(RoutedLayer):
         shared_transformations: one matrix W_j per output capsule for all input capsules, instead of W_ij.
         routing: builds the routing from (in_caps, out_caps, pose_dim), see `capsexp.routing.Routing`.
         votes_mib: memory for votes in MiB, beyond which the batch is routed in chunks; None: by device.
-    Raises: ValueError: votes_mib <= 0.
+    Raises:
+        ValueError: a number < 1, votes_mib <= 0.
+        TypeError: routing builds nothing.
     """
 
     lazy_type = DenseVotes
@@ -43,11 +46,13 @@ class ClassCaps(RoutedLayer):
         shared_transformations: bool = False,
         votes_mib: int | float | None = None,
     ) -> None:
+        require_factory(routing)
+        require_at_least_1(in_caps=in_caps, in_dim=in_dim, out_caps=out_caps, out_dim=out_dim)
         votes_per_image = in_caps * out_caps * out_dim
         super().__init__(in_caps=in_caps, in_dim=in_dim, votes_per_image=votes_per_image, votes_mib=votes_mib)
         matrices = 1 if shared_transformations else in_caps
         self.weight = nn.Parameter(torch.empty(matrices, in_dim, out_caps, out_dim))  # W_ij, or W_j
-        # The paper gives no initialisation. With this one the s_j = sum_i û_j|i / J of the first pass have,
+        # The paper gives no initialization. With this one the s_j = sum_i û_j|i / J of the first pass have,
         # in the mean square, the length of the input capsules, for any number of them: std 0.07 for MNIST,
         # where the authors have 0.1. One std for all sizes learned slower: 0.1 with few children or with many
         # parents, 0.01 everywhere. Shared: s_j = W_j sum_i u_i / J, and for independent u_i the square of

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from capsexp.capsules import ReceptiveFields
 from capsexp.errors import require_literal
-from capsexp.layer.routed import RoutedLayer
+from capsexp.layer.routed import RoutedLayer, require_factory
 from capsexp.ops.receptive_fields import Grid, gather_windows, receptive_fields
 from capsexp.ops.votes import MatrixVotes, window_votes
 
@@ -118,6 +118,7 @@ class ConvCaps(MatrixCaps):
         init_noise: int | float = 0.03,
         votes_mib: int | float | None = None,
     ) -> None:
+        require_factory(routing)
         if "fields" not in inspect.signature(routing).parameters:
             raise ValueError("routing must route windows, as `em` does; this one has no argument `fields`")
         window = (min(kernel, grid.rows), min(kernel, grid.columns))
@@ -157,12 +158,12 @@ class SharedClassCaps(MatrixCaps):
 
     Shared matrices lose the position of a child, so it is added to its votes (coordinate addition).
     Hinton, Sabour, Frosst, "Matrix capsules with EM routing" (ICLR 2018), section 4.
-    Differs from it in: nothing. The paper says "scaled"; centre and scale are those of the authors' code.
+    Differs from it in: nothing. The paper says "scaled"; center and scale are those of the authors' code.
 
     Args:
         grid, in_types: positions and types of the children.
         classes: number of classes.
-        image_size: rows and columns of the image; the coordinates are 0 at its centre.
+        image_size: rows and columns of the image; the coordinates are 0 at its center.
         coordinates: None; "paper": row and column are added to the first two elements of the pose's
             right-hand column (3 and 7 of 16); "official": to elements 0 and 1, as in the authors' code.
         coordinate_scale: per pixel.
@@ -192,6 +193,7 @@ class SharedClassCaps(MatrixCaps):
         init_noise: int | float = 0.03,
         votes_mib: int | float | None = None,
     ) -> None:
+        require_factory(routing)
         if coordinates is not None:
             require_literal(Coordinates, coordinates=coordinates)
             if pose_dim < 4:

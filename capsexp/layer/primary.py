@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsexp.capsules import Capsules
-from capsexp.errors import require_literal
+from capsexp.errors import require_at_least_1, require_literal
 from capsexp.ops.receptive_fields import Grid, Padding, padded
 from capsexp.ops.squash import length, squash
 
@@ -23,8 +23,8 @@ class PrimaryCaps(nn.Module):
         kernel, stride: of the convolution, in pixels.
         padding: "valid", or "same" as in TensorFlow: ceil(size / stride) places, the odd zero at the end.
         scale: factor on the convolution before its bias. The authors' code has 1/32, from a softmax over its
-            32 types; it acts as a smaller initialisation and learning rate of this layer.
-    Raises: ValueError: a wrong word in padding.
+            32 types; it acts as a smaller initialization and learning rate of this layer.
+    Raises: ValueError: a wrong word in padding, a number < 1.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class PrimaryCaps(nn.Module):
     ) -> None:
         super().__init__()
         require_literal(Padding, padding=padding)
+        require_at_least_1(in_channels=in_channels, types=types, dim=dim, kernel=kernel, stride=stride)
         self.types, self.dim, self.scale = types, dim, scale
         self.padding: Padding = padding
         self.conv = nn.Conv2d(in_channels, types * dim, kernel, stride)

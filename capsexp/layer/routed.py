@@ -86,4 +86,36 @@ class RoutedLayer(nn.Module, ABC):
         # Votes in the weights' precision also under autocast: writing them is most of the work, and a routing
         # in float32 would write them a second time.
         with torch.autocast(poses.device.type, enabled=False):
-            return self.routing(self.votes(poses.to(self.weight.dtype)), activations.to(self.weight.dtype))
+            votes = self.votes(poses.to(self.weight.dtype))
+            routed = self.routing(votes, activations.to(self.weight.dtype))
+        _check_routed(routed, votes, name=type(self.routing).__name__)
+        return routed
+
+
+def require_factory(routing: object) -> None:
+    """Check the argument `routing` of a layer.
+
+    Raises: TypeError: it is not a function or class that builds a routing from its sizes.
+    """
+    if isinstance(routing, nn.Module) or not callable(routing):
+        got = type(routing).__name__ if isinstance(routing, nn.Module) else repr(routing)
+        raise TypeError(f"routing must be a factory, such as capsexp.make('routing/em'), got {got}")
+
+
+def _check_routed(routed: object, votes: Tensor, *, name: str) -> None:
+    """Check what a routing returns: a wrong shape could train without an error.
+
+    Raises: TypeError, ValueError: no `Routed`, or one of another shape.
+    """
+    if not isinstance(routed, Routed):
+        raise TypeError(f"{name} must return a Routed, got {type(routed).__name__}")
+    parents = votes.shape[1:-3].numel() * votes.shape[-2]
+    expected = {
+        "poses": [len(votes), parents, votes.shape[-1]],
+        "activations": [len(votes), parents],
+        "coupling": list(votes.shape[:-1]),
+    }
+    for field, shape in expected.items():
+        got = list(getattr(routed, field).shape)
+        if got != shape:
+            raise ValueError(f"{name} must return {field} of shape {shape} for these votes, got {got}")

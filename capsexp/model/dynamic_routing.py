@@ -24,7 +24,7 @@ class CapsNet(nn.Module):
 
     Sabour et al., "Dynamic routing between capsules" (NIPS 2017), sections 4 and 4.1.
     Differs from it in: nothing, with the values of conf/model/dynamic_routing.yaml. What the paper leaves
-    open (initialisation, which capsule to decode without a label) is a keyword.
+    open (initialization, which capsule to decode without a label) is a keyword.
 
     In a training loop of your own, dynamic routing needs no more than any network. With EM routing call
     `calibrate(images)` once, before the first step, and before each step
@@ -148,6 +148,6 @@ class CapsNet(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.constant_(parameter, 0.1)
-            elif name.endswith("weight"):  # a routing initialises its own parameters
+            elif name.endswith("weight"):  # a routing initializes its own parameters
                 std = 0.05 if name == "conv.weight" else 0.1
                 nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)

@@ -21,7 +21,7 @@ class MatrixCapsNet(nn.Module):
 
     Hinton, Sabour, Frosst, "Matrix capsules with EM routing" (ICLR 2018), figure 1 and section 4.
     Differs from it in: nothing, with the values of conf/model/em_routing.yaml. What the paper leaves open
-    (initialisation, padding, scale of the coordinates) is a keyword.
+    (initialization, padding, scale of the coordinates) is a keyword.
 
     In a training loop of your own, call `calibrate(images)` once, before the first step: without it nearly
     all capsules start active and stay so. Before each step call
@@ -139,7 +139,7 @@ class MatrixCapsNet(nn.Module):
         """Start with primary poses of mean square 1 and half of each layer's capsules active on these images.
 
         Call it once, before training, with one batch of training images. It draws no random numbers. The
-        authors chose their initialisation "so that at the start half of the capsules in each layer are
+        authors chose their initialization "so that at the start half of the capsules in each layer are
         active"; here the batch sets it, layer by layer.
         """
         features = self._features(images)

@@ -33,14 +33,14 @@ def padded(features: Float[Tensor, "B C H W"], kernel: int, stride: int, padding
 
 
 class Grid(NamedTuple):
-    """Positions of a layer, and the pixels at the centres of their receptive fields."""
+    """Positions of a layer, and the pixels at the centers of their receptive fields."""
 
     rows: int
     columns: int
     first: tuple[float, float] = (0.0, 0.0)
-    """Row and column, in pixels of the image, at the centre of the first position's receptive field."""
+    """Row and column, in pixels of the image, at the center of the first position's receptive field."""
     step: int = 1
-    """Pixels between the centres of neighbours."""
+    """Pixels between the centers of neighbors."""
 
     @property
     def positions(self) -> int:
@@ -57,7 +57,7 @@ class Grid(NamedTuple):
         return Grid(sizes[0], sizes[1], (first[0], first[1]), self.step * stride)
 
     def centres(self) -> Float[Tensor, "P 2"]:
-        """Row and column, in pixels, at the centre of each position's receptive field."""
+        """Row and column, in pixels, at the center of each position's receptive field."""
         rows = self.first[0] + self.step * torch.arange(self.rows)
         columns = self.first[1] + self.step * torch.arange(self.columns)
         return torch.cartesian_prod(rows, columns).view(-1, 2).to(torch.get_default_dtype())

@@ -108,7 +108,7 @@ def advance(model: nn.Module, step: Step) -> dict[str, float]:
 
     Args:
         model: a network.
-        step: `Step(number, total)`: optimiser steps done, and of the whole training.
+        step: `Step(number, total)`: optimizer steps done, and of the whole training.
 
     Returns: the scheduled values, by "name/layer", for a log.
     """

@@ -202,7 +202,7 @@ def _m_step(
     # Matrix products over K, on memory in the order [B, P, J, K, D], which `window_votes` makes: the only
     # tensor of the votes' size that is written is that of the squared differences.
     mass = shares.sum(2)
-    # Clamped: adding a number to the divisor would pull the mean towards 0.
+    # Clamped: adding a number to the divisor would pull the mean toward 0.
     weights = (shares / mass.clamp_min(SMALLEST_MASS).unsqueeze(2)).permute(0, 1, 3, 2).unsqueeze(3)
     by_parent = votes.permute(0, 1, 3, 2, 4)
     mean = torch.matmul(weights, by_parent)
@@ -253,7 +253,7 @@ class EMRouting(nn.Module):
         beta_a: initial value: a number, or "balanced": the median cost of a type's capsules on one batch, so
             that half of them are active (see `balance`).
         beta_a_gain: beta_a = gain / class_factor * parameter (the factor in the class layer only). lambda is
-            about 0.001, so without a gain no optimiser could move beta_a.
+            about 0.001, so without a gain no optimizer could move beta_a.
         cost_norm: None for the paper's cost; a number: the cost is multiplied by cost_norm / (children per
             parent), so that one lambda fits layers with different amounts of data (Gritzman 2019, 2.2).
         variance_floor, normalisation, initial_coupling, activation, mean_smoothing, detach: see `em_routing`.

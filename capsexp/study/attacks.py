@@ -41,7 +41,7 @@ class Attacks:
 
     Args:
         attacks: away from the label: `fgsm`, `bim`, `pgd`.
-        targeted: attacks towards each class in turn.
+        targeted: attacks toward each class in turn.
         epsilons, targeted_epsilons: radii, rising.
         units: of the radii: `input`, of the network, or `pixel`, of 0 ... 255.
         clip: keep pixels in [0, 1].
@@ -204,7 +204,7 @@ class Attacks:
         if self.paper is None:
             return None
         if run.dataset.name != self.paper["dataset"] or run.dataset.preprocess.standardise is None:
-            return f"left out: it is on {self.paper['dataset']}, standardised"
+            return f"left out: it is on {self.paper['dataset']}, standardized"
         if self.units != "input":
             return "left out: its unit is most likely that of the network's input"
         return dict(self.paper)

@@ -174,7 +174,7 @@ def _describe_missing(path: Path) -> str:
     match = _NAME.fullmatch(path.name)
     name = f"at step {int(match[1])}" if match else f"{path.name} in {path.parent}"
     steps = [str(step_of(saved)) for saved in list_saved(path.parent)]
-    return f"no checkpoint {name}; there are {', '.join(steps) or 'none'}"
+    return f"no checkpoint {name}; available: {', '.join(steps) or 'none'}"
 
 
 def _sha256(path: Path) -> str:

@@ -40,7 +40,7 @@ class Device:
             raise ValueError(f"threads must be >= 1, got {threads}")
         if name != "auto" and not available()[name]:
             names = ", ".join(device for device, is_available in available().items() if is_available)
-            raise ValueError(f"no {name} device here; there is {names}")
+            raise ValueError(f"no {name} device here; available: {names}")
         self.torch_device = torch.device(best() if name == "auto" else name)
         self.threads, self.allocator, self.deterministic = threads, allocator, deterministic
         channels_last = memory_format == "channels_last"
@@ -68,7 +68,10 @@ class Device:
     def __str__(self) -> str:
         if self.torch_device.type == "cuda":
             return f"cuda ({torch.cuda.get_device_name()})"
-        return f"cpu ({torch.get_num_threads()} threads)" if self.torch_device.type == "cpu" else "mps"
+        if self.torch_device.type != "cpu":
+            return "mps"
+        threads = torch.get_num_threads()
+        return f"cpu ({threads} thread{'s' * (threads != 1)})"
 
 
 def available() -> dict[str, bool]:

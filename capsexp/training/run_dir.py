@@ -131,8 +131,8 @@ class RunDir:
         if stored.exists():
             changes = list(differences(comparable(parse_saved(stored.read_bytes())), comparable(config)))
         if changes and resume != "force":
-            hint = f"{self.path} holds a run with another config: resume=force takes the new one"
-            raise UserError(*changes, hint)
+            hint = "choose another run=DIR, or pass resume=force"
+            raise UserError(*changes, f"{self.path} holds a run with another config: {hint}")
         self._write_yaml("resolved_config.yaml", config)
         if not (self.path / "command.txt").exists():
             line = shlex.join(command) + "\n"

@@ -111,5 +111,5 @@ def test_another_run_has_its_own_network_and_the_same_limit(tmp_path, train_tiny
     assert other.model.conv.out_channels == 4
     assert other.limit == 7
     assert sum(len(batch.labels) for batch, _ in other.outputs()) == 7
-    with pytest.raises(UserError, match=r"none is not the directory of a run"):
+    with pytest.raises(UserError, match=r"none is not a run directory"):
         other.other_run(str(tmp_path / "none"))

@@ -183,7 +183,7 @@ def test_the_device_can_be_chosen(saved):
 
 
 def test_what_cannot_be_loaded_is_one_clear_error(saved, tmp_path):
-    with pytest.raises(UserError, match="none is not the directory of a run"):
+    with pytest.raises(UserError, match="none is not a run directory"):
         TrainedRun.load(tmp_path / "none")
     path = saved("trainer.max_steps=2", "trainer.test=none")
     with pytest.raises(UserError, match="77"):

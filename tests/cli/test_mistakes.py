@@ -12,7 +12,7 @@ from capsexp.cli import main as cli
     ("arguments", "lines"),
     [
         (["trian"], ["unknown command 'trian': did you mean 'train'?"]),
-        (["xyzzy"], [f"unknown command 'xyzzy'; there is {', '.join(sorted(cli.COMMANDS))}"]),
+        (["xyzzy"], [f"unknown command 'xyzzy'; choose from {', '.join(sorted(cli.COMMANDS))}"]),
         (
             ["train", "trainer.max_epoch=3"],
             ["unknown key 'trainer.max_epoch': did you mean 'trainer.max_epochs'?"],
@@ -60,14 +60,15 @@ from capsexp.cli import main as cli
         ),
         (["bench", "modle=x"], ["unknown key 'modle': did you mean 'model'?"]),
         (["eval"], ["capsexp eval needs a run: capsexp eval run=DIR"]),
+        (["train", "--foo"], ["unrecognized arguments: --foo (--hydra-help lists the options)"]),
         (["predict", "x.png"], ["capsexp predict needs a run: capsexp predict run=DIR"]),
         (
             ["eval", "run=nothing"],
-            ["nothing is not the directory of a run: there is no nothing/.hydra/config.yaml"],
+            ["nothing is not a run directory: there is no nothing/.hydra/config.yaml"],
         ),
         (
             ["predict", "run=nothing", "x.png"],
-            ["nothing is not the directory of a run: there is no nothing/.hydra/config.yaml"],
+            ["nothing is not a run directory: there is no nothing/.hydra/config.yaml"],
         ),
         (["eval", "run=é"], ["cannot read 'run=é': token recognition error at: 'é'"]),
         (["data", "lst"], ["unknown command 'data lst': did you mean 'list'?"]),

@@ -61,7 +61,8 @@ def test_another_config_is_refused_and_leaves_the_run_as_it_was(at_home, capsexp
     assert code == 2
     assert error == (
         "capsexp: model.class_dim: was 16, is 8\ncapsexp: seed: was 3, is 4\n"
-        f"capsexp: {at_home / 'run'} holds a run with another config: resume=force takes the new one\n"
+        f"capsexp: {at_home / 'run'} holds a run with another config: "
+        "choose another run=DIR, or pass resume=force\n"
     )
     assert {path: path.read_bytes() for path in before} == before
 
@@ -114,7 +115,7 @@ def test_cfg_shows_the_config_of_a_run(command, at_home, capsexp):
     [
         (["split=tset"], "split: must be 'test', 'familiar', 'validation' or 'train', got 'tset'"),
         (["weights=bst"], "capsexp: no checkpoint bst.pt in "),
-        (["weights=7"], "capsexp: no checkpoint at step 7; there are 2"),
+        (["weights=7"], "capsexp: no checkpoint at step 7; available: 2"),
         (["model.class_dim=8"], "the weights in run are of another network: "),
         (["routing.iteration=5"], "unknown key 'routing.iteration': did you mean 'routing.iterations'?"),
         (["routing.iterations=1,2"], "several values make a sweep"),

@@ -141,7 +141,7 @@ def test_a_report_is_written_to_the_given_file(sweep, capsexp, tmp_path):
         (["--sort-by", "sed"], "--sort-by: unknown key 'sed': did you mean 'seed'?"),
         (["--group-by", "sed"], "--group-by: unknown key 'sed': did you mean 'seed'?"),
         (["--show", "train/los"], "--show: no run has the metric 'train/los': did you mean 'train/loss'?"),
-        (["--metric", "x/y", "--plot", "c.png"], "--metric: no run has the metric 'x/y'; there is"),
+        (["--metric", "x/y", "--plot", "c.png"], "--metric: no run has the metric 'x/y'; choose from"),
     ],
 )
 def test_an_error_is_one_line_and_the_table_is_still_printed(arguments, message, sweep, capsexp, tmp_path):

@@ -122,7 +122,7 @@ def test_every_option_passes_the_checks(group, tmp_path):
         if path.stem == "image_folder":
             continue  # needs images: see its own test
         if path.stem in ("cuda", "mps") and not available()[path.stem]:
-            with pytest.raises(UserError, match=f"^device: no {path.stem} device here; there is .*cpu"):
+            with pytest.raises(UserError, match=f"^device: no {path.stem} device here; available: .*cpu"):
                 build_components(composed(*overrides), plugins=[])
         elif group == "routing":
             assert build_components(composed(*overrides), plugins=[]).new_model().class_caps.routing

@@ -42,16 +42,16 @@ def problems(*overrides, **keywords):
         ("xyzzy=1", "unknown key 'xyzzy'"),
         ("~sead", "unknown key 'sead': did you mean 'seed'?"),
         ("model=cnn_sabor", "model=cnn_sabor: no such option: did you mean 'cnn_sabour'?"),
-        ("loss=xyzzy", "loss=xyzzy: no such option; there is cross_entropy, margin"),
+        ("loss=xyzzy", "loss=xyzzy: no such option; choose from cross_entropy, margin"),
         ("experiment=quikstart", "experiment=quikstart: no such option: did you mean 'quickstart'?"),
-        ("routing=null", "routing=null: no such option; there is dynamic, em, uniform"),
+        ("routing=null", "routing=null: no such option; choose from dynamic, em, uniform"),
         (
             "model=3",
-            "model=3: no such option; there is cnn_affnist, cnn_hinton, cnn_multimnist, cnn_sabour, "
+            "model=3: no such option; choose from cnn_affnist, cnn_hinton, cnn_multimnist, cnn_sabour, "
             "dynamic_routing, dynamic_routing_small, em_routing, em_routing_310k",
         ),
-        ("seed", "cannot read 'seed': missing EQUAL at '<EOF>'; an override reads KEY=VALUE"),
-        ("=3", "cannot read '=3': no key; an override reads KEY=VALUE"),
+        ("seed", "cannot read 'seed': missing EQUAL at '<EOF>'; an override has the form KEY=VALUE"),
+        ("=3", "cannot read '=3': no key; an override has the form KEY=VALUE"),
         (
             "routing.iterations=1,2",
             "routing.iterations=1,2: several values make a sweep, which -m starts; a list is ",
@@ -128,7 +128,7 @@ def test_a_new_key_can_be_added_with_a_plus():
         ("lernrate", ["learnrate", "seed"], ": did you mean 'learnrate'?"),
         ("lr", ["optimizer.lr", "seed"], ": did you mean 'optimizer.lr'?"),
         ("epz", ["loss.present", "optimizer.epsz"], ": did you mean 'optimizer.epsz'?"),
-        ("zzz", ["b", "a"], "; there is a, b"),
+        ("zzz", ["b", "a"], "; choose from a, b"),
         ("zzz", [f"k{number}" for number in range(21)], ""),
     ],
 )

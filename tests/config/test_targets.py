@@ -373,4 +373,4 @@ def test_a_plugin_opens_no_way_to_what_it_imports(mine):
 def test_a_plugin_without_annotations_takes_any_value_but_no_unknown_key(mine, edited, problems):
     settings = edited()
     settings["extra"] = {"_target_": "mine.no_annotations", "a": "x", "b": [None], "c": 1}
-    assert problems(settings, [mine]) == ["extra.c: no_annotations takes no 'c'; there is a, b"]
+    assert problems(settings, [mine]) == ["extra.c: no_annotations takes no 'c'; choose from a, b"]

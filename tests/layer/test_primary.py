@@ -83,6 +83,11 @@ def test_autocast_squashes_in_float32():
     assert {tensor.dtype for tensor in capsules} == {torch.float32}
 
 
+def test_a_size_below_1_is_refused():
+    with pytest.raises(ValueError, match=r"^types must be >= 1, got 0$"):
+        PrimaryCaps(4, types=0)
+
+
 @pytest.mark.usefixtures("no_type_checks")
 def test_unknown_padding_is_refused():
     with pytest.raises(ValueError, match="padding must be one of valid, same, got full"):

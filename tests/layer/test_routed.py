@@ -2,11 +2,14 @@ import functools
 
 import pytest
 import torch
+from torch import nn
 
 from capsexp.capsules import Capsules
 from capsexp.config.build import build
 from capsexp.config.compose import compose, to_plain
 from capsexp.layer.class_caps import ClassCaps
+from capsexp.layer.matrix_caps import ConvCaps, SharedClassCaps
+from capsexp.ops.receptive_fields import Grid
 from capsexp.routing.uniform import UniformRouting
 
 
@@ -48,6 +51,57 @@ def test_capsules_that_do_not_fit_the_layer_are_one_line(count, dim, got):
     wrong = Capsules(torch.randn(2, count, dim), torch.rand(2, count))
     with pytest.raises(ValueError, match=f"^expected 20 capsules with poses of 4 numbers, got {got}$"):
         layer(wrong)
+
+
+class Wrong(nn.Module):
+    """A routing that returns one field wrong."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.routing, self.change = UniformRouting(20, 3, 8, bias=False), change
+
+    def forward(self, votes, activations):
+        return self.change(self.routing(votes, activations))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda routed: routed.poses, TypeError, "Wrong must return a Routed, got Tensor"),
+        (
+            lambda routed: routed._replace(poses=routed.poses.mT),
+            ValueError,
+            r"Wrong must return poses of shape \[32, 3, 8\] for these votes, got \[32, 8, 3\]",
+        ),
+        (
+            lambda routed: routed._replace(activations=routed.activations[..., None]),
+            ValueError,
+            r"Wrong must return activations of shape \[32, 3\] for these votes, got \[32, 3, 1\]",
+        ),
+        (
+            lambda routed: routed._replace(coupling=routed.coupling.mT),
+            ValueError,
+            r"Wrong must return coupling of shape \[32, 20, 3\] for these votes, got \[32, 3, 20\]",
+        ),
+    ],
+)
+def test_a_routing_that_returns_something_else_is_one_line(change, error, message):
+    layer, capsules = layer_and_capsules(lambda *sizes: Wrong(change))
+    with pytest.raises(error, match=f"^{message}$"):
+        layer(capsules)
+
+
+@pytest.mark.parametrize(
+    "new_layer",
+    [
+        lambda routing: ClassCaps(20, 4, 3, 8, routing=routing),
+        lambda routing: ConvCaps(Grid(5, 5), 2, types=3, routing=routing),
+        lambda routing: SharedClassCaps(Grid(5, 5), 2, 3, image_size=(5, 5), routing=routing),
+    ],
+)
+def test_a_routing_that_is_already_built_is_one_line(new_layer):
+    with pytest.raises(TypeError, match=r"^routing must be a factory, such as .*, got UniformRouting$"):
+        new_layer(UniformRouting(20, 3, 8, bias=False))
 
 
 def test_a_layer_shows_its_sizes():

@@ -126,7 +126,7 @@ def test_the_papers_curves_are_drawn_beside_its_own_data_and_units_only(trained_
     run = trained_run(*SHORT, *STANDARDISED, limit=10)
     only = {"attacks": ["fgsm"], "targeted": [], "epsilons": [0, 0.1]}
     numbers, figures, _ = study(**only)(run)
-    assert numbers["paper"] == "left out: it is on smallnorb, standardised"
+    assert numbers["paper"] == "left out: it is on smallnorb, standardized"
     assert len(figures["attacks-untargeted"].axes[0].lines) == 3
     paper = settings()["paper"] | {"dataset": "digits"}
     numbers, figures, _ = study(**only, paper=paper)(run)

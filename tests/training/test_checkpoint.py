@@ -230,8 +230,8 @@ def test_a_checkpoint_without_json_is_refused_by_name(folder):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("best.pt", r"no checkpoint best\.pt in .*; there are 10, 20"),
-        ("step-00000030.pt", "no checkpoint at step 30; there are 10, 20"),
+        ("best.pt", r"no checkpoint best\.pt in .*; available: 10, 20"),
+        ("step-00000030.pt", "no checkpoint at step 30; available: 10, 20"),
     ],
 )
 def test_a_missing_checkpoint_is_an_error_with_those_that_exist(name, message, folder):
@@ -240,7 +240,7 @@ def test_a_missing_checkpoint_is_an_error_with_those_that_exist(name, message, f
 
 
 def test_a_missing_checkpoint_of_an_empty_folder_is_an_error(tmp_path):
-    with pytest.raises(CheckpointError, match=r"^no checkpoint at step 30; there are none$"):
+    with pytest.raises(CheckpointError, match=r"^no checkpoint at step 30; available: none$"):
         load(pt(tmp_path, 30))
 
 

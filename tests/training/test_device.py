@@ -25,7 +25,7 @@ def test_auto_is_the_fastest_available_device(monkeypatch):
 
 def test_an_unavailable_device_is_refused(monkeypatch):
     monkeypatch.setattr(device, "available", lambda: {"cuda": False, "mps": False, "cpu": True})
-    with pytest.raises(ValueError, match="no cuda device here; there is cpu"):
+    with pytest.raises(ValueError, match="no cuda device here; available: cpu"):
         Device(**{**PLAIN, "name": "cuda"})
 
 

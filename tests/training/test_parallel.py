@@ -259,7 +259,8 @@ def test_an_error_of_rank_0_ends_all(failed, folder):
     assert (code, out, other) == (2, "", (2, "", ""))
     assert error.splitlines() == [
         "capsexp: seed: was 0, is 4",
-        f"capsexp: {folder / 'bug'} holds a run with another config: resume=force takes the new one",
+        f"capsexp: {folder / 'bug'} holds a run with another config: "
+        "choose another run=DIR, or pass resume=force",
     ]
 
 

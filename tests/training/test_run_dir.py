@@ -111,7 +111,7 @@ DIFFERENCES = [
 
 def test_every_key_that_differs_is_listed(run):
     begin(run)
-    with pytest.raises(UserError, match="resume=force takes the new one") as caught:
+    with pytest.raises(UserError, match="choose another run=DIR, or pass resume=force") as caught:
         begin(run, changed())
     assert list(caught.value.problems[:-1]) == DIFFERENCES
     assert caught.value.problems[-1].startswith(f"{run.path} holds a run with another config")

@@ -75,7 +75,7 @@ class Results:
         broken: SmallestBreakingRadius,
         classes: int,
     ) -> None:
-        """Attack the images towards each class."""
+        """Attack the images toward each class."""
         for target in range(classes):
             targets = torch.full_like(batch.labels, target)
             gradient = attacker.input_gradient(batch, targets)

@@ -107,7 +107,7 @@ def _fit(
     ROWS: tl.constexpr, SIDE: tl.constexpr, R: tl.constexpr, S: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """M-step of the parents at one position; densities of the E-step, not yet normalised, or the results."""
+    """M-step of the parents at one position; densities of the E-step, not yet normalized, or the results."""
     at = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
     row, column = tl.arange(0, R)[:, None, None], tl.arange(0, S)[None, :, None]

@@ -4,7 +4,8 @@ The names are imported on first use, so `import capsexp` is fast and the command
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+
+TYPE_CHECKING = False  # type checkers take it for True; typing itself takes longer to import than this file
 
 if TYPE_CHECKING:
     from capsexp.analysis.trained_run import TrainedRun
@@ -77,9 +78,12 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
+    value: object
     if name == "load":
-        value = __getattr__("TrainedRun").load
+        from capsexp.analysis.trained_run import TrainedRun
+
+        value = TrainedRun.load
     elif name in _MODULES:
         value = getattr(importlib.import_module(f"capsexp.{_MODULES[name]}"), name)
     else:

@@ -34,13 +34,13 @@ class TrainedRun:
     """A trained network, its dataset and its config. `TrainedRun.load` creates one from a run directory.
 
     Attributes:
-        path: the run directory.
-        model: the network, in evaluation mode, on the run's device, without gradients of its parameters.
-        step: training step of the weights: `number` of `total`.
-        classes: names of the classes.
-        components: everything else that the run is built of.
-        config: the plain config.
-        limit: images at most that `batches` and `outputs` read of a split; None for all.
+        path (Path): the run directory.
+        model (nn.Module): the network, on its device and in evaluation mode, without gradients of its parameters.
+        step (Step): training step of the weights: `number` of `total`.
+        classes (tuple[str, ...]): names of the classes.
+        components (Components): everything else that the run is built of.
+        config (dict): the plain config.
+        limit (int | None): images at most that `batches` and `outputs` read of a split; None for all.
     """
 
     def __init__(

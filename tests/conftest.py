@@ -30,6 +30,11 @@ from capsexp.config.compose import compose, to_plain
 from capsexp.config.settings import GROUPS, with_setting
 from capsexp.training.run_dir import RunDir
 
+# Processes that tests start import the tree under test, not the installed package.
+ROOT = str(Path(__file__).resolve().parents[1])
+OTHERS = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", ROOT)]
+os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *OTHERS])
+
 # Small enough for a second, large enough for every part: several steps an epoch, a smaller last batch.
 TINY = (
     "device=cpu",

@@ -52,7 +52,7 @@ def installed(wheel, tmp_path_factory):
 
 def test_the_wheel_has_all_code_and_all_of_conf_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    kinds = ("*.py", "py.typed", "*.cpp", "*.h", "*.html", "*.svg")
+    kinds = ("*.py", "*.cpp", "*.h", "*.html", "*.svg", "py.typed")
     code = {path.relative_to(ROOT).as_posix() for kind in kinds for path in (ROOT / "capsexp").rglob(kind)}
     conf = {f"capsexp/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "conf").rglob("*.yaml")}
     assert len(code) > 40
@@ -87,3 +87,11 @@ def test_an_editable_install_reads_the_checkouts_own_conf():
     assert Path(conf_dir()) == ROOT / "conf"
     assert Path(capsexp.__file__).parent == ROOT / "capsexp"
     assert not (ROOT / "capsexp" / "conf").exists()
+
+
+def test_a_process_that_a_test_starts_imports_the_tree_under_test(tmp_path):
+    code = "import capsexp; print(capsexp.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert Path(done.stdout.strip()).parent == ROOT / "capsexp"

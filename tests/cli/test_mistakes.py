@@ -1,6 +1,7 @@
 """A user's mistakes: one line each on stderr, exit code 2, no run. A bug keeps its traceback."""
 
 import json
+import os
 import re
 
 import pytest
@@ -124,7 +125,8 @@ class Loss(Margin):
 def test_a_bug_keeps_its_traceback_and_its_run_says_failed(tmp_path, shell):
     (tmp_path / "buggy.py").write_text(BUG)
     arguments = ("train", "trainer=smoke", "plugins=[buggy]", "loss._target_=buggy.Loss", "run=run")
-    done = shell(*arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    paths = [str(tmp_path), os.environ["PYTHONPATH"]]
+    done = shell(*arguments, cwd=tmp_path, PYTHONPATH=os.pathsep.join(paths))
     assert done.returncode == 1
     assert "Traceback (most recent call last):" in done.stderr
     assert 'buggy.py", line 6, in __call__' in done.stderr

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -44,7 +45,7 @@ def test_fingerprints_are_the_same_in_every_process(hash_seed):
         capture_output=True,
         text=True,
         check=True,
-        env={"PYTHONHASHSEED": hash_seed},
+        env=os.environ | {"PYTHONHASHSEED": hash_seed},
     )
     assert done.stdout.strip() == fingerprint({"a": 1, "b": "x"})
 

@@ -39,7 +39,7 @@ def script():
 
 def environment(**more):
     """Return the variables of a process with one thread that imports this checkout and these tests."""
-    paths = [str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")]
+    paths = [os.environ["PYTHONPATH"], str(HERE)]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1",

@@ -28,7 +28,7 @@ ALL_STATUSES = ["STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING", "STATUS_UN
 
 def start(home, *arguments):
     """Start `capsexp train -m` in a process whose output can be read line by line."""
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).parent), os.environ["PYTHONPATH"]]
     variables = {"CAPSEXP_OUTPUTS": "outputs", "COLUMNS": "250", "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.Popen(
         [sys.executable, "-m", "capsexp", "train", "-m", *arguments],

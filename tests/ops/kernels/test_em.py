@@ -191,9 +191,12 @@ def test_layers_of_any_shape_are_routed_as_in_the_reference(
 ):
     window = (min(kernel[0], rows), min(kernel[1], columns))
     layer = Layer(rows, columns, in_types, window, stride, types, pose, dense)
-    assert_same(
-        layer, example(layer, batch=2, seed=seed, silent=seed % 2 == 0), iterations=iterations, **switch
-    )
+    # A silent child that its parents see alone leaves their means at 0. Its R is then 1 up to some 1e-8, and
+    # the gradient by its activation is R (1 - R) / SMALLEST_MASS. Rounding leaves 1 - R eight digits: next to
+    # 60-digit arithmetic both implementations are off by up to 4e-10. Two of LAYERS have such a child.
+    places = in_types * (rows * columns if dense else window[0] * window[1])
+    silent = seed % 2 == 0 and places > 1
+    assert_same(layer, example(layer, batch=2, seed=seed, silent=silent), iterations=iterations, **switch)
 
 
 @pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[8]], ids=str)

@@ -16,7 +16,7 @@ class Batch(NamedTuple):
     """Images on the training device, as the network and the loss take them."""
 
     images: Float[Tensor, "B C H W"]
-    """The network's input; standardised if the dataset's preprocessing is set to."""
+    """The network's input; standardised if the dataset's preprocessing does that."""
     labels: Int[Tensor, " B *T"]
     """Class of each image, 0 … J-1; or its T classes, all different."""
     pixels: Float[Tensor, "B *T C H W"]

@@ -83,7 +83,7 @@ def _train_in(run: RunDir, composed: DictConfig) -> None:
 
 
 def train_as_worker(components: "Components", plain: dict[str, Any]) -> int:
-    """Train beside rank 0, which alone writes into the directory, unless the run there is complete."""
+    """Train beside rank 0, the only process that writes, unless the run is complete."""
     from capsexp.training.memory import explain_out_of_memory
     from capsexp.training.train import train
 

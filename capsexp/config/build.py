@@ -103,7 +103,7 @@ def build(node: Any, *, at: str, plugins: Sequence[str] = (), **run_time: Any) -
 
 
 def _with_key_in_errors(target: Callable[..., Any], at: str) -> Callable[..., Any]:
-    """Return the target, its errors about arguments as a UserError that begins with the config key."""
+    """Wrap the target: its errors about arguments become a UserError that begins with the config key."""
     signature = inspect.signature(target)
 
     @functools.wraps(target, updated=())

@@ -24,7 +24,7 @@ class PrimaryCaps(nn.Module):
         padding: "valid", or "same" as in TensorFlow: ceil(size / stride) places, the odd zero at the end.
         scale: factor on the convolution before its bias. The authors' code has 1/32, from a softmax over its
             32 types; it acts as a smaller initialisation and learning rate of this layer.
-    Raises: ValueError: a wrong word in padding.
+    Raises: ValueError: an unknown padding.
     """
 
     def __init__(

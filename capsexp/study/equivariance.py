@@ -107,16 +107,16 @@ class Equivariance:
         fitted = torch.zeros(len(change), dtype=torch.bool)
         fitted[order[: len(change) // 2]] = True
         by = torch.tensor(amounts, dtype=torch.float64).expand(len(change), -1).unsqueeze(2)  # [N, M, 1]
-        one_group = torch.zeros_like(labels)
+        single_group = torch.zeros_like(labels)
         smallest = torch.finfo(size.dtype).tiny
         return {
             "relative_change": (change.norm(dim=2) / size.clamp_min(smallest)[:, None]).mean(0).tolist(),
             "r2": {
-                "one_map": held_out_r2(change, by, one_group, fitted),
+                "one_map": held_out_r2(change, by, single_group, fitted),
                 "each_class": held_out_r2(change, by, labels, fitted),
             },
             "explained": {
-                "one_map": held_out_r2(by, change, one_group, fitted),
+                "one_map": held_out_r2(by, change, single_group, fitted),
                 "each_class": held_out_r2(by, change, labels, fitted),
             },
         }

@@ -11,7 +11,7 @@ from capsexp.errors import UserError
 from capsexp.ops.receptive_fields import Grid
 from capsexp.schedule import Step
 from capsexp.study.routing import Routing
-from capsexp.training.metrics import figures as batch_metrics
+from capsexp.training.metrics import batch_metrics
 
 SETTINGS = {
     "iterations": 5,

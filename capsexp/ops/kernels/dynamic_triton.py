@@ -3,7 +3,7 @@
 The logits are the running sum of the agreements, so one pass over the votes computes three things: the
 agreement with the poses of the pass before, the softmax over J, and the weighted sum. The sums over I are
 returned in blocks and added in a fixed order. PyTorch computes the squash of the few totals. Formulas:
-`_FusedRouting` in capsexp/routing/dynamic.py.
+`FusedDynamicRouting` in capsexp/ops/dynamic_passes.py.
 
 Votes are [B, J, I, D], in float32 or half precision, computed in float32, or in float64.
 """

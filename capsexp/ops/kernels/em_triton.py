@@ -19,7 +19,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-SMALLEST_MASS = tl.constexpr(1e-8)  # as in capsexp/routing/em.py
+SMALLEST_MASS = tl.constexpr(1e-8)  # as in capsexp/ops/em_steps.py
 MOST_TYPES = 16  # in a tile; more would leave no room for places
 VOTES = 2048  # in a tile: 16 numbers for each of 128 threads, with two or three such tiles in registers
 PRODUCTS = 4096  # in a tile of pose times gradient: 16 for each of 256 threads

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capsexp.capsules import ReceptiveFields
+from capsexp.ops.em_steps import EMOptions, initial_shares
 from capsexp.ops.kernels import em as kernel
 from capsexp.ops.kernels.em import fused_em_routing
 from capsexp.ops.receptive_fields import Grid, gather_windows, receptive_fields
 from capsexp.ops.votes import MatrixVotes, window_votes
-from capsexp.routing.em import em_routing, initial_shares
+from capsexp.routing.em import em_routing
 
 PAPERS_LAMBDA = (5.0e-4, 9.75e-4, 1.426e-3, 1.85e-3)
 STRONG = (0.3, 0.5, 0.4, 0.6)  # activations and their competition count
@@ -118,10 +119,12 @@ def lambdas(like, iterations, temperatures):
 def fused(layer, poses, weight, activations, beta_u, beta_a, *, iterations=3, temperatures=STRONG, **changes):
     options = {**OPTIONS, **changes}
     votes = lazy(layer, poses, weight)
-    first = shares(votes, options.pop("initial", "paper"))
+    initial = options.pop("initial", "paper")
+    switches = EMOptions(**options, initial_coupling=initial, activation="logistic")
     temperature = lambdas(poses, iterations, temperatures)
     betas = {"beta_u": beta_u, "beta_a": beta_a, "inverse_temperature": temperature}
-    return fused_em_routing(votes, activations, initial=first, **betas, **options)[:3]
+    first = shares(votes, initial)
+    return fused_em_routing(votes, activations, initial=first, **betas, options=switches)[:3]
 
 
 def plain(layer, poses, weight, activations, beta_u, beta_a, *, iterations=3, temperatures=STRONG, **changes):

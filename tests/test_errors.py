@@ -20,9 +20,9 @@ from capsexp.errors import UserError, first_line, require_at_least_1, require_li
         ("trainer.keep_every=0", "trainer: keep_every must be >= 1, got 0"),
     ],
 )
-def test_a_size_below_1_is_one_line(override, line, tiny_parts):
+def test_a_size_below_1_is_one_line(override, line, tiny_components):
     with pytest.raises(UserError, match=line) as caught:
-        tiny_parts(override)
+        tiny_components(override)
     assert len(caught.value.problems) == 1
 
 

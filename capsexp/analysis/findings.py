@@ -1,11 +1,15 @@
 """What a study returns: numbers, figures, a table."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from rich.table import Table
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Findings(NamedTuple):
@@ -13,13 +17,13 @@ class Findings(NamedTuple):
 
     numbers: dict[str, Any]
     """Plain values by name. Those that are numbers are also written as TensorBoard scalars."""
-    figures: dict[str, Any]
+    figures: dict[str, "Figure"]
     """Matplotlib figures by name."""
     table: Table | None = None
     """Printed after the study."""
 
 
-def displayable(image: Float[Tensor, "C H W"]) -> Any:
+def displayable(image: Float[Tensor, "C H W"]) -> NDArray[Any]:
     """Return an image as matplotlib takes it.
 
     Of an image that has neither 1 nor 3 channels, such as a stereo pair, it is the first channel.

@@ -3,13 +3,20 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capsexp.config.components import Components
 from capsexp.config.settings import without_routing_copy
 from capsexp.config.signature import fits, signature_problems
 from capsexp.config.targets import resolve
 from capsexp.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from capsexp.data.dataset import Dataset
+    from capsexp.schedule import Schedule
 
 RUN_TIME = {"model": {"image_shape", "classes"}, "optimizer": {"params"}}  # known only when a run starts
 REQUIRED_GROUPS = ("device", "trainer", "dataset", "loss", "optimizer", "model")
@@ -45,7 +52,7 @@ def build_components(config: dict[str, Any], *, plugins: Sequence[str]) -> Compo
         except ValueError as error:
             problems.append(f"optimizer.lr: {error}")
             del built["optimizer"]
-    new_model: Callable[[], Any] = _not_built
+    new_model: Callable[[], nn.Module] = _not_built
     if "dataset" in built and not by_key["model"] and not by_key.get("routing"):
         new_model = functools.partial(_build_model, config, built["dataset"], tuple(plugins))
         problems += _meta_problems(new_model, new_optimizer if "optimizer" in built else None, learning_rate)
@@ -185,7 +192,9 @@ def _label_problems(built: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _split_learning_rate(optimizer: Any) -> tuple[Callable[..., Any], Callable[..., float]]:
+def _split_learning_rate(
+    optimizer: "functools.partial[Optimizer]",
+) -> "tuple[Callable[..., Optimizer], Schedule]":
     """Return the optimizer without its `lr`, which the loop sets at every step, and `lr` as a schedule."""
     from capsexp.schedule import as_schedule
 
@@ -194,7 +203,7 @@ def _split_learning_rate(optimizer: Any) -> tuple[Callable[..., Any], Callable[.
     return functools.partial(optimizer.func, **keywords), learning_rate
 
 
-def _build_model(config: dict[str, Any], dataset: Any, plugins: Sequence[str]) -> Any:
+def _build_model(config: dict[str, Any], dataset: "Dataset", plugins: Sequence[str]) -> "nn.Module":
     run_time = {"image_shape": dataset.image_shape, "classes": len(dataset.classes)}
     node = without_routing_copy(config)["model"]
     if "routing" in config["model"] and "routing" not in node:  # so that its errors begin with `routing`
@@ -203,9 +212,9 @@ def _build_model(config: dict[str, Any], dataset: Any, plugins: Sequence[str]) -
 
 
 def _meta_problems(
-    new_model: Callable[[], Any],
-    new_optimizer: Callable[..., Any] | None,
-    learning_rate: Callable[..., float],
+    new_model: "Callable[[], nn.Module]",
+    new_optimizer: "Callable[..., Optimizer] | None",
+    learning_rate: "Schedule",
 ) -> Iterator[str]:
     """Yield what is wrong when the network and its optimizer are built on the `meta` device."""
     import torch

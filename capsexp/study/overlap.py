@@ -1,7 +1,8 @@
 """Two overlapping digits and their reconstructions in two colors, also of digits that are not there."""
 
 from collections import defaultdict
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,6 +15,9 @@ from capsexp.capsules import Batch, Output
 from capsexp.data.pairs import OverlaidPairs
 from capsexp.errors import UserError
 from capsexp.ops.labels import all_correct, fraction_correct, multi_hot, predicted_labels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PAPERS_OVERLAP = 0.8
 COLORS = {"R": "black", "R:P": "tab:red", "*R": "tab:blue"}
@@ -114,7 +118,9 @@ class Overlap:
                 columns["*R"].append(_column("*R", decoded, place))
 
 
-def _decode(batch: Batch, output: Output, decoder: Any, generator: torch.Generator) -> DecodedBatch:
+def _decode(
+    batch: Batch, output: Output, decoder: Callable[[Tensor, Tensor], Tensor], generator: torch.Generator
+) -> DecodedBatch:
     predictions = predicted_labels(output.scores, batch.labels)
     absent, has_absent = absent_class(
         torch.cat([batch.labels, predictions], dim=1), len(output.scores.T), generator
@@ -155,7 +161,7 @@ def _column(mark: str, decoded: DecodedBatch, place: int) -> Column:
     return Column(mark, classes, labels, image, reconstructions)
 
 
-def _figure(columns: list[Column]) -> Any:
+def _figure(columns: list[Column]) -> "Figure":
     from matplotlib.figure import Figure
 
     height, width = columns[0].image.shape[1:]

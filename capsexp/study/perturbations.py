@@ -1,7 +1,7 @@
 """What each dimension of a class capsule's pose encodes: reconstructions with that dimension changed."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,9 @@ from torchvision.utils import make_grid
 from capsexp.analysis.findings import Findings, displayable
 from capsexp.analysis.trained_run import TrainedRun
 from capsexp.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Perturbations:
@@ -97,7 +100,7 @@ def _first_correct_poses(run: TrainedRun, labels: set[int]) -> dict[int, Tensor]
     return first
 
 
-def _figure(rows: Float[Tensor, "D N C H W"], deltas: Sequence[float], name: str) -> Any:
+def _figure(rows: Float[Tensor, "D N C H W"], deltas: Sequence[float], name: str) -> "Figure":
     from matplotlib.figure import Figure
 
     size, count, _, height, width = rows.shape

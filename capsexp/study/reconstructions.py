@@ -1,12 +1,15 @@
 """Images and their reconstructions, misclassified ones included."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 
 from capsexp.analysis.findings import Findings, displayable
 from capsexp.analysis.trained_run import TrainedRun
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Triple(NamedTuple):
@@ -75,7 +78,7 @@ class Reconstructions:
         return Findings(numbers, {"reconstructions": _figure(triples)})
 
 
-def _figure(triples: list[Triple]) -> Any:
+def _figure(triples: list[Triple]) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.1 * len(triples), 2.6), layout="constrained")

@@ -1,6 +1,6 @@
 """Inside the routing: distances of the votes, changes of the couplings, and the parent of each child."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from capsexp.analysis.trained_run import TrainedRun
 from capsexp.capsules import Batch, Capsules, Output
 from capsexp.errors import UserError, require_at_least_1, require_literal, require_positive
 from capsexp.ops.receptive_fields import Grid
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Distance = Literal["l2", "squared"]
 
@@ -158,7 +161,7 @@ class Routing:
 
     def _figures(
         self, run: TrainedRun, layers: dict[str, dict[str, Any]], examples: list[Example]
-    ) -> dict[str, Any]:
+    ) -> dict[str, "Figure"]:
         figures = {
             "routing-entropy": routing_figures.entropies(layers),
             "routing-change": routing_figures.changes(layers),

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jaxtyping import Float
 from tensorboard.compat.proto.event_pb2 import Event
@@ -183,7 +183,7 @@ def _write_event(path: Path, summary: Summary) -> None:
     version = Event(wall_time=time.time(), file_version="brain.Event:2")
     events = [version, Event(wall_time=time.time(), summary=summary)]
 
-    def write(file: Any) -> None:
+    def write(file: IO[bytes]) -> None:
         records = RecordWriter(file)
         for event in events:
             records.write(event.SerializeToString())

@@ -74,8 +74,8 @@ def test_fused_float32_error_is_at_most_twice_that_of_plain_torch(device):
     single = [tensor.float().to(device) for tensor in arguments]
     options = {"iterations": 3, "leaky": False, "detach": False}
     exact, plain, fused = (
-        itertools.chain(*values_and_gradients(*given_, implementation=how, **options))
-        for given_, how in [(arguments, "reference"), (single, "reference"), (single, "fused")]
+        itertools.chain(*values_and_gradients(*call, implementation=how, **options))
+        for call, how in [(arguments, "reference"), (single, "reference"), (single, "fused")]
     )
     for truth, tensor, other in zip(exact, plain, fused, strict=True):
         error, allowed = (other.cpu() - truth).norm(), (tensor.cpu() - truth).norm()

@@ -101,8 +101,8 @@ def lazy(layer, poses, weight):
 def votes_of(votes):
     """The votes, [B, P, K, J, D]."""
     places = votes.poses.unsqueeze(1) if votes.fields is None else gather_windows(votes.poses, votes.fields)
-    made_votes = window_votes(places, votes.weight[votes.matrices])
-    return made_votes if votes.offsets is None else made_votes + votes.offsets[:, None]
+    computed = window_votes(places, votes.weight[votes.matrices])
+    return computed if votes.offsets is None else computed + votes.offsets[:, None]
 
 
 def shares(votes, initial):
@@ -247,8 +247,8 @@ def test_float32_error_is_at_most_twice_that_of_the_reference(layer, changes):
 def test_gradients_pass_gradcheck(layer, normalisation):
     inputs = [tensor.requires_grad_() for tensor in example(layer, batch=1)]
 
-    def run(*given_):
-        return fused(layer, *given_, normalisation=normalisation, variance_floor=0.1)
+    def run(*tensors):
+        return fused(layer, *tensors, normalisation=normalisation, variance_floor=0.1)
 
     assert torch.autograd.gradcheck(run, inputs)
 
@@ -348,7 +348,7 @@ def test_strides_of_the_inputs_do_not_matter():
     odd = [tensor.transpose(0, -1).contiguous().transpose(0, -1) for tensor in inputs]
     assert not odd[0].is_contiguous()
     for tensor, other in zip(
-        *(values_and_gradients(fused, layer, given_) for given_ in (inputs, odd)), strict=True
+        *(values_and_gradients(fused, layer, tensors) for tensors in (inputs, odd)), strict=True
     ):
         assert torch.equal(tensor, other)
 

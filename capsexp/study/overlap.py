@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from capsexp.analysis.findings import Findings, displayable
+from capsexp.analysis.findings import Findings, as_matplotlib
 from capsexp.analysis.trained_run import TrainedRun
 from capsexp.capsules import Batch, Output
 from capsexp.data.pairs import OverlaidPairs
@@ -171,7 +171,7 @@ def _figure(columns: list[Column]) -> "Figure":
     figure = Figure(figsize=(max(5, 0.95 * len(columns)), 2.6), layout="constrained")
     plot = figure.add_subplot()
     grid = make_grid(torch.stack(inputs + decoded), nrow=len(columns), padding=1, pad_value=0.5)
-    plot.imshow(displayable(grid))
+    plot.imshow(as_matplotlib(grid))
     titles = [f"{column.mark}:{tuple(column.decoded)}\nL:{tuple(column.labels)}" for column in columns]
     plot.set_xticks([(place + 0.5) * (width + 1) for place in range(len(columns))], titles)
     plot.set_yticks([0.5 * (height + 1), 1.5 * (height + 1)], ["input", "decoded"])

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from capsexp.analysis.findings import Findings, displayable
+from capsexp.analysis.findings import Findings, as_matplotlib
 from capsexp.analysis.trained_run import TrainedRun
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _figure(triples: list[Triple]) -> "Figure":
     for column, triple in enumerate(triples):
         for row, image in enumerate((triple.image, triple.reconstruction)):
             plot = figure.add_subplot(2, len(triples), row * len(triples) + column + 1)
-            plot.imshow(displayable(image), cmap="gray", vmin=0, vmax=1)
+            plot.imshow(as_matplotlib(image), cmap="gray", vmin=0, vmax=1)
             plot.set_xticks([])
             plot.set_yticks([])
             if row == 0:

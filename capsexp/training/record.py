@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 
 from capsexp.config.settings import comparable, fingerprint, flat, without
+from capsexp.data.image_ops import displayable
 from capsexp.errors import UserError, is_interruption
 from capsexp.files import write_atomic
 
@@ -126,11 +127,6 @@ def closing(record: Record | NoRecord) -> Iterator[None]:
         record.close("interrupted" if is_interruption(error) else "failed")
         raise
     record.close("completed")
-
-
-def displayable(images: Float[Tensor, "*N C H W"]) -> Float[Tensor, "*N D H W"]:
-    """Return gray or color images unchanged; with other channel counts, as of stereo, the first channel."""
-    return images if images.shape[-3] in (1, 3) else images[..., :1, :, :]
 
 
 def _hparams(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from capsexp.analysis.findings import displayable
+from capsexp.analysis.findings import as_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -148,7 +148,7 @@ def attacked_images(
     figure = Figure(figsize=(1.25 * columns + 0.3, 1.45 * len(rows) + 0.4), layout="constrained")
     plot = figure.add_subplot()
     grid = make_grid(torch.cat(rows).clamp(0, 1), nrow=columns, padding=margin, pad_value=1)
-    plot.imshow(displayable(grid[:, margin:, margin:]), cmap="gray", vmin=0, vmax=1)
+    plot.imshow(as_matplotlib(grid[:, margin:, margin:]), cmap="gray", vmin=0, vmax=1)
     for row, example in enumerate(examples):
         for column, prediction in enumerate(example.predictions):
             place = (column * right + width / 2, row * down + height)

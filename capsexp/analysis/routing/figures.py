@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid
 
-from capsexp.analysis.findings import displayable
+from capsexp.analysis.findings import as_matplotlib
 from capsexp.ops.receptive_fields import Grid
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def parents(example: Example, grid: Grid, classes: Sequence[str]) -> "Figure":
     height, width = padded.shape[1:]
     extent = (0, columns * width, rows * height, 0)
     images = _sheet(padded.expand(rows * columns, -1, -1, -1), columns)
-    plot.imshow(displayable(images), cmap="gray", vmin=0, vmax=1, extent=extent)
+    plot.imshow(as_matplotlib(images), cmap="gray", vmin=0, vmax=1, extent=extent)
     values = _sheet(_excess_maps(example.excess, grid, example.image).flatten(0, 1).unsqueeze(1), columns)[0]
     largest = example.excess.abs().max().item() or 1.0
     alpha = 0.8 * (values.abs() / largest).sqrt()  # transparent at an even share

@@ -48,7 +48,7 @@ def training_job(composed: DictConfig) -> float | None:
     if sweeping:
         print(f"\njob {HydraConfig.get().job.num}: {' '.join(HydraConfig.get().overrides.task)}", flush=True)
     try:
-        with report_once():  # here: Hydra would add a line of its own
+        with report_once():  # inside the job, because Hydra adds a line to errors that leave it
             _train_in(RunDir(path), composed)
     except UserError as error:
         code = print_error(error)

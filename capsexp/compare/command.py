@@ -47,7 +47,7 @@ def run(command: str, arguments: Sequence[str], description: str) -> int:
         The exit code.
 
     Raises:
-        UserError: all errors in the arguments. Whatever can be printed is printed first.
+        UserError: all errors in the arguments. The rest of the output is printed first.
     """
     parser = _parser(command, description)
     notes = Notes()

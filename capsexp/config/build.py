@@ -86,7 +86,7 @@ def build(node: Any, *, at: str, plugins: Sequence[str] = (), **run_time: Any) -
 
     Args:
         node: a dict with `_target_` and the target's keyword arguments; `_partial_: true` leaves the
-            call to whoever gets the result. Any other value is returned as it is, with the targets
+            call to the code that gets the result. Any other value is returned as it is, with the targets
             inside it built.
         at: the node's key, for messages.
         plugins: see `build_components`.
@@ -128,7 +128,7 @@ def _with_key_in_errors(target: Callable[..., Any], at: str) -> Callable[..., An
 
 
 def _static_problems(config: dict[str, Any], plugins: Sequence[str]) -> dict[str, list[str]]:
-    """Return what is wrong without building anything, by top-level key."""
+    """Return the problems that show without building anything, by top-level key."""
     by_key = {key: list(_node_problems(node, key, plugins)) for key, node in config.items()}
     for group in REQUIRED_GROUPS:
         by_key[group] = [*_group_problems(config.get(group), group), *by_key.get(group, [])]
@@ -146,7 +146,7 @@ def _static_problems(config: dict[str, Any], plugins: Sequence[str]) -> dict[str
 
 
 def _group_problems(node: Any, group: str) -> Iterator[str]:
-    """Yield what the node of a required group lacks, whatever its target is."""
+    """Yield the problems of a required group's node that do not depend on its target."""
     if not isinstance(node, dict) or "_target_" not in node:
         yield f"{group}: nothing is chosen; choose with {group}=OPTION"
     elif bool(node.get("_partial_")) is not (group == "optimizer"):
@@ -156,7 +156,7 @@ def _group_problems(node: Any, group: str) -> Iterator[str]:
 
 
 def _node_problems(node: Any, at: str, plugins: Sequence[str]) -> Iterator[str]:
-    """Yield what is wrong with the keys and types of a node and of all nodes inside it."""
+    """Yield the problems of the keys and types of a node and of all nodes inside it."""
     if isinstance(node, list):
         node = {str(place): item for place, item in enumerate(node)}
     if not isinstance(node, dict):
@@ -216,7 +216,7 @@ def _meta_problems(
     new_optimizer: "Callable[..., Optimizer] | None",
     learning_rate: "Schedule",
 ) -> Iterator[str]:
-    """Yield what is wrong when the network and its optimizer are built on the `meta` device."""
+    """Yield the problems that show when the network and its optimizer are built on the `meta` device."""
     import torch
 
     from capsexp.schedule import Step

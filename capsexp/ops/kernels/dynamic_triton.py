@@ -72,7 +72,7 @@ def _route(
 
 @triton.jit
 @no_type_check
-def _unroute(
+def _route_backward(
     votes, coupling, g_totals, g_coupling, later, g_logits, sums, parents, children, blocks,
     D: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr, ACC: tl.constexpr,
@@ -204,7 +204,7 @@ def dynamic_backward(
                 d_totals[t] = squash_backward(totals[t], d_poses)
             if t == 0 and not prior_needs_grad:
                 break  # the logits before this pass are constants
-            _unroute[tiles.grid](
+            _route_backward[tiles.grid](
                 votes,
                 couplings[t],
                 d_totals[t],

@@ -1,7 +1,7 @@
 """Compose a config from a command line, and report every mistake in it at once.
 
 Hydra stops at the first override that it cannot apply. `compose` checks each override by itself, so all
-of them are reported together, each with the nearest right name.
+of them are reported together, each with the nearest valid name.
 """
 
 import contextlib

@@ -44,7 +44,7 @@ class CapsNet(nn.Module):
         votes_mib: see `ClassCaps`.
         routing: see `ClassCaps`.
         decoder: builds the decoder from (classes, pose_dim, image_shape); None for a network without.
-    Raises: ValueError: an image that is too small (the message has the smallest size), a size below 1, a
+    Raises: ValueError: an image that is too small (the message has the smallest size), a size below 1, an
         unknown option.
     """
 

@@ -1,8 +1,9 @@
 """User errors: one line, no traceback. Also checks of arguments."""
 
 import difflib
+import math
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard, get_args
 
@@ -61,15 +62,15 @@ def require_at_least_1(**values: int | Sequence[int] | None) -> None:
             raise ValueError(f"{name} {kind}, got {value}")
 
 
-def require_one_of(allowed: Collection[str], **values: str) -> None:
-    """Check constructor arguments that name an option.
+def require_positive(**values: int | float | None) -> None:
+    """Check constructor arguments: finite numbers > 0. None is allowed.
 
     Raises:
-        ValueError: naming the argument, the options and its value.
+        ValueError: naming the argument and its value.
     """
     for name, value in values.items():
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value}")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be > 0, got {value}")
 
 
 def require_literal(allowed: Any, **values: object) -> None:

@@ -91,7 +91,7 @@ def em_config() -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
-def tiny_parts() -> Callable[..., Components]:
+def tiny_components() -> Callable[..., Components]:
     return lambda *overrides: build_components(composed(*overrides), plugins=[])
 
 
@@ -149,11 +149,11 @@ def capsexp(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]
 def serve(logdir, *options):
     """The server, and a function that gets JSON from it."""
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--port", "0", *options]
-    said = logdir.parent / f"{logdir.name}.log"
-    with open(said, "w") as log:
+    log_file = logdir.parent / f"{logdir.name}.log"
+    with open(log_file, "w") as log:
         server = subprocess.Popen(command, stderr=log, stdout=log)
     try:
-        text = poll(said.read_text, lambda text: "http://" in text)
+        text = poll(log_file.read_text, lambda text: "http://" in text)
         address = re.search(r"http://\S+/", text)[0]
 
         def get(path, body=None):

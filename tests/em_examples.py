@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
+from capsexp.ops.em_steps import EMOptions
 from capsexp.ops.receptive_fields import Grid, receptive_fields
 from capsexp.routing import em
 from capsexp.routing.em import em_routing_and_cost
@@ -93,11 +94,11 @@ def route(layer, votes, activations, beta_u, beta_a, temperatures=STRONG, **chan
     routed, cost = em_routing_and_cost(
         votes,
         activations,
+        EMOptions(**{**PAPER, **changes}),
         fields=fields_of(layer),
         beta_u=beta_u,
         beta_a=beta_a,
         inverse_temperature=torch.tensor(temperatures, dtype=torch.float64).to(beta_a.dtype),
-        **{**PAPER, **changes},
     )
     return routed.poses, routed.activations, routed.coupling.view(votes.shape[:4]), cost
 

@@ -1,8 +1,9 @@
+import math
 from typing import Literal
 
 import pytest
 
-from capsexp.errors import UserError, first_line, require_at_least_1, require_literal, require_one_of
+from capsexp.errors import UserError, first_line, require_at_least_1, require_literal, require_positive
 
 
 @pytest.mark.parametrize(
@@ -19,9 +20,9 @@ from capsexp.errors import UserError, first_line, require_at_least_1, require_li
         ("trainer.keep_every=0", "trainer: keep_every must be >= 1, got 0"),
     ],
 )
-def test_a_size_below_1_is_one_line(override, line, tiny_parts):
+def test_a_size_below_1_is_one_line(override, line, tiny_components):
     with pytest.raises(UserError, match=line) as caught:
-        tiny_parts(override)
+        tiny_components(override)
     assert len(caught.value.problems) == 1
 
 
@@ -31,13 +32,14 @@ def test_a_list_must_not_be_empty():
     require_at_least_1(hidden=[1, 2], steps=None, count=1)
 
 
-def test_an_option_must_be_an_allowed_one():
-    with pytest.raises(ValueError, match="padding must be one of valid, same, got full"):
-        require_one_of(("valid", "same"), padding="full")
-    require_one_of(("valid", "same"), padding="same")
+def test_a_number_must_be_positive_and_finite():
+    for wrong in (0, -1.5, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"factor must be > 0, got {wrong}"):
+            require_positive(factor=wrong)
+    require_positive(factor=1e-9, other=None)
 
 
-def test_a_word_must_be_one_of_its_literal():
+def test_an_option_must_be_one_of_its_literal():
     with pytest.raises(ValueError, match="padding must be one of valid, same, got full"):
         require_literal(Literal["valid", "same"], padding="full")
     require_literal(Literal["valid", "same"], padding="same")

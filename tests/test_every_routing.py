@@ -57,7 +57,7 @@ def test_permuting_the_children_is_invisible(path):
     torch.testing.assert_close(after.coupling, before.coupling[:, order])
 
 
-def test_a_image_alone_is_routed_as_in_a_batch(path):
+def test_an_image_alone_is_routed_as_in_a_batch(path):
     votes, activations = random(5, 7, 4, 16)
     routing = build(path, 7, 4, 16)
     batch = routing(votes, activations)

@@ -69,7 +69,7 @@ def test_type_checkers_see_the_annotations():
 
 def test_make_takes_its_values_from_the_yaml_and_from_the_call():
     routing = capsexp.make("routing/em", **SIZES, iterations=2)
-    assert (routing.iterations, routing.options["variance_floor"]) == (2, 0.0005)
+    assert (routing.iterations, routing.options.variance_floor) == (2, 0.0005)
 
 
 def test_make_fills_a_network_with_its_own_routing():

@@ -52,9 +52,9 @@ def test_capsnet_has_the_papers_number_of_parameters(overrides, image_shape, cla
     assert count(network(CAPSNET, *overrides, image_shape=image_shape, classes=classes)) == expected
 
 
-def test_the_parts_of_capsnet_have_the_papers_number_of_parameters():
+def test_the_modules_of_capsnet_have_the_papers_number_of_parameters():
     net = network(CAPSNET, image_shape=(1, 28, 28))
-    counts = {name: count(part) for name, part in net.named_children()}
+    counts = {name: count(module) for name, module in net.named_children()}
     assert counts == {
         "conv": 20_992,
         "primary_caps": 5_308_672,
@@ -124,10 +124,10 @@ def test_matrix_capsnet_has_the_papers_number_of_parameters(overrides, image_sha
     assert count(network(*overrides, image_shape=image_shape, classes=classes)) == expected
 
 
-def test_the_parts_of_matrix_capsnet_have_the_papers_number_of_parameters():
+def test_the_modules_of_matrix_capsnet_have_the_papers_number_of_parameters():
     net = network(MATRIX_CAPSNET, image_shape=STEREO, classes=5)
-    layers = {name: count(part) for name, part in net.named_children()}
-    betas = {name: count(part) for name, part in net.named_modules() if name.endswith("routing")}
+    layers = {name: count(module) for name, module in net.named_children()}
+    betas = {name: count(module) for name, module in net.named_modules() if name.endswith("routing")}
     assert list(betas.values()) == [2 * 16, 2 * 16, 2 * 5]
     assert sum(betas.values()) == 74
     assert layers == {

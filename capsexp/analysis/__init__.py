@@ -1,1 +1,1 @@
-"""What is asked of a trained network, and the tools that studies share."""
+"""Evaluation of trained networks, and the tools that studies share."""

@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from capsexp.analysis.findings import Findings
 from capsexp.analysis.trained_run import TrainedRun
 from capsexp.config.components import Components
+from capsexp.errors import is_number
 from capsexp.files import make_folder, write_atomic
 from capsexp.training.run_dir import RunDir
 
@@ -80,11 +81,7 @@ def _save_numbers(folder: Path, name: str, numbers: Mapping[str, Any]) -> Path:
 
 
 def _scalars(numbers: Mapping[str, Any]) -> dict[str, int | float]:
-    return {
-        key: value
-        for key, value in numbers.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    }
+    return {key: value for key, value in numbers.items() if is_number(value) and math.isfinite(value)}
 
 
 def _to_tensorboard(folder: Path, name: str, findings: Findings, step: int) -> None:

@@ -1,11 +1,17 @@
 """What a study returns: numbers, figures, a table."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from rich.table import Table
 from torch import Tensor
+
+from capsexp.data.image_ops import displayable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Findings(NamedTuple):
@@ -13,16 +19,13 @@ class Findings(NamedTuple):
 
     numbers: dict[str, Any]
     """Plain values by name. Those that are numbers are also written as TensorBoard scalars."""
-    figures: dict[str, Any]
+    figures: dict[str, "Figure"]
     """Matplotlib figures by name."""
     table: Table | None = None
     """Printed after the study."""
 
 
-def displayable(image: Float[Tensor, "C H W"]) -> Any:
-    """Return an image as matplotlib takes it.
-
-    Of an image that has neither 1 nor 3 channels, such as a stereo pair, it is the first channel.
-    """
-    pixels = image.detach().cpu().clamp(0, 1)
+def as_matplotlib(image: Float[Tensor, "C H W"]) -> NDArray[Any]:
+    """Return an image as matplotlib's `imshow` takes it: [H, W, 3] or [H, W]. See `displayable`."""
+    pixels = displayable(image.detach().cpu().clamp(0, 1))
     return torch.movedim(pixels, 0, 2).numpy() if len(pixels) == 3 else pixels[0].numpy()

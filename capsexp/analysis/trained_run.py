@@ -175,7 +175,7 @@ class TrainedRun:
         return self.evaluate_batches(self.evaluation_batches(split, limit=limit))
 
     def evaluation_batches(self, split: str, *, limit: int | None = None) -> Batches:
-        """Return the batches of a split that `evaluate` visits; see there."""
+        """Return the batches of a split that `evaluate` visits. The arguments are those of `evaluate`."""
         if limit is not None and limit < 1:
             raise UserError(f"limit: must be an integer >= 1 or null, got {limit}")
         images = self._read(split)

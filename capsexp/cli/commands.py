@@ -1,6 +1,6 @@
 """The commands that compose a config: check it, then do the work.
 
-torch is imported only when work starts, so that `--cfg`, `--info` and a mistake are answered at once.
+torch is imported only when work starts, so `--cfg`, `--info` and error messages appear at once.
 """
 
 import os

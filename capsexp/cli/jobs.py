@@ -48,7 +48,7 @@ def training_job(composed: DictConfig) -> float | None:
     if sweeping:
         print(f"\njob {HydraConfig.get().job.num}: {' '.join(HydraConfig.get().overrides.task)}", flush=True)
     try:
-        with report_once():  # here: Hydra would add a line of its own
+        with report_once():  # inside the job, because Hydra adds a line to errors that leave it
             _train_in(RunDir(path), composed)
     except UserError as error:
         code = print_error(error)
@@ -83,7 +83,7 @@ def _train_in(run: RunDir, composed: DictConfig) -> None:
 
 
 def train_as_worker(components: "Components", plain: dict[str, Any]) -> int:
-    """Train beside rank 0, which alone writes into the directory, unless the run there is complete."""
+    """Train beside rank 0, the only process that writes, unless the run is complete."""
     from capsexp.training.memory import explain_out_of_memory
     from capsexp.training.train import train
 

@@ -1,6 +1,6 @@
 """The command `capsexp`: its commands, their help, and which function runs each.
 
-A command's modules are imported when it runs, so that help and completion answer at once.
+A command's modules are imported when it runs, so help and completion appear at once.
 """
 
 import os
@@ -184,7 +184,7 @@ def _heading(name: str) -> str:
 
 
 def _complete(arguments: Sequence[str]) -> int:
-    """Answer the shell: complete the command here, and what follows it through Hydra."""
+    """Print completions for the shell: commands from here, their arguments from Hydra."""
     if arguments[1:] and arguments[1].startswith("query="):
         line = os.environ.get("COMP_LINE", "")
         typed = line[: int(os.environ.get("COMP_POINT", len(line)))].split(" ")

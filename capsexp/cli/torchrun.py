@@ -27,7 +27,7 @@ _store: Any = None  # key-value store that the processes share; None for a singl
 
 
 def is_distributed() -> bool:
-    """Return whether torchrun, or what sets the same variables, started this process beside others."""
+    """Return whether torchrun, or a launcher that sets the same variables, started several processes."""
     return {*VARIABLES} <= {*os.environ} and int(os.environ["WORLD_SIZE"]) > 1
 
 
@@ -61,7 +61,7 @@ def run_distributed(work: Callable[[], int]) -> int:
 
 @contextlib.contextmanager
 def report_once() -> Iterator[None]:
-    """If the work inside fails in several processes, let one print why, and end all with its exit code."""
+    """Print an error of the work inside once, even if several processes fail; end all with its exit code."""
     try:
         yield
     except BaseException as error:
@@ -78,7 +78,7 @@ def _join() -> None:
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, size = next(iter(rendezvous("env://")))
-    # Gloo beside NCCL: what is in memory need not pass through the accelerator.
+    # Gloo beside NCCL: data in CPU memory need not pass through the accelerator.
     backend = "cpu:gloo,cuda:nccl" if is_available() and dist.is_nccl_available() else "gloo"
     # A restart by torchrun finds the store of the earlier attempt, with the addresses of dead processes.
     _store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

@@ -78,7 +78,7 @@ def metric_columns(runs: Iterable[Run]) -> list[Column]:
 
 
 def distinct_keys(runs: Iterable[Run]) -> list[str]:
-    """All settings but those that only repeat another one, as model.routing.bias does routing.bias."""
+    """Return the keys of all settings except copies, as model.routing.bias is of routing.bias."""
     all_settings = [run.settings for run in runs]
     keys = list({key: None for settings in all_settings for key in settings})
     known = set(keys)
@@ -136,8 +136,8 @@ def hashable(value: Any) -> Any:
 
 def _ends(key: str) -> list[str]:
     """Return all suffixes of a key: hidden, decoder.hidden, model.decoder.hidden."""
-    parts = key.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+    names = key.split(".")
+    return [".".join(names[start:]) for start in range(len(names) - 1, -1, -1)]
 
 
 def _repeats(key: str, original: str, all_settings: Iterable[Mapping[str, Any]]) -> bool:

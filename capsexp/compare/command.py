@@ -42,7 +42,7 @@ def run(command: str, arguments: Sequence[str], *, heading: str, example: str) -
         The exit code.
 
     Raises:
-        UserError: all errors in the arguments. Whatever can be printed is printed first.
+        UserError: all errors in the arguments. The rest of the output is printed first.
     """
     parser = _parser(command, heading, example)
     notes = Notes()

@@ -25,8 +25,8 @@ from capsexp.compare.columns import (
     setting_columns,
     short_titles,
 )
-from capsexp.compare.runs import Run, count_statuses, is_number
-from capsexp.errors import Notes, UserError
+from capsexp.compare.runs import Run, count_statuses
+from capsexp.errors import Notes, UserError, is_number
 
 UNSUCCESSFUL = ("failed", "died")
 

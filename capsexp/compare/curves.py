@@ -4,13 +4,16 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from capsexp.compare import history
 from capsexp.compare.comparison import Comparison, Row, compare, row_label, spread
 from capsexp.compare.runs import Run
 from capsexp.errors import Notes
 from capsexp.files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 TAGS = ("validation/accuracy", "train/loss")
 # Distinct on light and dark backgrounds, and for most color-blind readers.
@@ -103,7 +106,7 @@ def draw(curves: Sequence[Curve], tags: Sequence[str], file: Path) -> None:
     write_atomic(file, lambda opened: figure.savefig(opened, format=extension, dpi=130))
 
 
-def _draw_curve(axes: Any, points: Sequence[Point], colour: str, *, is_other: bool) -> None:
+def _draw_curve(axes: "Axes", points: Sequence[Point], colour: str, *, is_other: bool) -> None:
     steps, means = [point.step for point in points], [point.mean for point in points]
     marker = "o" if len(points) == 1 else None
     axes.plot(steps, means, color=colour, linewidth=0.8 if is_other else 1.6, marker=marker)

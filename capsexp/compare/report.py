@@ -13,10 +13,10 @@ from capsexp.compare.chart import chart
 from capsexp.compare.columns import Column, as_override, distinct_keys
 from capsexp.compare.comparison import Comparison, Row, Spread, row_label
 from capsexp.compare.curves import COLOURS, Curve, colour, learning_curves, mean_over_seeds
-from capsexp.compare.runs import Run, is_number
+from capsexp.compare.runs import Run
 from capsexp.compare.tables import ABSENT, cell_text, common_folder, is_numeric
 from capsexp.compare.templates import render
-from capsexp.errors import Notes
+from capsexp.errors import Notes, is_number
 from capsexp.files import write_atomic
 from capsexp.training.progress import clock
 
@@ -155,7 +155,7 @@ def _cell(row: Row, column: Column, folder: Path) -> Cell:
 
 
 def _facts(run: Run) -> Iterator[Fact]:
-    """Yield what the run's files say, without its settings. A value may be missing."""
+    """Yield the facts about a run, without its settings. A value may be missing."""
     yield Fact("error", run.error, is_code=True)
     yield Fact("command", run.command, is_code=True)
     yield Fact("directory", str(run.path))

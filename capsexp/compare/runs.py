@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from capsexp.config.saved import parse_saved
 from capsexp.config.settings import Published, comparable, published
-from capsexp.errors import Notes
+from capsexp.errors import Notes, is_number
 from capsexp.training.run_dir import RunDir
 
 DISPLAYED = {"completed": "finished"}  # statuses of status.json that users see under another name
@@ -164,14 +164,9 @@ def get_number(node: Mapping[str, Any], key: str) -> float | None:
     return float(value) if is_number(value) else None
 
 
-def is_number(value: Any) -> TypeGuard[int | float]:
-    """Return whether a value is a number; booleans are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _natural_key(name: str) -> list[Any]:
     """Return a sort key that puts 10 after 9."""
-    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", name))]
+    return [int(text) if index % 2 else text for index, text in enumerate(re.split(r"(\d+)", name))]
 
 
 def _is_alive(path: Path, status: Mapping[str, Any]) -> bool:
@@ -181,7 +176,7 @@ def _is_alive(path: Path, status: Mapping[str, Any]) -> bool:
 
 
 def _mapping(file: Path, load: Callable[[bytes], Any], notes: Notes) -> dict[str, Any] | None:
-    """What a file holds; empty if there is none, None if it cannot be read."""
+    """Return the keys and values in a file: empty without the file, None if it cannot be read."""
     try:
         found = load(file.read_bytes())
         if not isinstance(found, dict):

@@ -7,8 +7,8 @@ from typing import Any
 
 from capsexp.compare import runs
 from capsexp.compare.columns import as_override, distinct_keys, full_key
-from capsexp.compare.runs import STATUSES, Run, is_number
-from capsexp.errors import Notes, UserError, nearest
+from capsexp.compare.runs import STATUSES, Run
+from capsexp.errors import Notes, UserError, is_number, nearest
 
 _COMMA = re.compile(r",(?![^\[]*\])")  # outside brackets
 

@@ -3,13 +3,20 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from capsexp.config.components import Components
 from capsexp.config.settings import without_routing_copy
 from capsexp.config.signature import fits, signature_problems
 from capsexp.config.targets import resolve
 from capsexp.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from capsexp.data.dataset import Dataset
+    from capsexp.schedule import Schedule
 
 RUN_TIME = {"model": {"image_shape", "classes"}, "optimizer": {"params"}}  # known only when a run starts
 REQUIRED_GROUPS = ("device", "trainer", "dataset", "loss", "optimizer", "model")
@@ -45,7 +52,7 @@ def build_components(config: dict[str, Any], *, plugins: Sequence[str]) -> Compo
         except ValueError as error:
             problems.append(f"optimizer.lr: {error}")
             del built["optimizer"]
-    new_model: Callable[[], Any] = _not_built
+    new_model: Callable[[], nn.Module] = _not_built
     if "dataset" in built and not by_key["model"] and not by_key.get("routing"):
         new_model = functools.partial(_build_model, config, built["dataset"], tuple(plugins))
         problems += _meta_problems(new_model, new_optimizer if "optimizer" in built else None, learning_rate)
@@ -79,7 +86,7 @@ def build(node: Any, *, at: str, plugins: Sequence[str] = (), **run_time: Any) -
 
     Args:
         node: a dict with `_target_` and the target's keyword arguments; `_partial_: true` leaves the
-            call to whoever gets the result. Any other value is returned as it is, with the targets
+            call to the code that gets the result. Any other value is returned as it is, with the targets
             inside it built.
         at: the node's key, for messages.
         plugins: see `build_components`.
@@ -103,7 +110,7 @@ def build(node: Any, *, at: str, plugins: Sequence[str] = (), **run_time: Any) -
 
 
 def _with_key_in_errors(target: Callable[..., Any], at: str) -> Callable[..., Any]:
-    """Return the target, its errors about arguments as a UserError that begins with the config key."""
+    """Wrap the target: its errors about arguments become a UserError that begins with the config key."""
     signature = inspect.signature(target)
 
     @functools.wraps(target, updated=())
@@ -121,7 +128,7 @@ def _with_key_in_errors(target: Callable[..., Any], at: str) -> Callable[..., An
 
 
 def _static_problems(config: dict[str, Any], plugins: Sequence[str]) -> dict[str, list[str]]:
-    """Return what is wrong without building anything, by top-level key."""
+    """Return the problems that show without building anything, by top-level key."""
     by_key = {key: list(_node_problems(node, key, plugins)) for key, node in config.items()}
     for group in REQUIRED_GROUPS:
         by_key[group] = [*_group_problems(config.get(group), group), *by_key.get(group, [])]
@@ -143,7 +150,7 @@ def _static_problems(config: dict[str, Any], plugins: Sequence[str]) -> dict[str
 
 
 def _group_problems(node: Any, group: str) -> Iterator[str]:
-    """Yield what the node of a required group lacks, whatever its target is."""
+    """Yield the problems of a required group's node that do not depend on its target."""
     if not isinstance(node, dict) or "_target_" not in node:
         yield f"{group}: nothing is chosen; choose with {group}=OPTION"
     elif bool(node.get("_partial_")) is not (group == "optimizer"):
@@ -153,7 +160,7 @@ def _group_problems(node: Any, group: str) -> Iterator[str]:
 
 
 def _node_problems(node: Any, at: str, plugins: Sequence[str]) -> Iterator[str]:
-    """Yield what is wrong with the keys and types of a node and of all nodes inside it."""
+    """Yield the problems of the keys and types of a node and of all nodes inside it."""
     if isinstance(node, list):
         node = {str(place): item for place, item in enumerate(node)}
     if not isinstance(node, dict):
@@ -189,7 +196,9 @@ def _label_problems(built: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _split_learning_rate(optimizer: Any) -> tuple[Callable[..., Any], Callable[..., float]]:
+def _split_learning_rate(
+    optimizer: "functools.partial[Optimizer]",
+) -> "tuple[Callable[..., Optimizer], Schedule]":
     """Return the optimizer without its `lr`, which the loop sets at every step, and `lr` as a schedule."""
     from capsexp.schedule import as_schedule
 
@@ -198,7 +207,7 @@ def _split_learning_rate(optimizer: Any) -> tuple[Callable[..., Any], Callable[.
     return functools.partial(optimizer.func, **keywords), learning_rate
 
 
-def _build_model(config: dict[str, Any], dataset: Any, plugins: Sequence[str]) -> Any:
+def _build_model(config: dict[str, Any], dataset: "Dataset", plugins: Sequence[str]) -> "nn.Module":
     run_time = {"image_shape": dataset.image_shape, "classes": len(dataset.classes)}
     node = without_routing_copy(config)["model"]
     if "routing" in config["model"] and "routing" not in node:  # so that its errors begin with `routing`
@@ -207,11 +216,11 @@ def _build_model(config: dict[str, Any], dataset: Any, plugins: Sequence[str]) -
 
 
 def _meta_problems(
-    new_model: Callable[[], Any],
-    new_optimizer: Callable[..., Any] | None,
-    learning_rate: Callable[..., float],
+    new_model: "Callable[[], nn.Module]",
+    new_optimizer: "Callable[..., Optimizer] | None",
+    learning_rate: "Schedule",
 ) -> Iterator[str]:
-    """Yield what is wrong when the network and its optimizer are built on the `meta` device."""
+    """Yield the problems that show when the network and its optimizer are built on the `meta` device."""
     import torch
 
     from capsexp.schedule import Step

@@ -1,7 +1,7 @@
 """Compose a config from a command line, and report every mistake in it at once.
 
-Hydra stops at the first override that it cannot apply. `compose` judges each override by itself, so all
-of them are reported together, each with the nearest right name.
+Hydra stops at the first override that it cannot apply. `compose` checks each override by itself, so all
+of them are reported together, each with the nearest valid name.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from capsexp.config.naming import job_name
 from capsexp.config.overrides import FAILURES, one_line, parse_all, single_values
 from capsexp.errors import UserError
 
-VERSION_BASE = "1.3"  # of Hydra: whose defaults it keeps to
+VERSION_BASE = "1.3"  # the version of Hydra whose defaults apply
 
 OmegaConf.register_new_resolver("capsexp.job_name", job_name, replace=True)
 
@@ -86,7 +86,7 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
     """Return the config as plain dicts, lists and values, interpolations resolved, without the `hydra` node.
 
     Raises:
-        UserError: a value that must be set is not, or an interpolation leads nowhere.
+        UserError: a value that must be set is not, or an interpolation names a missing key.
     """
     config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     try:

@@ -1,4 +1,4 @@
-"""What is wrong with overrides that Hydra refuses: one line each, with the nearest right name."""
+"""Explain the overrides that Hydra refuses: one line each, with the nearest valid name."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ EXTRAS = {"submitit": "slurm", "ray": "ray", "optuna": "optuna"}  # start of a H
 
 
 def diagnose(overrides: Sequence[Override], compose: Callable[[list[str]], DictConfig]) -> list[str]:
-    """Return what is wrong with each override by itself.
+    """Return the problems of each override, checked by itself.
 
     Args:
         overrides: of a config that cannot be composed.

@@ -11,7 +11,8 @@ from capsexp.config.compose import compose, conf_dir
 from capsexp.config.settings import GROUPS
 from capsexp.errors import UserError, nearest
 
-NOT_MADE = ("experiment", "optimizer")  # a recipe is a whole run; the training loop sets the learning rate
+# A recipe is a whole run. The training loop sets the learning rate of an optimizer.
+EXCLUDED_GROUPS = ("experiment", "optimizer")
 
 
 def make(name: str, /, **changes: Any) -> Any:
@@ -53,7 +54,7 @@ def make(name: str, /, **changes: Any) -> Any:
 
 
 def _group_of(name: str) -> str:
-    groups = [group for group in GROUPS if group not in NOT_MADE]
+    groups = [group for group in GROUPS if group not in EXCLUDED_GROUPS]
     names = [f"{group}/{path.stem}" for group in groups for path in Path(conf_dir(), group).glob("*.yaml")]
     if name not in names:
         hint = nearest(name, names) or "; a name has the form GROUP/OPTION, such as routing/em"

@@ -42,7 +42,7 @@ def parse(arguments: Sequence[str]) -> tuple[Namespace, list[str], list[str]]:
 
 
 def plugins(overrides: Sequence[str]) -> list[str]:
-    """Return `plugins=[…]` of this command line; from a saved config it does not count."""
+    """Return `plugins=[…]` of this command line; a saved config cannot set it."""
     plugins = value(overrides, "plugins")
     return [str(name) for name in plugins] if isinstance(plugins, list) else []
 
@@ -114,7 +114,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _ends(override: Override) -> list[Any]:
-    """Return the ends of an interval, in which only a search such as optuna's can choose."""
+    """Return the ends of an interval. Only a search, such as optuna's, can choose a value inside."""
     interval = override.value()
     assert isinstance(interval, IntervalSweep)
     return [interval.start, interval.end]

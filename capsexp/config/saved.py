@@ -148,7 +148,7 @@ def _read(run: Path) -> dict[str, Any]:
 
 
 def _divide(saved: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Divide a saved config into its groups and its other keys, without what could run code of its own.
+    """Divide a saved config into its groups and its other keys, without the keys that could run code.
 
     That is `hydra`, `defaults` and `plugins`, and also the `defaults` of a group: they can place another
     group's keys at `hydra`.

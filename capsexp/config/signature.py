@@ -15,7 +15,7 @@ _SEQUENCES = (list, tuple, collections.abc.Sequence)
 def signature_problems(
     target: Any, arguments: dict[str, Any], at: str, *, run_time: set[str], partial: bool
 ) -> Iterator[str]:
-    """Yield what is wrong with the keys and values that a config gives to a target.
+    """Yield the problems of the keys and values that a config gives to a target.
 
     Args:
         target: a class or function.

@@ -1,4 +1,4 @@
-"""Overrides with several values (`KEY=A,B`), which ask for a sweep."""
+"""Overrides with several values (`KEY=A,B`), which make a sweep."""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,7 @@
 """Which classes a config may name as `_target_`.
 
 `_target_` is the only registry, and a config must not be able to run code of its own: a run directory
-can come from anybody. So a target is resolved first and the *object* is judged, by its real module and
+can come from anybody. So a target is resolved first and the *object* is checked, by its real module and
 its base class; then `capsexp.config.build` calls that same object. Hydra's `instantiate` resolves the name
 a second time and reads further special keys, which is why it is not used.
 """
@@ -39,7 +39,7 @@ def resolve(target: Any, *, plugins: Sequence[str] = ()) -> Any:
             "and torchvision.models; name your own package on the command line with plugins=[PACKAGE]"
         )
     candidate = _locate(target)
-    # The path may lead elsewhere through a module's imports: the object's own name is what counts.
+    # A path may reach another object through a module's imports, so check the object's own name.
     name = f"{getattr(candidate, '__module__', None)}.{getattr(candidate, '__qualname__', None)}"
     if name.startswith(added) and callable(candidate):
         return candidate

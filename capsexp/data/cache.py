@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +64,7 @@ def _read(path: Path, key: str, shape: tuple[int, ...]) -> Bytes | None:
     return array if whole and header == _header(key, array) else None
 
 
-def _write(file: Any, key: str, array: Bytes) -> None:
+def _write(file: IO[bytes], key: str, array: Bytes) -> None:
     file.write(_header(key, array))
     file.write(array.data)
 

@@ -121,14 +121,14 @@ def fetch(remote: RemoteFile, root: Path, progress: Progress) -> Path:
         DataError: the address is not https or does not respond, or the file has another checksum.
     """
     path = root / remote.name
-    part = path.with_name(path.name + ".part")
+    partial = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        _stream(remote, part, progress)
-        verify(part, f"sha256:{remote.sha256}")
-        _move(part, path)
+        _stream(remote, partial, progress)
+        verify(partial, f"sha256:{remote.sha256}")
+        _move(partial, path)
     finally:
-        part.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     return path
 
 
@@ -182,9 +182,9 @@ def _extract(archive: Path, folder: Path, contents: Sequence[StoredFile]) -> Non
             shutil.copyfileobj(source, sink, BLOCK)
 
 
-def _stream(remote: RemoteFile, part: Path, progress: Progress) -> None:
+def _stream(remote: RemoteFile, partial: Path, progress: Progress) -> None:
     try:
-        with open_url(remote.url) as response, part.open("wb") as sink:
+        with open_url(remote.url) as response, partial.open("wb") as sink:
             total, done = int(response.headers.get("Content-Length") or 0), 0
             while block := response.read(BLOCK):
                 sink.write(block)
@@ -192,7 +192,7 @@ def _stream(remote: RemoteFile, part: Path, progress: Progress) -> None:
                 progress(f"downloading {remote.name}", done, total)
     except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
         raise DataError(
-            f"cannot download {remote.url}: {error}; put the file at {part.with_suffix('')} "
+            f"cannot download {remote.url}: {error}; put the file at {partial.with_suffix('')} "
             "by hand, or set data_root=FOLDER or CAPSEXP_DATA to where the data are"
         ) from error
 

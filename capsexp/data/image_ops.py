@@ -55,3 +55,8 @@ def to_unit(images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
 def dtype_name(images: Tensor) -> str:
     """Return the dtype without torch's prefix, such as `uint8`."""
     return str(images.dtype).removeprefix("torch.")
+
+
+def displayable(images: Float[Tensor, "*N C H W"]) -> Float[Tensor, "*N D H W"]:
+    """Return gray or color images unchanged; with other channel counts, as of stereo, the first channel."""
+    return images if images.shape[-3] in (1, 3) else images[..., :1, :, :]

@@ -5,7 +5,7 @@ The images in [0, 1] after geometry are returned too: they are what a decoder ha
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from capsexp.data.image_ops import crop_at, dtype_name, mirror, standardise, to_unit, uniform_per_image
-from capsexp.errors import require_at_least_1
+from capsexp.errors import require_at_least_1, require_literal
 
 Shape = tuple[int, int, int]
 """Channels, height, width."""
@@ -32,7 +32,8 @@ LARGEST_BRIGHTNESS = 10
 EXACT_FLOATS = (torch.float16, torch.float32, torch.float64)
 """Float dtypes that represent all bytes divided by 255 as different numbers; bfloat16 does not."""
 
-Option = TypeVar("Option")
+Standardise = Literal["first", "last"]
+ContrastMean = Literal["window", "image"]
 
 
 class Preprocessed(NamedTuple):
@@ -83,20 +84,24 @@ class Preprocess:
         flip: bool,
         brightness: int | float,
         contrast: Sequence[int | float] | None,
-        contrast_mean: Literal["window", "image"],
-        standardise: Literal["first", "last"] | None,
+        contrast_mean: ContrastMean,
+        standardise: Standardise | None,
         test_crops: int,
     ) -> None:
         require_at_least_1(crop=crop)
         if shift < 0:
             raise ValueError(f"shift must be >= 0, got {shift}")
+        if standardise is not None:
+            require_literal(Standardise, standardise=standardise)
+        require_literal(ContrastMean, contrast_mean=contrast_mean)
+        if isinstance(test_crops, bool) or test_crops not in (1, 13):
+            raise ValueError(f"test_crops must be 1 or 13, got {test_crops!r}")
         self.resize = _parse_size(resize)
         self.shift, self.crop, self.flip = shift, crop, flip
-        self.standardise = _require_option("standardise", standardise, (None, "first", "last"))
+        self.standardise = standardise
         self.brightness = _scale_brightness(brightness, deviations=standardise == "first")
         self.contrast = _parse_contrast(contrast)
-        self.contrast_mean = _require_option("contrast_mean", contrast_mean, ("window", "image"))
-        self.test_crops = _require_option("test_crops", test_crops, (1, 13))
+        self.contrast_mean, self.test_crops = contrast_mean, test_crops
 
     @classmethod
     def identity(cls, **changes: Any) -> "Preprocess":
@@ -261,13 +266,6 @@ def _as_batch(images: Tensor, shape: Shape) -> Tensor:
             f"images must have shape [N, {', '.join(map(str, shape))}], got {list(images.shape)}"
         )
     return batch
-
-
-def _require_option(name: str, value: Option, allowed: Sequence[Option]) -> Option:
-    if isinstance(value, bool) or value not in allowed:
-        names = [str(option or "null") for option in allowed]
-        raise ValueError(f"{name} must be {', '.join(names[:-1])} or {names[-1]}, got {value!r}")
-    return value
 
 
 def _parse_size(resize: int | Sequence[int] | None) -> tuple[int, int] | None:

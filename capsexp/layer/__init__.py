@@ -1,1 +1,1 @@
-"""Capsule layers: they make votes and call the routing that they get."""
+"""Capsule layers: they compute votes and pass them to a routing."""

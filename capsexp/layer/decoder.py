@@ -58,11 +58,11 @@ class Decoder(nn.Module):
 def check_decode(decode: Decode | int, classes: int) -> None:
     """Check the setting `decode` of a network, see `decoded_class`.
 
-    Raises: ValueError: a wrong word, or a class that does not exist.
+    Raises: ValueError: an unknown option, or a class that does not exist.
     """
     if decode not in get_args(Decode) and not (isinstance(decode, int) and 0 <= decode < classes):
-        words = ", ".join(get_args(Decode))
-        raise ValueError(f"decode must be one of {words}, or a class 0 ... {classes - 1}, got {decode}")
+        options = ", ".join(get_args(Decode))
+        raise ValueError(f"decode must be one of {options}, or a class 0 ... {classes - 1}, got {decode}")
 
 
 def decoded_class(

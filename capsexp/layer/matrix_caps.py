@@ -4,7 +4,7 @@ import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,18 @@ from capsexp.ops.votes import MatrixVotes, window_votes
 
 Pose = Literal["matrix", "vector"]
 Coordinates = Literal["paper", "official"]
+
+
+class MatrixCapsOptions(TypedDict):
+    """The settings that all matrix capsules of a network share. See `MatrixCaps`."""
+
+    pose_dim: int
+    pose: Pose
+    shared_transformations: bool
+    init_identity: int | float
+    init_noise: int | float
+    routing: Callable[..., nn.Module]
+    votes_mib: int | float | None
 
 
 class MatrixCaps(RoutedLayer):
@@ -35,7 +47,7 @@ class MatrixCaps(RoutedLayer):
         init_identity, init_noise: W_ij starts as init_identity * I + init_noise * N(0, 1).
         routing: routes the votes.
         votes_mib, votes_per_image: see `RoutedLayer`.
-    Raises: ValueError: a wrong word, a pose_dim that is no square for matrices, votes_mib <= 0.
+    Raises: ValueError: an unknown option, a pose_dim that is no square for matrices, votes_mib <= 0.
     """
 
     lazy_type = MatrixVotes
@@ -169,7 +181,7 @@ class SharedClassCaps(MatrixCaps):
         coordinate_scale: per pixel.
         routing: builds the routing from (in_caps, out_caps, pose_dim).
         pose_dim, pose, shared_transformations, init_identity, init_noise, votes_mib: see `MatrixCaps`.
-    Raises: ValueError: a wrong word in coordinates; see `MatrixCaps`.
+    Raises: ValueError: unknown coordinates; see `MatrixCaps`.
     """
 
     coordinates: Tensor | None
@@ -241,7 +253,7 @@ class SharedClassCaps(MatrixCaps):
 def matrix_side(pose_dim: int, pose: Pose) -> int:
     """Rows of a W_ij for poses of this size.
 
-    Raises: ValueError: a wrong word, or a matrix that is not square.
+    Raises: ValueError: an unknown option, or a matrix that is not square.
     """
     require_literal(Pose, pose=pose)
     side = pose_dim if pose == "vector" else math.isqrt(pose_dim)

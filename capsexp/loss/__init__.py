@@ -9,7 +9,7 @@ from capsexp.schedule import Step
 
 
 class Loss(Protocol):
-    """What the training loop asks of a loss.
+    """The interface that the training loop uses.
 
     `multi_label = True` says that an image may show several classes. Without it, an image shows one class.
     """

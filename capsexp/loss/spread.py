@@ -40,7 +40,7 @@ def spread_loss(
 
 
 class Spread(PenalisedLoss):
-    """`spread_loss` of the scores, with penalties. The weight decay is the authors' answer on OpenReview.
+    """`spread_loss` of the scores, with penalties. The authors mention the weight decay on OpenReview.
 
     Args:
         margin: m, a number or a schedule.

@@ -15,8 +15,8 @@ class CNN(nn.Module):
     """Convolutions, with or without pooling, then fully connected layers with dropout on the last hidden one.
 
     The baselines of Sabour et al., "Dynamic routing between capsules" (NIPS 2017), sections 5 and 6.
-    Differs from them in: nothing. Padding, and of the first also pooling and the dropout rate, are not
-    printed: padding "same", in the first without pooling, gives the paper's 35.4 M and 24.56 M parameters.
+    Differs from them in: nothing. The paper does not print the padding, nor pooling and dropout rate of
+    section 5. Padding "same", without pooling in section 5, gives its 35.4 M and 24.56 M parameters.
 
     Args:
         image_shape: channels, height and width.

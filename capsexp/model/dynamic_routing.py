@@ -26,7 +26,7 @@ class CapsNet(nn.Module):
     Differs from it in: nothing, with the values of conf/model/dynamic_routing.yaml. What the paper leaves
     open (initialization, which capsule to decode without a label) is a keyword.
 
-    In a training loop of your own, dynamic routing needs no more than any network. With EM routing call
+    In a training loop of your own, dynamic routing needs no extra calls. With EM routing call
     `calibrate(images)` once, before the first step, and before each step
     `capsexp.routing.advance(network, Step(number, total))`, which moves the inverse temperature.
 
@@ -44,8 +44,8 @@ class CapsNet(nn.Module):
         votes_mib: see `ClassCaps`.
         routing: see `ClassCaps`.
         decoder: builds the decoder from (classes, pose_dim, image_shape); None for a network without.
-    Raises: ValueError: an image that is too small (the message has the smallest size), a size below 1, a
-        wrong word.
+    Raises: ValueError: an image that is too small (the message has the smallest size), a size below 1, an
+        unknown option.
     """
 
     def __init__(

@@ -1,7 +1,6 @@
 """The matrix capsule network of Hinton, Sabour, Frosst 2018, for images of any size."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from capsexp.capsules import Capsules, Output, Routed
 from capsexp.errors import require_at_least_1, require_literal
 from capsexp.layer.decoder import Decode, check_decode, decoded_class
-from capsexp.layer.matrix_caps import ConvCaps, Coordinates, Pose, SharedClassCaps
+from capsexp.layer.matrix_caps import ConvCaps, Coordinates, MatrixCapsOptions, Pose, SharedClassCaps
 from capsexp.layer.matrix_primary import MatrixPrimaryCaps
 from capsexp.ops.receptive_fields import Grid, Padding, padded
 from capsexp.ops.weights import kernels_and_matrices
@@ -39,7 +38,8 @@ class MatrixCapsNet(nn.Module):
         decode: see `CapsNet`; counts only with a decoder.
         routing: builds a layer's routing from (in_caps, out_caps, pose_dim[, fields]).
         decoder: builds the decoder from (classes, pose_dim, image_shape); None for a network without.
-    Raises: ValueError: an image that is too small, a size below 1, lists of different lengths, a wrong word.
+    Raises:
+        ValueError: an image that is too small, a size below 1, lists of different lengths, an unknown option.
     """
 
     def __init__(
@@ -82,30 +82,26 @@ class MatrixCapsNet(nn.Module):
         require_literal(Padding, padding=padding)
         check_decode(decode, classes)
         channels, height, width = image_shape
-        shared: dict[str, Any] = {
-            "pose_dim": pose_dim,
-            "pose": pose,
-            "shared_transformations": shared_transformations,
-            "init_identity": init_identity,
-            "init_noise": init_noise,
-            "routing": routing,
-            "votes_mib": votes_mib,
-        }
+        shared = MatrixCapsOptions(
+            pose_dim=pose_dim,
+            pose=pose,
+            shared_transformations=shared_transformations,
+            init_identity=init_identity,
+            init_noise=init_noise,
+            routing=routing,
+            votes_mib=votes_mib,
+        )
         self.decode: Decode | int = decode
         self.padding: Padding = padding
         self.conv = nn.Conv2d(channels, conv_channels, conv_kernel, conv_stride)
         self.primary_caps = MatrixPrimaryCaps(conv_channels, types=primary_types, pose_dim=pose_dim)
         self.routed_layers = [*(f"conv_caps_{number + 1}" for number in range(len(conv_types))), "class_caps"]
         grid = _first_grid(height, width, conv_kernel, conv_stride, padding)
-        types, windows = primary_types, zip(conv_types, conv_kernels, conv_strides, strict=True)
-        for name, (parents, kernel, stride) in zip(self.routed_layers, windows, strict=False):
-            layer = ConvCaps(grid, types, types=parents, kernel=kernel, stride=stride, **shared)
-            self.add_module(name, layer)
-            grid, types = layer.grid, parents
-        self.grid = grid
+        windows = zip(conv_types, conv_kernels, conv_strides, strict=True)
+        self.grid, types = self._add_conv_caps(grid, primary_types, windows, shared)
         """Positions of the last convolutional capsules."""
         self.class_caps = SharedClassCaps(
-            grid,
+            self.grid,
             types,
             classes,
             image_size=(height, width),
@@ -149,6 +145,23 @@ class MatrixCapsNet(nn.Module):
             layer, inputs = getattr(self, name), Capsules(capsules.poses, capsules.activations)
             layer.calibrate(inputs)
             capsules = layer(inputs)
+
+    def _add_conv_caps(
+        self, grid: Grid, types: int, windows: Iterable[tuple[int, int, int]], shared: MatrixCapsOptions
+    ) -> tuple[Grid, int]:
+        """Add the layers of convolutional capsules. Return grid and types of the last one.
+
+        Args:
+            grid: of the primary capsules.
+            types: of the primary capsules.
+            windows: parent types, kernel and stride of each layer.
+            shared: the settings that all layers share.
+        """
+        for name, (parents, kernel, stride) in zip(self.routed_layers, windows, strict=False):
+            layer = ConvCaps(grid, types, types=parents, kernel=kernel, stride=stride, **shared)
+            self.add_module(name, layer)
+            grid, types = layer.grid, parents
+        return grid, types
 
     def _features(self, images: Tensor) -> Float[Tensor, "B C H W"]:
         kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]

@@ -1,6 +1,6 @@
 """Helpers for labels [B] of images with one class each, and [B, T] of images with several.
 
-With one class per image each function gives, bit for bit, what code for one class would give.
+With one class per image, the results are those of code for a single class, bit for bit.
 """
 
 import torch

@@ -39,7 +39,7 @@ class PenalisedLoss(ABC):
 
     @abstractmethod
     def own_term(self, output: Output, batch: Batch, step: Step) -> dict[str, Tensor]:
-        """The term that makes this loss, by its name; a mean over the batch."""
+        """The term of this loss itself, by its name; a mean over the batch."""
 
 
 def reconstruction_term(output: Output, batch: Batch, weight: float) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from capsexp.ops.votes import DenseVotes, MatrixVotes
 from capsexp.schedule import Step
 
 
+@runtime_checkable
 class Routing(Protocol):
     """Required: route the votes of a layer, each image by itself, without random numbers."""
 
@@ -62,7 +63,7 @@ class BalancedRouting(Protocol):
     """Optional: start with half of the capsules active. `RoutedLayer.calibrate` calls both methods."""
 
     def cost(self, votes: Tensor, activations: Tensor) -> Tensor:
-        """What `balance` takes, for some images; the batch is the first axis."""
+        """Return the costs of some images, for `balance`; the batch is the first axis."""
         ...
 
     def balance(self, cost: Tensor) -> None:
@@ -81,7 +82,7 @@ class Scheduled(Protocol):
 
 @runtime_checkable
 class TracedRouting(Protocol):
-    """Optional: return every iteration. The routing study calls it; without it, it reads the result only."""
+    """Optional: return every iteration. Without it, the routing study sees only the result."""
 
     def trace(self, votes: Tensor, activations: Tensor) -> list[Routed]:
         """The state after each iteration, by the reference and without a gradient.
@@ -96,7 +97,7 @@ class AgreementRouting(Protocol):
     """Optional: return what a pass adds to the logits. The routing study reports how it changes."""
 
     def agreement(self, votes: Tensor, poses: Tensor) -> Tensor:
-        """What a pass that ends with these poses adds to the logits b_ij, [B, I, J]."""
+        """Return the amount that a pass ending with these poses adds to the logits b_ij, [B, I, J]."""
         ...
 
 

@@ -1,18 +1,22 @@
 """Dynamic routing: couplings follow the agreement between a vote and the parent's pose."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from capsexp.capsules import Routed
 from capsexp.errors import require_at_least_1, require_literal
-from capsexp.ops.kernels import HAS_TRITON
+from capsexp.ops.dynamic_passes import (
+    FusedDynamicRouting,
+    routing_passes,
+    softmax_over_parents,
+    vote_agreement,
+)
 from capsexp.ops.kernels.compiled import library_problem
 from capsexp.ops.kernels.dynamic import NARROWEST, dynamic_routing_op
-from capsexp.ops.squash import length, squash, squash_backward
+from capsexp.ops.squash import length, squash
 from capsexp.ops.votes import DenseVotes
 
 Prior = Literal["zero", "learned"]
@@ -35,7 +39,7 @@ def dynamic_routing_reference(
     for iteration in range(1, iterations + 1):
         last = iteration == iterations
         inputs = votes if last or not detach else votes.detach()
-        coupling = _softmax_over_parents(logits, dim=2, leaky=leaky)  # eq. 3
+        coupling = softmax_over_parents(logits, dim=2, leaky=leaky)  # eq. 3
         total = torch.einsum("bij,bijd->bjd", coupling, inputs)  # eq. 2
         poses = squash(total if bias is None else total + bias)  # eq. 1
         if not last:  # nothing reads the logits after the last pass
@@ -73,7 +77,7 @@ def dynamic_routing(
             (the paper's CIFAR-10 network).
         detach: gradients flow through the last pass only; the agreements are constants.
         implementation: "reference"; "fused": gradient by hand, no second derivatives; "auto": fused.
-    Raises: ValueError: a wrong shape or word; iterations < 1.
+    Raises: ValueError: a wrong shape; an unknown option; iterations < 1.
     Returns: poses v_j; their lengths in [0, 1); the couplings c_ij of the last pass.
     Laws: coupling sums to 1 over j (leaky: to less); permuting i permutes the coupling and leaves the poses;
         rotating all votes for j rotates pose j (without bias) and leaves the coupling.
@@ -108,7 +112,7 @@ class DynamicRouting(nn.Module):
             starts at 0.
         bias: learn a bias per parent, which starts at 0.1 (the authors' code).
         iterations, leaky, detach, implementation: see `dynamic_routing`.
-    Raises: ValueError: iterations < 1; a wrong word.
+    Raises: ValueError: iterations < 1; an unknown option.
     """
 
     prior: nn.Parameter | None
@@ -171,7 +175,7 @@ class DynamicRouting(nn.Module):
         require_at_least_1(iterations=iterations)
         votes = votes.detach().to(torch.promote_types(votes.dtype, torch.float32)).transpose(1, 2)
         with torch.no_grad(), torch.autocast(votes.device.type, enabled=False):
-            passes = _passes(votes, self.prior, self.bias, iterations or self.iterations, self.leaky)
+            passes = routing_passes(votes, self.prior, self.bias, iterations or self.iterations, self.leaky)
         return [
             Routed(poses, length(poses), coupling.transpose(1, 2))
             for coupling, poses in zip(passes[::3], passes[2::3], strict=True)
@@ -181,7 +185,7 @@ class DynamicRouting(nn.Module):
         self, votes: Float[Tensor, "B I J D"], poses: Float[Tensor, "B J D"]
     ) -> Float[Tensor, "B I J"]:
         """û_j|i · v_j, which a pass that ends with these poses adds to the logits b_ij."""
-        return _agreement(votes.transpose(1, 2), poses).transpose(1, 2)
+        return vote_agreement(votes.transpose(1, 2), poses).transpose(1, 2)
 
     def fused_reason(self, weight: Float[Tensor, "I K J D"]) -> str | None:
         """Why a layer with these matrices takes the reference path; None where it takes the fused one."""
@@ -203,127 +207,6 @@ class DynamicRouting(nn.Module):
         return Routed(poses[-1], length(poses[-1]), coupling[-1])
 
 
-def _softmax_over_parents(logits: Tensor, *, dim: int, leaky: bool) -> Tensor:
-    if not leaky:
-        return logits.softmax(dim)
-    parents = logits.shape[dim]
-    none_of_them = logits.new_zeros(()).expand_as(logits.narrow(dim, 0, 1))
-    return torch.cat([logits, none_of_them], dim).softmax(dim).narrow(dim, 0, parents)
-
-
-class _FusedRouting(torch.autograd.Function):
-    """All passes on votes ordered [B J I D], with the gradient by hand.
-
-    Saves for the backward pass the votes and, per pass, the coupling, the sum s_j and the pose; plain
-    autograd saves several tensors of the votes' size per pass. With L_t the logits of pass t, g' the gradient
-    of g, and G_t = sum of L_k' over k >= t, the gradient of the agreement of pass t-1:
-
-        c_t' = û · s_t'  (+ the coupling's own gradient, t = r)      L_t' = softmax backward of c_t'
-        p_t' = sum_i G_{t+1} û  (t < r; for t = r given)             s_t' = squash backward of p_t'
-        û'   = sum_t c_t s_t' + sum_{t<r} G_{t+1} p_t                one batched product of rank 2r - 1
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        votes: Float[Tensor, "B J I D"],
-        prior: Float[Tensor, "I J"] | None,
-        bias: Float[Tensor, "J D"] | None,
-        iterations: int,
-        leaky: bool,
-        detach: bool,
-    ) -> tuple[Float[Tensor, "B J D"], Float[Tensor, "B J I"]]:
-        votes = votes.contiguous()  # no copy of the votes that `make_votes` makes
-        if has_kernels(votes):
-            from capsexp.ops.kernels.dynamic_triton import dynamic_forward
-
-            passes = dynamic_forward(votes, prior, bias, iterations, leaky)
-        else:
-            passes = _passes(votes, prior, bias, iterations, leaky)
-        ctx.save_for_backward(votes, *(passes[-3:] if detach else passes))
-        ctx.set_materialize_grads(False)
-        return passes[-1], passes[-3]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_poses: Tensor | None, d_coupling: Tensor | None) -> tuple[Tensor | None, ...]:
-        votes, *saved = ctx.saved_tensors
-        if has_kernels(votes):
-            from capsexp.ops.kernels.dynamic_triton import dynamic_backward
-
-            for_prior, for_bias = ctx.needs_input_grad[1:3]
-            gradients = dynamic_backward(votes, saved, d_poses, d_coupling, for_prior)
-            return *gradients[:-1], gradients[-1] if for_bias else None, None, None, None
-        passes = list(zip(saved[0::3], saved[1::3], saved[2::3], strict=True))
-        d_logits: Tensor | None = None  # G of the pass after this one
-        d_totals: list[Tensor] = []
-        left: list[Tensor] = []
-        right: list[Tensor] = []
-        for coupling, total, poses in reversed(passes):
-            if d_logits is not None:
-                d_poses = _weighted_sum(d_logits, votes)
-                left, right = [*left, d_logits], [*right, poses]
-            d_totals.append(_backward_or_zero(total, d_poses))
-            left, right = [*left, coupling], [*right, d_totals[-1]]
-            if poses is passes[0][2] and not ctx.needs_input_grad[1]:
-                break  # the logits before this pass are constants
-            d_own = _agreement(votes, d_totals[-1])
-            d_own = d_own if d_coupling is None or d_logits is not None else d_own + d_coupling
-            d_own = coupling * (d_own - (coupling * d_own).sum(1, keepdim=True))  # softmax backward
-            d_logits = d_own if d_logits is None else d_logits + d_own
-        d_votes = torch.matmul(torch.stack(left, 2).transpose(2, 3), torch.stack(right, 2))
-        d_prior = d_logits.sum(0).T if ctx.needs_input_grad[1] and d_logits is not None else None
-        d_bias = torch.stack(d_totals).sum((0, 1)) if ctx.needs_input_grad[2] else None
-        return d_votes, d_prior, d_bias, None, None, None
-
-
-def _passes(
-    votes: Float[Tensor, "B J I D"],
-    prior: Float[Tensor, "I J"] | None,
-    bias: Float[Tensor, "J D"] | None,
-    iterations: int,
-    leaky: bool,
-) -> list[Tensor]:
-    """Coupling, sum s_j and pose of the first pass, then of the second, and so on."""
-    logits = None if prior is None else prior.T.expand(votes.shape[:3])
-    passes: list[Tensor] = []
-    for iteration in range(iterations):
-        if iteration > 0:
-            agreement = _agreement(votes, passes[-1])
-            logits = agreement if logits is None else logits + agreement
-        coupling = _coupling(logits, votes, leaky=leaky)
-        total = _weighted_sum(coupling, votes)
-        total = total if bias is None else total + bias
-        passes += [coupling, total, squash(total)]
-    return passes
-
-
-def has_kernels(votes: Tensor) -> bool:
-    """Whether Triton kernels route these votes."""
-    return votes.is_cuda and HAS_TRITON
-
-
-def _weighted_sum(weights: Float[Tensor, "B J I"], votes: Float[Tensor, "B J I D"]) -> Float[Tensor, "B J D"]:
-    return torch.matmul(weights.unsqueeze(2), votes).squeeze(2)
-
-
-def _agreement(votes: Float[Tensor, "B J I D"], poses: Float[Tensor, "B J D"]) -> Float[Tensor, "B J I"]:
-    # A row vector times a transposed matrix: on a CPU two to four times as fast as the matrix times a column,
-    # or as multiplying and summing.
-    return torch.matmul(poses.unsqueeze(2), votes.transpose(2, 3)).squeeze(2)
-
-
-def _coupling(logits: Tensor | None, votes: Tensor, *, leaky: bool) -> Tensor:
-    if logits is not None:
-        return _softmax_over_parents(logits, dim=1, leaky=leaky)
-    return votes.new_full(votes.shape[:3], 1 / (votes.shape[1] + leaky))
-
-
-def _backward_or_zero(total: Tensor, d_poses: Tensor | None) -> Tensor:
-    """`squash_backward`; zeros where a loss on the coupling alone gives the last poses no gradient."""
-    return torch.zeros_like(total) if d_poses is None else squash_backward(total, d_poses)
-
-
 def _fused(
     votes: Float[Tensor, "B I J D"],
     *,
@@ -333,7 +216,7 @@ def _fused(
     leaky: bool,
     detach: bool,
 ) -> Routed:
-    poses, coupling = _FusedRouting.apply(votes.transpose(1, 2), prior, bias, iterations, leaky, detach)
+    poses, coupling = FusedDynamicRouting.apply(votes.transpose(1, 2), prior, bias, iterations, leaky, detach)
     return Routed(poses, length(poses), coupling.transpose(1, 2))
 
 

@@ -1,8 +1,7 @@
-"""EM routing: a parent is a Gaussian over its children's votes, its activation a coding cost saved."""
+"""EM routing: each parent is a Gaussian fitted to its votes, and active if that saves coding cost."""
 
-import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,35 +9,26 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsexp.capsules import ReceptiveFields, Routed
-from capsexp.errors import UserError, require_at_least_1, require_literal
-from capsexp.ops.kernels.em import (
-    FUSED_ACTIVATION,
-    FUSED_OPTIONS,
+from capsexp.errors import UserError, require_at_least_1, require_literal, require_positive
+from capsexp.ops.em_steps import (
+    Activation,
+    EMOptions,
+    InitialCoupling,
     Normalisation,
-    fused_em_routing,
-    fused_reason,
+    check_shapes,
+    e_step,
+    initial_shares,
+    log_shares,
+    m_step,
 )
-from capsexp.ops.receptive_fields import gather_windows, scatter_max, scatter_sum
+from capsexp.ops.kernels.em import FUSED_ACTIVATION, fused_em_routing, fused_reason
+from capsexp.ops.receptive_fields import gather_windows
 from capsexp.ops.votes import MatrixVotes
 from capsexp.schedule import Saturating, Schedule, Step, as_schedule
 
-InitialCoupling = Literal["paper", "official"]
-Activation = Literal["logistic", "mixing"]
 Implementation = Literal["auto", "reference", "fused"]
 BALANCED = "balanced"
-SMALLEST_MASS = 1e-8  # lower bound of a parent's mass as a divisor
 PAPERS_TEMPERATURES = tuple(Saturating(limit=0.01, decay=0.95)(Step(number, 3)) for number in range(3))
-
-
-class Gaussians(NamedTuple):
-    """What an M-step returns."""
-
-    mean: Float[Tensor, "B P J D"]
-    squared: Float[Tensor, "B P K J D"]
-    """(V - mu)^2, of every vote."""
-    variance: Float[Tensor, "B P J D"]
-    mass: Float[Tensor, "B P J"]
-    """Sum of R_ij a_i over the children."""
 
 
 def em_routing(
@@ -70,9 +60,8 @@ def em_routing(
     Procedure 1 of Hinton, Sabour, Frosst, "Matrix capsules with EM routing" (ICLR 2018), with densities as
     logarithms. Parents at all positions and of all types compete for a child. The defaults are the paper's,
     with three iterations; 0 for both betas, which are learned.
-    Differs from it in: a variance floor, which the paper leaves out (0 is allowed). With mean_smoothing 0,
-    cost_scale 1, detach False and "paper" or "logistic" for the other switches: in nothing else. float16 and
-    bfloat16 votes are routed and returned in float32; autocast is off inside.
+    Differs from it in: a variance floor, which the paper leaves out (0 is allowed); nothing else, with the
+    other defaults. float16 and bfloat16 votes are routed and returned in float32; autocast is off inside.
 
     Args:
         votes: V_ij: [B, I, J, D] where every parent sees every child; with `fields` [B, P, K, J, D], of the
@@ -93,147 +82,64 @@ def em_routing(
         mean_smoothing: weight of the previous iteration's mean (at first 0) in the new one, in [0, 1).
         detach: gradients flow through the last iteration only.
 
-    Raises: ValueError: a wrong shape or word; no iteration.
+    Raises: ValueError: a wrong shape; an unknown option; no iteration.
     Returns: poses mu and activations of the P * J parents in the order (position, type), and the coupling R
         that gave them. See `Routed`.
     Laws: translating all votes translates the poses; children with activation 0 have no effect; values and
         gradients are finite for any number of votes and for equal votes.
     """
-    require_literal(Normalisation, normalisation=normalisation)
-    require_literal(InitialCoupling, initial_coupling=initial_coupling)
-    require_literal(Activation, activation=activation)
+    options = EMOptions(
+        variance_floor, cost_scale, normalisation, initial_coupling, activation, mean_smoothing, detach
+    )
+    options.check()
     return em_routing_and_cost(
         votes,
         activations,
+        options,
         fields=fields,
         beta_u=beta_u,
         beta_a=beta_a,
         inverse_temperature=inverse_temperature,
-        variance_floor=variance_floor,
-        cost_scale=cost_scale,
-        normalisation=normalisation,
-        initial_coupling=initial_coupling,
-        activation=activation,
-        mean_smoothing=mean_smoothing,
-        detach=detach,
     )[0]
 
 
 def em_routing_and_cost(
     votes: Float[Tensor, "B *places J D"],
     activations: Float[Tensor, "B I"],
+    options: EMOptions,
     *,
     fields: ReceptiveFields | None,
     beta_u: Tensor | int | float,
     beta_a: Tensor | int | float,
     inverse_temperature: Tensor | Sequence[int | float],
-    variance_floor: int | float,
-    cost_scale: int | float,
-    normalisation: str,
-    initial_coupling: str,
-    activation: str,
-    mean_smoothing: int | float,
-    detach: bool,
 ) -> tuple[Routed, Float[Tensor, "B P J"]]:
     """`em_routing`, and the cost of each parent in the last iteration, for the start of `EMRouting`."""
     if votes.dim() == 4:
         votes = votes.unsqueeze(1)
-    _check_shapes(votes, activations, fields, len(inverse_temperature))
+    check_shapes(votes, activations, fields, len(inverse_temperature))
     votes = votes.to(torch.promote_types(votes.dtype, torch.float32))
     with torch.autocast(votes.device.type, enabled=False):
         active = activations.to(votes.dtype)
         active = active.unsqueeze(1) if fields is None else gather_windows(active, fields)  # [B, P, K]
-        first = initial_shares(votes[:1, :, :, 0, 0], votes.shape[3], fields, initial_coupling)
+        first = initial_shares(votes[:1, :, :, 0, 0], votes.shape[3], fields, options.initial_coupling)
         coupling = first.unsqueeze(3).expand(-1, -1, -1, votes.shape[3])
         before = None
+        logistic = options.activation == "logistic"
         for iteration, temperature in enumerate(inverse_temperature):
-            fitted = _m_step(votes, coupling * active.unsqueeze(3), before, mean_smoothing, variance_floor)
+            fitted = m_step(votes, coupling * active.unsqueeze(3), before, options)
             log_deviation = 0.5 * fitted.variance.log().sum(3)  # sum over h of log sigma_h
-            cost = cost_scale * (votes.shape[4] * beta_u + log_deviation) * fitted.mass
+            cost = options.cost_scale * (votes.shape[4] * beta_u + log_deviation) * fitted.mass
             logit = temperature * (beta_a - cost)
             if iteration + 1 < len(inverse_temperature):  # nothing reads an E-step after the last M-step
-                log_active = F.logsigmoid(logit) if activation == "logistic" else _log_shares(fitted.mass)
-                with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
-                    coupling = _e_step(fitted, log_active - log_deviation, fields, normalisation)
-                before = fitted.mean.detach() if detach else fitted.mean
-        parents = logit.sigmoid() if activation == "logistic" else _log_shares(fitted.mass).exp()
+                log_active = F.logsigmoid(logit) if logistic else log_shares(fitted.mass)
+                with torch.set_grad_enabled(torch.is_grad_enabled() and not options.detach):
+                    coupling = e_step(fitted, log_active - log_deviation, fields, options.normalisation)
+                before = fitted.mean.detach() if options.detach else fitted.mean
+        parents = logit.sigmoid() if logistic else log_shares(fitted.mass).exp()
     coupling = coupling.expand(votes.shape[:4])
     if fields is None:
         coupling = coupling.squeeze(1)
     return Routed(fitted.mean.flatten(1, 2), parents.flatten(1), coupling, fields), cost
-
-
-def _check_shapes(
-    votes: Tensor, activations: Tensor, fields: ReceptiveFields | None, iterations: int
-) -> None:
-    if votes.dim() != 5:
-        raise ValueError(f"votes must have shape [B, I, J, D] or [B, P, K, J, D], got {list(votes.shape)}")
-    batch, positions, places = votes.shape[:3]
-    expected = [1, places] if fields is None else list(fields.children.shape)
-    if [positions, places] != expected:
-        source = "without fields" if fields is None else "from fields"
-        raise ValueError(f"votes must have [P, K] = {expected} {source}, got {[positions, places]}")
-    in_caps = places if fields is None else fields.in_caps
-    if list(activations.shape) != [batch, in_caps]:
-        raise ValueError(
-            f"activations must have shape [B, I] = {[batch, in_caps]}, got {list(activations.shape)}"
-        )
-    if iterations < 1:
-        raise ValueError("inverse_temperature must hold one number per iteration, got none")
-
-
-def initial_shares(
-    like: Float[Tensor, "1 P K"], types: int, fields: ReceptiveFields | None, initial: str
-) -> Float[Tensor, "1 P K"]:
-    """R of the first iteration, the same for every type. See `em_routing`."""
-    shares = torch.ones_like(like)
-    if fields is not None and initial == "paper":
-        shares = gather_windows(scatter_sum(shares, fields), fields).reciprocal()
-    return shares / types
-
-
-def _m_step(
-    votes: Float[Tensor, "B P K J D"],
-    shares: Float[Tensor, "B P K J"],
-    before: Float[Tensor, "B P J D"] | None,
-    smoothing: int | float,
-    floor: int | float,
-) -> Gaussians:
-    # Matrix products over K, on memory in the order [B, P, J, K, D], which `window_votes` makes: the only
-    # tensor of the votes' size that is written is that of the squared differences.
-    mass = shares.sum(2)
-    # Clamped: adding a number to the divisor would pull the mean toward 0.
-    weights = (shares / mass.clamp_min(SMALLEST_MASS).unsqueeze(2)).permute(0, 1, 3, 2).unsqueeze(3)
-    by_parent = votes.permute(0, 1, 3, 2, 4)
-    mean = torch.matmul(weights, by_parent)
-    if smoothing:
-        mean = (1 - smoothing) * mean + (0 if before is None else smoothing * before.unsqueeze(3))
-    # The same as (by_parent - mean).square(), with one pass forward and two backward instead of two and six.
-    squared = F.mse_loss(by_parent, mean.expand_as(by_parent), reduction="none")
-    variance = torch.matmul(weights, squared).squeeze(3) + floor
-    return Gaussians(mean.squeeze(3), squared.permute(0, 1, 3, 2, 4), variance, mass)
-
-
-def _e_step(
-    fitted: Gaussians, weight: Float[Tensor, "B P J"], fields: ReceptiveFields | None, normalisation: str
-) -> Float[Tensor, "B P K J"]:
-    """R_ij from log(a_j p_j) = weight - 1/2 sum_h (V - mu)^2 / sigma^2; pi cancels."""
-    precision = 0.5 * fitted.variance.reciprocal().unsqueeze(3)
-    distance = torch.matmul(precision, fitted.squared.permute(0, 1, 3, 4, 2)).squeeze(3)  # [B, P, J, K]
-    logits = (weight.unsqueeze(3) - distance).transpose(2, 3)
-    if fields is None or normalisation == "types":
-        return logits.softmax(3)
-    if normalisation == "paper":
-        shares = (logits - gather_windows(scatter_max(logits.amax(3), fields), fields).unsqueeze(3)).exp()
-        return shares / gather_windows(scatter_sum(shares.sum(3), fields), fields).unsqueeze(3)
-    shares = (logits - gather_windows(scatter_max(logits, fields), fields)).exp()
-    return shares / gather_windows(scatter_sum(shares, fields), fields)
-
-
-def _log_shares(mass: Float[Tensor, "B P J"]) -> Float[Tensor, "B P J"]:
-    """Logarithm of each parent's share of the mass in its layer."""
-    total = mass.sum((1, 2), keepdim=True).clamp_min(SMALLEST_MASS)
-    return (mass / total).clamp_min(torch.finfo(mass.dtype).tiny).log()
 
 
 class EMRouting(nn.Module):
@@ -259,7 +165,7 @@ class EMRouting(nn.Module):
         variance_floor, normalisation, initial_coupling, activation, mean_smoothing, detach: see `em_routing`.
         implementation: "reference": `em_routing` on votes that the layer makes; "fused": an operator that
             makes the votes itself (capsexp/ops/kernels/em.py); "auto": fused where available.
-    Raises: ValueError: a number out of its range; a wrong word.
+    Raises: ValueError: a number out of its range; an unknown option.
     """
 
     fused_votes = MatrixVotes
@@ -293,14 +199,14 @@ class EMRouting(nn.Module):
         super().__init__()
         require_at_least_1(iterations=iterations)
         require_literal(Implementation, implementation=implementation)
-        _require_positive(class_factor=class_factor, beta_a_gain=beta_a_gain, cost_norm=cost_norm)
+        require_positive(class_factor=class_factor, beta_a_gain=beta_a_gain, cost_norm=cost_norm)
         if isinstance(beta_a, str) and beta_a != BALANCED:
             raise ValueError(f"beta_a must be a number or {BALANCED}, got {beta_a}")
         if implementation == "fused" and activation != FUSED_ACTIVATION:
             raise ValueError(f"implementation fused is for activation {FUSED_ACTIVATION}, got {activation}")
         self.in_caps, self.out_caps, self.pose_dim = in_caps, out_caps, pose_dim
         self.iterations, self.implementation = iterations, implementation
-        self.options = _checked_options(
+        self.options = EMOptions(
             variance_floor=float(variance_floor),
             cost_scale=_cost_scale(cost_norm, in_caps, out_caps, fields),
             normalisation=normalisation,
@@ -309,6 +215,7 @@ class EMRouting(nn.Module):
             mean_smoothing=float(mean_smoothing),
             detach=detach,
         )
+        self.options.check()
         factor = class_factor if fields is None else 1.0
         self.gain = beta_a_gain / factor
         self.schedule = as_schedule(inverse_temperature_ramp)
@@ -349,8 +256,8 @@ class EMRouting(nn.Module):
         """
         if self.implementation == "reference":
             return "routing.implementation=reference"
-        if self.options["activation"] != FUSED_ACTIVATION:
-            return f"there is no fused EM routing with activation {self.options['activation']}"
+        if self.options.activation != FUSED_ACTIVATION:
+            return f"there is no fused EM routing with activation {self.options.activation}"
         side = weight.shape[2]
         reason = fused_reason(weight.device.type, weight.dtype, self.pose_dim // side, side)
         if reason is not None and self.implementation == "fused":
@@ -361,7 +268,7 @@ class EMRouting(nn.Module):
         """Make the votes and route them."""
         positions = 1 if votes.fields is None else len(votes.fields.children)
         like = votes.poses.new_empty(1, positions, len(votes.matrices))
-        types, initial = votes.weight.shape[1], self.options["initial_coupling"]
+        types, initial = votes.weight.shape[1], self.options.initial_coupling
         return fused_em_routing(
             votes,
             activations.to(votes.weight.dtype),
@@ -369,7 +276,7 @@ class EMRouting(nn.Module):
             beta_u=self.beta_u,
             beta_a=self.gain * self.beta_a,
             inverse_temperature=self.inverse_temperatures * self.ramp,
-            **{name: self.options[name] for name in FUSED_OPTIONS},
+            options=self.options,
         )
 
     def advance(self, step: Step) -> dict[str, float]:
@@ -398,11 +305,11 @@ class EMRouting(nn.Module):
         return em_routing_and_cost(
             votes,
             activations,
+            self.options,
             fields=fields,
             beta_u=self.beta_u,
             beta_a=self.gain * self.beta_a,
             inverse_temperature=self.inverse_temperatures[:iterations] * self.ramp,
-            **self.options,
         )
 
 
@@ -414,22 +321,3 @@ def _cost_scale(
     if fields is None:
         return cost_norm * out_caps / in_caps
     return cost_norm * len(fields.children) * out_caps / fields.connected
-
-
-def _checked_options(**options: Any) -> dict[str, Any]:
-    """The switches of `em_routing`, if they are in their ranges."""
-    require_literal(Normalisation, normalisation=options["normalisation"])
-    require_literal(InitialCoupling, initial_coupling=options["initial_coupling"])
-    require_literal(Activation, activation=options["activation"])
-    floor, smoothing = options["variance_floor"], options["mean_smoothing"]
-    if not 0 <= floor < math.inf:
-        raise ValueError(f"variance_floor must be >= 0, got {floor}")
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"mean_smoothing must be in [0, 1), got {smoothing}")
-    return options
-
-
-def _require_positive(**values: int | float | None) -> None:
-    for name, value in values.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be > 0, got {value}")

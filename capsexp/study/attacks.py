@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,14 +16,13 @@ from capsexp.analysis.attack.units import Units, radii_of, scale_of
 from capsexp.analysis.findings import Findings
 from capsexp.analysis.trained_run import TrainedRun
 from capsexp.capsules import Batch
-from capsexp.errors import UserError, require_at_least_1, require_one_of
+from capsexp.errors import UserError, require_at_least_1, require_literal, require_positive
 
-ATTACKS = ("fgsm", "bim", "pgd")
-OBJECTIVES = ("own", "difference")
+Attack = Literal["fgsm", "bim", "pgd"]
+Objective = Literal["own", "difference"]
 NOTE = (
-    "Where a loss is flat, as a loss with a margin is where the margin is met, fgsm and bim change nothing: "
-    "the accuracy that they leave does not show robustness. worst: correct under every attack of this study "
-    "of this radius or a smaller one."
+    "A loss is flat where its margin is met. There fgsm and bim change nothing, so their accuracy does not "
+    "show robustness. worst: correct under every attack of this study of this radius or a smaller one."
 )
 
 
@@ -62,14 +61,14 @@ class Attacks:
     def __init__(
         self,
         *,
-        attacks: Sequence[str],
-        targeted: Sequence[str],
+        attacks: Sequence[Attack],
+        targeted: Sequence[Attack],
         epsilons: Sequence[int | float],
         targeted_epsilons: Sequence[int | float],
         units: Units,
         clip: bool,
         steps: int,
-        objectives: Sequence[str],
+        objectives: Sequence[Objective],
         pgd_steps: int,
         pgd_step_size: int | float,
         restarts: int,
@@ -80,19 +79,18 @@ class Attacks:
         paper: Mapping[str, Any] | None,
     ) -> None:
         for attack in attacks:
-            require_one_of(ATTACKS, attacks=attack)
+            require_literal(Attack, attacks=attack)
         for attack in targeted:
-            require_one_of(ATTACKS, targeted=attack)
+            require_literal(Attack, targeted=attack)
         for objective in objectives:
-            require_one_of(OBJECTIVES, objectives=objective)
+            require_literal(Objective, objectives=objective)
         if not attacks:
             raise ValueError("attacks must name at least one of fgsm, bim, pgd")
         if "pgd" in (*attacks, *targeted) and not objectives:
             raise ValueError("objectives must name own, difference or both for pgd")
         _check_rising(epsilons=epsilons, targeted_epsilons=targeted_epsilons, shown=shown)
         require_at_least_1(steps=steps, pgd_steps=pgd_steps, restarts=restarts, pictures=pictures)
-        if not pgd_step_size > 0:
-            raise ValueError(f"pgd_step_size must be > 0, got {pgd_step_size}")
+        require_positive(pgd_step_size=pgd_step_size)
         if source is not None and not _transferable(attacks):
             raise ValueError("source needs fgsm or bim among the attacks")
         _check_paper(paper or {})

@@ -1,7 +1,7 @@
 """Whether the pose of a class capsule changes as its image is moved."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, UInt8
@@ -15,6 +15,9 @@ from capsexp.capsules import Routed
 from capsexp.data.preprocess import RESIZE_CHUNK
 from capsexp.data.split import Split
 from capsexp.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Move = Callable[[UInt8[Tensor, "N C H W"], int | float], UInt8[Tensor, "N C H W"]]
 
@@ -107,16 +110,16 @@ class Equivariance:
         fitted = torch.zeros(len(change), dtype=torch.bool)
         fitted[order[: len(change) // 2]] = True
         by = torch.tensor(amounts, dtype=torch.float64).expand(len(change), -1).unsqueeze(2)  # [N, M, 1]
-        one_group = torch.zeros_like(labels)
+        single_group = torch.zeros_like(labels)
         smallest = torch.finfo(size.dtype).tiny
         return {
             "relative_change": (change.norm(dim=2) / size.clamp_min(smallest)[:, None]).mean(0).tolist(),
             "r2": {
-                "one_map": held_out_r2(change, by, one_group, fitted),
+                "one_map": held_out_r2(change, by, single_group, fitted),
                 "each_class": held_out_r2(change, by, labels, fitted),
             },
             "explained": {
-                "one_map": held_out_r2(by, change, one_group, fitted),
+                "one_map": held_out_r2(by, change, single_group, fitted),
                 "each_class": held_out_r2(by, change, labels, fitted),
             },
         }
@@ -201,7 +204,7 @@ def rotated(images: UInt8[Tensor, "N C H W"], by: int | float) -> UInt8[Tensor, 
     return torch.cat([rotate(chunk, float(by), InterpolationMode.BILINEAR) for chunk in chunks])
 
 
-def _figure(moves: Mapping[str, Mapping[str, Any]], accuracy: float) -> Any:
+def _figure(moves: Mapping[str, Mapping[str, Any]], accuracy: float) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(moves) + 1, 5.5), layout="constrained")
@@ -235,7 +238,9 @@ def _axis_label(move: str) -> str:
     return "rotation, degrees" if move == "rotation" else f"{move}, pixels"
 
 
-def _pose_figure(changes: Mapping[str, Float[Tensor, "M D"]], moves: Mapping[str, Mapping[str, Any]]) -> Any:
+def _pose_figure(
+    changes: Mapping[str, Float[Tensor, "M D"]], moves: Mapping[str, Mapping[str, Any]]
+) -> "Figure":
     """Return a heat map per kind of move: the mean change of each dimension of the pose, on one scale."""
     from matplotlib.figure import Figure
 

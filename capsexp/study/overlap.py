@@ -1,19 +1,23 @@
 """Two overlapping digits and their reconstructions in two colors, also of digits that are not there."""
 
 from collections import defaultdict
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from capsexp.analysis.findings import Findings, displayable
+from capsexp.analysis.findings import Findings, as_matplotlib
 from capsexp.analysis.trained_run import TrainedRun
 from capsexp.capsules import Batch, Output
 from capsexp.data.pairs import OverlaidPairs
 from capsexp.errors import UserError
 from capsexp.ops.labels import all_correct, fraction_correct, multi_hot, predicted_labels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PAPERS_OVERLAP = 0.8
 COLORS = {"R": "black", "R:P": "tab:red", "*R": "tab:blue"}
@@ -114,7 +118,9 @@ class Overlap:
                 columns["*R"].append(_column("*R", decoded, place))
 
 
-def _decode(batch: Batch, output: Output, decoder: Any, generator: torch.Generator) -> DecodedBatch:
+def _decode(
+    batch: Batch, output: Output, decoder: Callable[[Tensor, Tensor], Tensor], generator: torch.Generator
+) -> DecodedBatch:
     predictions = predicted_labels(output.scores, batch.labels)
     absent, has_absent = absent_class(
         torch.cat([batch.labels, predictions], dim=1), len(output.scores.T), generator
@@ -155,7 +161,7 @@ def _column(mark: str, decoded: DecodedBatch, place: int) -> Column:
     return Column(mark, classes, labels, image, reconstructions)
 
 
-def _figure(columns: list[Column]) -> Any:
+def _figure(columns: list[Column]) -> "Figure":
     from matplotlib.figure import Figure
 
     height, width = columns[0].image.shape[1:]
@@ -165,7 +171,7 @@ def _figure(columns: list[Column]) -> Any:
     figure = Figure(figsize=(max(5, 0.95 * len(columns)), 2.6), layout="constrained")
     plot = figure.add_subplot()
     grid = make_grid(torch.stack(inputs + decoded), nrow=len(columns), padding=1, pad_value=0.5)
-    plot.imshow(displayable(grid))
+    plot.imshow(as_matplotlib(grid))
     titles = [f"{column.mark}:{tuple(column.decoded)}\nL:{tuple(column.labels)}" for column in columns]
     plot.set_xticks([(place + 0.5) * (width + 1) for place in range(len(columns))], titles)
     plot.set_yticks([0.5 * (height + 1), 1.5 * (height + 1)], ["input", "decoded"])

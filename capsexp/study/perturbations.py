@@ -1,16 +1,19 @@
 """What each dimension of a class capsule's pose encodes: reconstructions with that dimension changed."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from capsexp.analysis.findings import Findings, displayable
+from capsexp.analysis.findings import Findings, as_matplotlib
 from capsexp.analysis.trained_run import TrainedRun
 from capsexp.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Perturbations:
@@ -97,7 +100,7 @@ def _first_correct_poses(run: TrainedRun, labels: set[int]) -> dict[int, Tensor]
     return first
 
 
-def _figure(rows: Float[Tensor, "D N C H W"], deltas: Sequence[float], name: str) -> Any:
+def _figure(rows: Float[Tensor, "D N C H W"], deltas: Sequence[float], name: str) -> "Figure":
     from matplotlib.figure import Figure
 
     size, count, _, height, width = rows.shape
@@ -105,7 +108,7 @@ def _figure(rows: Float[Tensor, "D N C H W"], deltas: Sequence[float], name: str
     plot = figure.add_subplot()
     # One large image: matplotlib needs a tenth of a second for each plot.
     grid = make_grid(rows.flatten(0, 1), nrow=count, padding=1, pad_value=0.5)
-    plot.imshow(displayable(grid), cmap="gray", vmin=0, vmax=1)
+    plot.imshow(as_matplotlib(grid), cmap="gray", vmin=0, vmax=1)
     across = [(place + 0.5) * (width + 1) for place in range(count)]
     down = [(dimension + 0.5) * (height + 1) for dimension in range(size)]
     plot.set_xticks(across, [f"{delta:+.2f}" for delta in deltas])

@@ -1,12 +1,15 @@
 """Images and their reconstructions, misclassified ones included."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 
-from capsexp.analysis.findings import Findings, displayable
+from capsexp.analysis.findings import Findings, as_matplotlib
 from capsexp.analysis.trained_run import TrainedRun
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Triple(NamedTuple):
@@ -75,14 +78,14 @@ class Reconstructions:
         return Findings(numbers, {"reconstructions": _figure(triples)})
 
 
-def _figure(triples: list[Triple]) -> Any:
+def _figure(triples: list[Triple]) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.1 * len(triples), 2.6), layout="constrained")
     for column, triple in enumerate(triples):
         for row, image in enumerate((triple.image, triple.reconstruction)):
             plot = figure.add_subplot(2, len(triples), row * len(triples) + column + 1)
-            plot.imshow(displayable(image), cmap="gray", vmin=0, vmax=1)
+            plot.imshow(as_matplotlib(image), cmap="gray", vmin=0, vmax=1)
             plot.set_xticks([])
             plot.set_yticks([])
             if row == 0:

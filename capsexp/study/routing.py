@@ -1,6 +1,6 @@
 """Inside the routing: distances of the votes, changes of the couplings, and the parent of each child."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from capsexp.analysis.findings import Findings
 from capsexp.analysis.routing import figures as routing_figures
 from capsexp.analysis.routing.figures import Example
 from capsexp.analysis.routing.trace import (
-    RoutedLayer,
+    TracedLayer,
     excess,
     own_iterations,
     routed_layers,
@@ -20,10 +20,13 @@ from capsexp.analysis.routing.trace import (
 )
 from capsexp.analysis.trained_run import TrainedRun
 from capsexp.capsules import Batch, Capsules, Output
-from capsexp.errors import UserError, require_at_least_1, require_one_of
+from capsexp.errors import UserError, require_at_least_1, require_literal, require_positive
 from capsexp.ops.receptive_fields import Grid
 
-DISTANCES = ("l2", "squared")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Distance = Literal["l2", "squared"]
 
 
 class Routing:
@@ -56,12 +59,11 @@ class Routing:
         layer: str | None,
         bins: int,
         near: int | float,
-        distance: str,
+        distance: Distance,
     ) -> None:
         require_at_least_1(iterations=iterations, pictures=pictures, bins=bins)
-        require_one_of(DISTANCES, distance=distance)
-        if near <= 0:
-            raise ValueError(f"near must be > 0, got {near}")
+        require_literal(Distance, distance=distance)
+        require_positive(near=near)
         self.iterations, self.pictures, self.layer = iterations, pictures, layer
         self.bins, self.near, self.squared = bins, near, distance == "squared"
 
@@ -75,10 +77,11 @@ class Routing:
         count = 0
         for batch, output in run.outputs():
             layers = routed_layers(run.model, output.layers)
-            for name, layer, children in self._selected(layers):
-                own[name] = own_iterations(layer)
-                for trace in trace_layer(layer, children, iterations=self.iterations):
-                    _add(curves.setdefault(name, {}), trace_metrics(layer, trace), len(trace.votes))
+            for layer in self._selected(layers):
+                own[layer.name] = own_iterations(layer.routing)
+                sums = curves.setdefault(layer.name, {})
+                for trace in trace_layer(layer, iterations=self.iterations):
+                    _add(sums, trace_metrics(layer.routing, trace), len(trace.votes))
             self._add_votes(vote_sums, layers[-1], batch, output)
             for place in self._places_to_show(examples, batch, output):
                 examples.append(self._example(place, layers[-1], _grid(run.model), batch, output))
@@ -99,23 +102,23 @@ class Routing:
         }
         return Findings(numbers, self._figures(run, layer_numbers, examples))
 
-    def _selected(self, layers: list[RoutedLayer]) -> list[RoutedLayer]:
+    def _selected(self, layers: list[TracedLayer]) -> list[TracedLayer]:
         names = [layer.name for layer in layers]
         if self.layer is not None and self.layer not in names:
             raise UserError(f"study.layer: must be null or one of {', '.join(names)}, got {self.layer}")
         return [layer for layer in layers if self.layer in (None, layer.name)]
 
-    def _add_votes(self, sums: dict[str, Tensor], top: RoutedLayer, batch: Batch, output: Output) -> None:
+    def _add_votes(self, sums: dict[str, Tensor], top: TracedLayer, batch: Batch, output: Output) -> None:
         """Add each iteration's shares of coupling and vote distances of the class capsules."""
         start, all_predictions = 0, output.scores.argmax(1)
-        for votes, states in trace_layer(top.layer, top.children, iterations=None):
+        for votes, states in trace_layer(top, iterations=None):
             chunk = slice(start, start + len(votes))
             start += len(votes)
             images = torch.arange(len(votes), device=votes.device)
             labels, predictions = batch.labels[chunk], all_predictions[chunk]
             rows: dict[str, list[float]] = {}
             for state in states:
-                distances = vote_distances(top.layer, votes, state, squared=self.squared)
+                distances = vote_distances(top.routing, votes, state, squared=self.squared)
                 shares, means = shares_and_means(state.coupling, distances)
                 for name, values in {
                     "share_of_label": shares[images, labels],
@@ -141,10 +144,10 @@ class Routing:
                 places.append(place)
         return places
 
-    def _example(self, place: int, top: RoutedLayer, grid: Grid, batch: Batch, output: Output) -> Example:
+    def _example(self, place: int, top: TracedLayer, grid: Grid, batch: Batch, output: Output) -> Example:
         children = Capsules(*(tensor[place : place + 1] for tensor in top.children))
-        ((votes, states),) = trace_layer(top.layer, children, iterations=None)
-        distances = [vote_distances(top.layer, votes, state, squared=self.squared) for state in states]
+        ((votes, states),) = trace_layer(top._replace(children=children), iterations=None)
+        distances = [vote_distances(top.routing, votes, state, squared=self.squared) for state in states]
         maps = [excess(state, children.activations, grid.positions) for state in states]
         return Example(
             number=int(batch.indices[place]),
@@ -158,7 +161,7 @@ class Routing:
 
     def _figures(
         self, run: TrainedRun, layers: dict[str, dict[str, Any]], examples: list[Example]
-    ) -> dict[str, Any]:
+    ) -> dict[str, "Figure"]:
         figures = {
             "routing-entropy": routing_figures.entropies(layers),
             "routing-change": routing_figures.changes(layers),

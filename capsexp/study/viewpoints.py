@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int64
@@ -13,6 +13,9 @@ from capsexp.analysis.findings import Findings
 from capsexp.analysis.trained_run import TrainedRun
 from capsexp.dataset.smallnorb import FACTORS, FAMILIAR, SmallNORB
 from capsexp.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DEGREES = {"azimuth": (0, 10), "elevation": (30, 5)}
 """Degrees of code 0, and of a step of 1."""
@@ -132,7 +135,7 @@ def _table(
     return table
 
 
-def _figure(results: Sequence[ViewResults], viewpoint: str | None) -> Any:
+def _figure(results: Sequence[ViewResults], viewpoint: str | None) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.6), layout="constrained")

@@ -27,7 +27,7 @@ class ProcessLostError(UserError):
 
 
 class ProcessGroup:
-    """One process among those of its run. All of them must call the same methods in the same order.
+    """The processes of a run, seen from one of them. All must call the same methods in the same order.
 
     Args:
         rank: number of this process, from 0.

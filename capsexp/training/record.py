@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jaxtyping import Float
 from tensorboard.compat.proto.event_pb2 import Event
@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 
 from capsexp.config.settings import comparable, fingerprint, flat, without
+from capsexp.data.image_ops import displayable
 from capsexp.errors import UserError, is_interruption
 from capsexp.files import write_atomic
 
@@ -128,11 +129,6 @@ def closing(record: Record | NoRecord) -> Iterator[None]:
     record.close("completed")
 
 
-def displayable(images: Float[Tensor, "*N C H W"]) -> Float[Tensor, "*N D H W"]:
-    """Return gray or color images unchanged; with other channel counts, as of stereo, the first channel."""
-    return images if images.shape[-3] in (1, 3) else images[..., :1, :, :]
-
-
 def _hparams(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings in types that the HParams table accepts, without those that are null."""
     return {
@@ -183,7 +179,7 @@ def _write_event(path: Path, summary: Summary) -> None:
     version = Event(wall_time=time.time(), file_version="brain.Event:2")
     events = [version, Event(wall_time=time.time(), summary=summary)]
 
-    def write(file: Any) -> None:
+    def write(file: IO[bytes]) -> None:
         records = RecordWriter(file)
         for event in events:
             records.write(event.SerializeToString())

@@ -52,7 +52,7 @@ class State:
             self.best_accuracy, self.best_step = accuracy, self.step
 
     def note_stop(self, stopped: dict[str, Any], metrics: Mapping[str, float]) -> None:
-        """End the training here. These weights count as the best, whatever was measured before."""
+        """End the training here. These weights count as the best, even if an earlier accuracy was higher."""
         self.stopped = stopped
         if "validation/accuracy" in metrics:
             self.best_accuracy, self.best_step = metrics["validation/accuracy"], self.step

@@ -100,13 +100,13 @@ def test_a_study_has_to_be_chosen(home, analyze):
     assert "reconstructions" in done.stderr
 
 
-def test_another_run_has_its_own_network_and_the_same_limit(tmp_path, train_tiny, tiny_parts):
+def test_another_run_has_its_own_network_and_the_same_limit(tmp_path, train_tiny, tiny_components):
     overrides = ["trainer.max_epochs=1"]
     train_tiny(tmp_path / "a", *overrides)
     train_tiny(tmp_path / "b", *overrides, "seed=1", "model.conv_channels=4")
     (tmp_path / "b" / ".hydra").mkdir()
     shutil.copy(tmp_path / "b" / "resolved_config.yaml", tmp_path / "b" / ".hydra" / "config.yaml")
-    run = TrainedRun.restore(tiny_parts(*overrides), tmp_path / "a", weights="best", limit=7)
+    run = TrainedRun.restore(tiny_components(*overrides), tmp_path / "a", weights="best", limit=7)
     other = run.other_run(str(tmp_path / "b"))
     assert other.model.conv.out_channels == 4
     assert other.limit == 7

@@ -46,12 +46,12 @@ def test_a_loaded_run_has_its_network_classes_step_and_config(saved):
     assert TrainedRun.load(str(path), weights=2).step.number == 2
 
 
-def test_evaluation_repeats_the_eval_command(saved, tiny_parts):
+def test_evaluation_repeats_the_eval_command(saved, tiny_components):
     path = saved("trainer.limit_eval_batches=null")
     run = TrainedRun.load(path)
     for split in ("test", "validation", "train"):
         config = {"run": str(path), "weights": "best", "split": split}
-        assert run.evaluate(split) == evaluate_run(tiny_parts("trainer.limit_eval_batches=null"), config)
+        assert run.evaluate(split) == evaluate_run(tiny_components("trainer.limit_eval_batches=null"), config)
     assert run.evaluate(limit=50) == run.evaluate(limit=50) != run.evaluate()
     assert run.evaluate(limit=10**6) == run.evaluate()
     with pytest.raises(UserError, match="limit: must be an integer >= 1 or null, got 0"):

@@ -133,7 +133,7 @@ def test_completion(line, answers, capsexp):
     code, out, _ = capsexp("-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line)))
     assert code == 0
     assert answers <= set(out.split())
-    assert all(word.startswith(line.rpartition(" ")[2]) for word in out.split())
+    assert all(option.startswith(line.rpartition(" ")[2]) for option in out.split())
 
 
 def test_completion_of_a_groups_keys_and_of_all_experiments(capsexp):

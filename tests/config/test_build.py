@@ -56,5 +56,5 @@ def test_checking_leaves_the_random_state_and_builds_nothing_but_on_meta(edited)
     before = torch.get_rng_state()
     components = build_components(edited(), plugins=[])
     assert torch.equal(torch.get_rng_state(), before)
-    assert {one.device.type for one in components.new_model().parameters()} == {"cpu"}
+    assert {parameter.device.type for parameter in components.new_model().parameters()} == {"cpu"}
     assert Path(conf_dir()).is_dir()

@@ -35,20 +35,20 @@ def composed(*overrides, **keywords):
 def bases(path):
     """The YAML's own stem and those that it extends."""
     yield path.stem
-    for one in yaml.safe_load(path.read_text()).get("defaults", []):
-        if isinstance(one, str) and one != "_self_":
-            yield from bases(path.with_name(f"{one}.yaml"))
+    for default in yaml.safe_load(path.read_text()).get("defaults", []):
+        if isinstance(default, str) and default != "_self_":
+            yield from bases(path.with_name(f"{default}.yaml"))
 
 
 def merged(path):
     """The keys of a YAML and of those that it extends."""
     node = yaml.safe_load(path.read_text())
     keys = {key: value for key, value in node.items() if key != "defaults"}
-    for one in node.get("defaults", []):
-        if isinstance(one, str) and one != "_self_":
-            keys = merged(path.with_name(f"{one}.yaml")) | keys
-        elif isinstance(one, dict):
-            ((where, option),) = one.items()
+    for default in node.get("defaults", []):
+        if isinstance(default, str) and default != "_self_":
+            keys = merged(path.with_name(f"{default}.yaml")) | keys
+        elif isinstance(default, dict):
+            ((where, option),) = default.items()
             group, _, key = where.removeprefix("/").partition("@")
             if not where.startswith("override"):
                 keys = {key: merged(CONF / group / f"{option}.yaml")} | keys
@@ -84,7 +84,7 @@ def test_the_keys_of_a_yaml_bind_to_its_targets_signature(path):
     partial = node.pop("_partial_", False)
     assert set(node) <= set(parameters) - run_time
     if target.__module__.startswith("capsexp."):
-        needed = {key for key, one in parameters.items() if one.kind is one.KEYWORD_ONLY}
+        needed = {key for key, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
         assert needed <= set(node)
         assert partial or set(parameters) == set(node) | run_time
         assert all(parameters[key].default is inspect.Parameter.empty for key in node)
@@ -95,11 +95,13 @@ def is_table(path):
 
 
 # A table is the sweep over others: see test_recipes.
-@pytest.mark.parametrize("path", [one for one in yamls("experiment") if not is_table(one)], ids=named)
+@pytest.mark.parametrize(
+    "path", [recipe for recipe in yamls("experiment") if not is_table(recipe)], ids=named
+)
 def test_each_experiment_composes_and_builds(path, tmp_path):
     components = build_components(composed(f"experiment={path.stem}", f"data_root={tmp_path}"), plugins=[])
     with torch.device("meta"):
-        assert sum(one.numel() for one in components.new_model().parameters()) > 10_000
+        assert sum(parameter.numel() for parameter in components.new_model().parameters()) > 10_000
     assert list(tmp_path.iterdir()) == []
 
 

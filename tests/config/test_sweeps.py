@@ -29,7 +29,7 @@ def test_a_sweep_is_checked_once_for_each_value():
     overrides = ["seed=1,2", "model=cnn_sabour", "loss.present=0.8,0.9,1.0", "trainer.max_epochs=range(1,4)"]
     variants = swept_variants(overrides, config_dir=None)
     fixed = ["seed=1", "model=cnn_sabour", "loss.present=0.8", "trainer.max_epochs=1"]
-    changes = [[one for one in variant if one not in fixed] for variant in variants]
+    changes = [[override for override in variant if override not in fixed] for variant in variants]
     assert changes == [
         ["seed=2"],
         ["loss.present=0.9"],
@@ -45,7 +45,7 @@ def test_a_sweep_over_all_options_is_checked_for_each(own):
     names = {path.stem for path in Path(conf_dir(), "experiment").glob("*.yaml")} | {"recipe"}
     first = compose("train", ["experiment=glob(*)"], config_dir=folder, sweep=True)
     variants = swept_variants(["experiment=glob(*)"], config_dir=folder)
-    swept = [first.hydra.runtime.choices.experiment, *(one[0].partition("=")[2] for one in variants)]
+    swept = [first.hydra.runtime.choices.experiment, *(variant[0].partition("=")[2] for variant in variants)]
     assert sorted(swept) == sorted(names)
 
 

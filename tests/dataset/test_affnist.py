@@ -143,7 +143,7 @@ def test_without_the_file_the_error_names_address_and_folder(tmp_path):
     assert dataset.problems() == [f"{dataset.path} is missing; it is in {URL}"]
 
 
-def test_training_and_the_expanded_test_pictures_need_no_file(tmp_path):
+def test_training_and_the_expanded_test_images_need_no_file(tmp_path):
     dataset = make("affnist", tmp_path, *DIGITS)
     assert dataset.read_training()[0].size + dataset.read_training()[1].size == 1438
     assert dataset.familiar().size == ORIGINALS

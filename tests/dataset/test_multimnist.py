@@ -62,19 +62,19 @@ def test_images_and_splits_are_the_sources():
     assert dataset.missing_files() == dataset.problems() == []
 
 
-def test_the_sources_augmentation_changes_nothing(tiny_parts):
+def test_the_sources_augmentation_changes_nothing(tiny_components):
     other = "dataset.source.preprocess"
     split = of_digits().read("test")
     plain, augmented = (
-        tiny_parts(*SMALL, *overrides).batches(split, limit=2)
+        tiny_components(*SMALL, *overrides).batches(split, limit=2)
         for overrides in ((), (f"{other}.shift=3", f"{other}.flip=true", f"{other}.standardise=last"))
     )
     for first, second in zip(plain.training(0), augmented.training(0), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_training_has_one_pair_per_image_and_evaluation_has_test_partners(tiny_parts):
-    components = tiny_parts(*SMALL, "dataset.test_partners=3")
+def test_training_has_one_pair_per_image_and_evaluation_has_test_partners(tiny_components):
+    components = tiny_components(*SMALL, "dataset.test_partners=3")
     training, validation = components.dataset.read_training()
     assert components.batches(training, limit=None, training=True).count == training.size
     assert components.batches(validation, limit=None).count == 3 * validation.size
@@ -87,10 +87,10 @@ def test_training_has_one_pair_per_image_and_evaluation_has_test_partners(tiny_p
 @pytest.mark.parametrize(
     "run", [("seed=1",), ("trainer.batch_size=37",), ("trainer.batch_size=64", "seed=9")]
 )
-def test_the_test_split_is_the_same_in_every_run(run, tiny_parts):
+def test_the_test_split_is_the_same_in_every_run(run, tiny_components):
     first, other = (
         joined(components.batches(components.dataset.read("test"), limit=None).in_order())
-        for components in (tiny_parts(*SMALL), tiny_parts(*SMALL, *run))
+        for components in (tiny_components(*SMALL), tiny_components(*SMALL, *run))
     )
     assert len(first[1]) == 359
     assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
@@ -133,11 +133,11 @@ def test_invalid_settings_are_one_line(overrides, message, tiny_config):
     assert caught.value.problems == (message,)
 
 
-def test_a_run_trains_and_is_evaluated(tmp_path, train_tiny, tiny_parts, capsys):
+def test_a_run_trains_and_is_evaluated(tmp_path, train_tiny, tiny_components, capsys):
     results = train_tiny(tmp_path, *SMALL)
     assert "multimnist of digits, pairs per test image: 1; in" in capsys.readouterr().out
     assert 0 <= results["test/accuracy"] <= results["test/digit_accuracy"] <= 1
-    values = evaluate_run(tiny_parts(*SMALL), {"run": str(tmp_path), "weights": "best", "split": "test"})
+    values = evaluate_run(tiny_components(*SMALL), {"run": str(tmp_path), "weights": "best", "split": "test"})
     for name in ("accuracy", "digit_accuracy", "margin", "reconstruction"):
         assert values[name] == results[f"test/{name}"]
     with Image.open(tmp_path / "figures" / "reconstruction.png") as shown:
@@ -145,9 +145,9 @@ def test_a_run_trains_and_is_evaluated(tmp_path, train_tiny, tiny_parts, capsys)
         assert shown.size == (16 * 13 + 1, 5 * 13 + 1)
 
 
-def test_predict_lists_and_decodes_the_likeliest_classes(tmp_path, train_tiny, tiny_parts, capsys):
+def test_predict_lists_and_decodes_the_likeliest_classes(tmp_path, train_tiny, tiny_components, capsys):
     train_tiny(tmp_path, *SMALL, "trainer.max_steps=2", "trainer.test=none")
-    components = tiny_parts(*SMALL)
+    components = tiny_components(*SMALL)
     overlay = next(components.batches(components.dataset.read("test"), limit=1).in_order()).images[0, 0]
     Image.fromarray((overlay * 255).byte().numpy()).save(tmp_path / "input.png")
     settings = {"run": str(tmp_path), "weights": "last", "top": 2, "reconstructions": True}
@@ -172,11 +172,11 @@ def test_both_images_of_a_non_finite_pair_are_named(tmp_path):
     assert json.loads((tmp_path / "non_finite.json").read_text())["indices"] == [[1, 2], [3, 40]]
 
 
-def test_accumulated_microbatches_add_up(tiny_parts):
+def test_accumulated_microbatches_add_up(tiny_components):
     values = []
     for accumulate in (1, 3):
         torch.manual_seed(0)
-        components = tiny_parts(*SMALL, f"trainer.accumulate={accumulate}")
+        components = tiny_components(*SMALL, f"trainer.accumulate={accumulate}")
         batch = next(components.batches(components.dataset.read("train"), limit=1, training=True).training(0))
         values.append(
             accumulate_gradients(
@@ -186,16 +186,16 @@ def test_accumulated_microbatches_add_up(tiny_parts):
     assert values[1] == pytest.approx(values[0], rel=1e-4)
 
 
-def test_processes_divide_a_batch_of_pairs(tiny_parts):
-    components = tiny_parts(*SMALL)
+def test_processes_divide_a_batch_of_pairs(tiny_components):
+    components = tiny_components(*SMALL)
     batch = next(components.batches(components.dataset.read("test"), limit=1).in_order())
     slices, shares = zip(*(ProcessGroup(rank, 3).slice_of(batch) for rank in range(3)), strict=True)
     assert sum(shares) == pytest.approx(1)
     assert all(map(torch.equal, joined(slices), batch))
 
 
-def test_benchmark_batches_are_random_pairs(tiny_parts):
-    batch = next(random_batches(tiny_parts(*SMALL)).training(0))
+def test_benchmark_batches_are_random_pairs(tiny_components):
+    batch = next(random_batches(tiny_components(*SMALL)).training(0))
     assert (batch.images.shape, batch.labels.shape) == ((100, 1, 12, 12), (100, 2))
     assert batch.pixels.shape == (100, 2, 1, 12, 12)
 
@@ -230,8 +230,8 @@ def test_overfitting_uses_the_first_pairs(tmp_path, train_tiny, metrics_of):
     assert "validation/digit_accuracy" in metrics_of(tmp_path)[-2] | metrics_of(tmp_path)[-1]
 
 
-def test_accuracy_counts_pairs_and_digit_accuracy_counts_digits(tiny_parts):
-    components = tiny_parts(*SMALL)
+def test_accuracy_counts_pairs_and_digit_accuracy_counts_digits(tiny_components):
+    components = tiny_components(*SMALL)
     model = components.new_model()
     batches = components.batches(components.dataset.read("test"), limit=None)
     both = each = 0
@@ -244,15 +244,15 @@ def test_accuracy_counts_pairs_and_digit_accuracy_counts_digits(tiny_parts):
     assert values["digit_accuracy"] == pytest.approx(each / 718)
 
 
-def test_a_split_of_one_class_is_refused(tiny_parts):
-    components = tiny_parts(*SMALL)
+def test_a_split_of_one_class_is_refused(tiny_components):
+    components = tiny_components(*SMALL)
     test = components.dataset.read("test")
     with pytest.raises(UserError, match=r"^pairs need images of two classes, and all"):
         components.batches(test.take((test.labels == 3).nonzero().flatten()), limit=None)
 
 
-def test_other_datasets_have_one_label_per_image(tiny_parts):
-    components = tiny_parts()
+def test_other_datasets_have_one_label_per_image(tiny_components):
+    components = tiny_components()
     assert components.dataset.labels_per_image == 1
     batches = components.batches(components.dataset.read("test"), limit=None, training=True)
     assert type(batches) is Batches

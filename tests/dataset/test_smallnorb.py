@@ -120,7 +120,7 @@ def training_factors(dataset):
     return factors[~is_validation], factors[is_validation]
 
 
-def silent(what, done, total):
+def silent(activity, done, total):
     pass
 
 

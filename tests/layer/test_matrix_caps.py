@@ -377,7 +377,7 @@ def test_mixing_takes_the_reference_path_unless_the_fused_one_is_asked_for():
 
 
 def test_where_there_is_no_fused_path_asking_for_it_is_an_error(monkeypatch):
-    monkeypatch.setattr("capsexp.routing.em.fused_reason", lambda *given_: "no compiler")
+    monkeypatch.setattr("capsexp.routing.em.fused_reason", lambda *arguments: "no compiler")
     layer, given = both("conv", routing=em(implementation="fused"))
     with pytest.raises(UserError, match=r"routing\.implementation=fused: no compiler"):
         layer(given)

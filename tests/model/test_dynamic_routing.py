@@ -58,7 +58,7 @@ def test_network_is_the_papers_wiring():
     assert output.probabilities is output.scores
 
 
-def test_a_image_alone_gives_what_it_gives_in_a_batch():
+def test_an_image_alone_gives_what_it_gives_in_a_batch():
     net, images = network(*THIN).double(), random_images(5, *MNIST).double()
     batch = net(images)
     for image in range(5):

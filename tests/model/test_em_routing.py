@@ -117,7 +117,7 @@ def test_gradients_move_every_parameter():
     assert all(parameter.grad.any() for parameter in net.parameters())
 
 
-def test_a_image_alone_gives_what_it_gives_in_a_batch():
+def test_an_image_alone_gives_what_it_gives_in_a_batch():
     net, images = network(*SMALL).double(), smooth_images(4, *STEREO).double()
     batch = net(images).scores
     for image in range(4):

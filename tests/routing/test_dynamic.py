@@ -6,6 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from capsexp.ops import dynamic_passes
+from capsexp.ops.squash import squash
 from capsexp.routing import dynamic
 from capsexp.routing.dynamic import DynamicRouting, dynamic_routing, dynamic_routing_reference
 
@@ -72,8 +74,8 @@ def test_fused_float32_error_is_at_most_twice_that_of_plain_torch(device):
     single = [tensor.float().to(device) for tensor in arguments]
     options = {"iterations": 3, "leaky": False, "detach": False}
     exact, plain, fused = (
-        itertools.chain(*values_and_gradients(*given_, implementation=how, **options))
-        for given_, how in [(arguments, "reference"), (single, "reference"), (single, "fused")]
+        itertools.chain(*values_and_gradients(*call, implementation=how, **options))
+        for call, how in [(arguments, "reference"), (single, "reference"), (single, "fused")]
     )
     for truth, tensor, other in zip(exact, plain, fused, strict=True):
         error, allowed = (other.cpu() - truth).norm(), (tensor.cpu() - truth).norm()
@@ -158,8 +160,8 @@ def test_leaky_shares_a_vote_with_none_of_the_above(implementation):
 @pytest.mark.parametrize("iterations", [1, 2, 3, 7])
 def test_passes_are_as_many_as_iterations(implementation, iterations, monkeypatch):
     passes = []
-    squash = dynamic.squash
-    monkeypatch.setattr(dynamic, "squash", lambda s: passes.append(1) or squash(s))
+    for module in (dynamic, dynamic_passes):
+        monkeypatch.setattr(module, "squash", lambda s: passes.append(1) or squash(s))
     options = {**PAPER, "iterations": iterations}
     dynamic_routing(torch.randn(2, 3, 4, 5), **options, implementation=implementation)
     assert len(passes) == iterations
@@ -177,7 +179,7 @@ def test_one_iteration_leaves_the_coupling_at_its_prior(implementation):
 def test_detached_agreements_leave_the_gradient_of_the_last_pass(implementation):
     votes = random(2, 6, 4, 3).requires_grad_()
     routed = dynamic_routing(votes, **{**PAPER, "detach": True}, implementation=implementation)
-    fixed = dynamic.squash(torch.einsum("bij,bijd->bjd", routed.coupling.detach(), votes))
+    fixed = squash(torch.einsum("bij,bijd->bjd", routed.coupling.detach(), votes))
     expected, got = (torch.autograd.grad(poses.square().sum(), votes)[0] for poses in (fixed, routed.poses))
     torch.testing.assert_close(got, expected)
 

@@ -134,8 +134,8 @@ def test_removing_silent_children_changes_nothing():
     votes, activations, *betas = example((7, 3))
     activations[:, 4:] = 0
     whole = route((7, 3), votes, activations, *betas)
-    part = route((4, 3), votes[:, :, :4], activations[:, :4], *betas)
-    assert_all_close([part[0], part[1], part[3]], [whole[0], whole[1], whole[3]])
+    some = route((4, 3), votes[:, :, :4], activations[:, :4], *betas)
+    assert_all_close([some[0], some[1], some[3]], [whole[0], whole[1], whole[3]])
 
 
 @pytest.mark.parametrize("layer", [WINDOWS[3], DENSE[0]], ids=str)
@@ -164,7 +164,7 @@ def test_children_without_parents_are_harmless(normalisation):
 
 @EVERY_LAYER
 @NORMALISATION
-def test_a_image_alone_is_routed_as_in_a_batch_however_far_its_votes(layer, normalisation):
+def test_an_image_alone_is_routed_as_in_a_batch_however_far_its_votes(layer, normalisation):
     votes, *others = example(layer)
     votes[1] *= 1e4
     run = functools.partial(route, layer, normalisation=normalisation)

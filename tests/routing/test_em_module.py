@@ -89,9 +89,9 @@ def test_beta_a_starts_at_its_number_whatever_the_gain(layer, gain):
     ids=str,
 )
 def test_cost_norm_divides_by_the_children_per_parent(layer, children_per_parent):
-    scale = module(layer, cost_norm=100).options["cost_scale"]
+    scale = module(layer, cost_norm=100).options.cost_scale
     assert 100 / scale == pytest.approx(children_per_parent, rel=1e-4)
-    assert module(layer).options["cost_scale"] == 1
+    assert module(layer).options.cost_scale == 1
 
 
 @pytest.mark.parametrize("layer", [(9, 9, 3, (3, 3), 2, 4), (40, 5)], ids=str)

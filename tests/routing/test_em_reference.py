@@ -100,8 +100,8 @@ def test_the_coupling_is_the_one_that_made_the_poses(layer):
 @pytest.mark.parametrize("iterations", [1, 2, 3])
 def test_no_e_step_follows_the_last_m_step(iterations, monkeypatch):
     steps = []
-    e_step = em._e_step
-    monkeypatch.setattr(em, "_e_step", lambda *given_: steps.append(1) or e_step(*given_))
+    e_step = em.e_step
+    monkeypatch.setattr(em, "e_step", lambda *arguments: steps.append(1) or e_step(*arguments))
     route(WINDOWS[0], *example(WINDOWS[0]), temperatures=STRONG[:iterations])
     assert len(steps) == iterations - 1
 

@@ -6,7 +6,7 @@ from capsexp.analysis.trained_run import TrainedRun
 
 
 @pytest.fixture
-def trained_run(tmp_path, train_tiny, tiny_parts):
+def trained_run(tmp_path, train_tiny, tiny_components):
     """`trained_run(*OVERRIDES, limit=…)`: a run after two epochs on embedded digits."""
 
     def train(*overrides, limit=None):
@@ -17,6 +17,6 @@ def trained_run(tmp_path, train_tiny, tiny_parts):
             *overrides,
         ]
         train_tiny(tmp_path / "run", *settings)
-        return TrainedRun.restore(tiny_parts(*settings), tmp_path / "run", weights="best", limit=limit)
+        return TrainedRun.restore(tiny_components(*settings), tmp_path / "run", weights="best", limit=limit)
 
     return train

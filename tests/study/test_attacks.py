@@ -235,6 +235,7 @@ def test_examples_are_correct_of_different_classes_and_attacked_with_the_given_r
         ),
     ],
 )
+@pytest.mark.usefixtures("no_type_checks")
 def test_wrong_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         study(**changes)

@@ -30,7 +30,7 @@ class Blobs(Dataset):
     def __init__(self, **changes):
         super().__init__(preprocess=Preprocess.identity(**changes), validation=0, split_seed=0)
 
-    def _load(self, part):
+    def _load(self, split):
         generator = torch.Generator().manual_seed(0)
         images = torch.zeros(60, 1, 20, 20, dtype=torch.uint8)
         images[:, :, 5:15, 5:15] = torch.randint(0, 255, (60, 1, 10, 10), generator=generator).byte()
@@ -59,16 +59,16 @@ def middle(images):
     return torch.stack([(mass.sum(2) * places).sum(1), (mass.sum(1) * places).sum(1)], 1)
 
 
-def study(poses, tiny_parts, right=lambda labels: labels, limit=None, moves=MOVES, **changes):
-    components = tiny_parts("trainer.batch_size=32")._replace(dataset=Blobs(**changes))
+def study(poses, tiny_components, right=lambda labels: labels, limit=None, moves=MOVES, **changes):
+    components = tiny_components("trainer.batch_size=32")._replace(dataset=Blobs(**changes))
     model = Network(poses, right)
     model.class_caps = SimpleNamespace(coordinate_elements=(0, 1), coordinate_scale=0.01)
     run = TrainedRun(model, components, path=Path("run"), step=Step(0, 1), limit=limit)
     return Equivariance(**moves)(run), model
 
 
-def test_a_pose_that_encodes_the_position_is_equivariant(tiny_parts):
-    (numbers, figures, _), _ = study(lambda images: 0.01 * middle(images), tiny_parts)
+def test_a_pose_that_encodes_the_position_is_equivariant(tiny_components):
+    (numbers, figures, _), _ = study(lambda images: 0.01 * middle(images), tiny_components)
     down, right = numbers["moves"]["down"], numbers["moves"]["right"]
     for metrics, slopes in ((down, (1, 0)), (right, (0, 1))):
         assert metrics["r2"]["one_map"] == pytest.approx(1, abs=1e-4)
@@ -84,32 +84,32 @@ def test_a_pose_that_encodes_the_position_is_equivariant(tiny_parts):
     assert set(figures) == {"equivariance", "equivariance-poses"}
 
 
-def test_random_poses_are_not_equivariant(tiny_parts):
+def test_random_poses_are_not_equivariant(tiny_components):
     torch.manual_seed(0)
-    (numbers, *_), _ = study(lambda images: torch.randn(len(images), 4), tiny_parts)
+    (numbers, *_), _ = study(lambda images: torch.randn(len(images), 4), tiny_components)
     for metrics in numbers["moves"].values():
         for kind in ("r2", "explained"):
             assert max(metrics[kind].values()) < 0.15
 
 
-def test_poses_that_change_differently_for_each_class_need_a_map_per_class(tiny_parts):
+def test_poses_that_change_differently_for_each_class_need_a_map_per_class(tiny_components):
     def poses(images):
         signs = torch.tensor([1.0, -1.0, 2.0])[torch.arange(len(images)) % 3]
         return signs[:, None] * middle(images)
 
     moves = {"shifts": [-1, 1], "rotations": [], "seed": 0}
-    (numbers, *_), _ = study(poses, lambda *_: tiny_parts("trainer.batch_size=60"), moves=moves)
+    (numbers, *_), _ = study(poses, lambda *_: tiny_components("trainer.batch_size=60"), moves=moves)
     r2 = numbers["moves"]["down"]["r2"]
     assert r2["each_class"] == pytest.approx(1, abs=1e-4)
     assert r2["one_map"] < 0.9
     assert set(numbers["moves"]) == {"down", "right"}
 
 
-def test_the_stored_images_are_moved_and_then_preprocessed(tiny_parts):
+def test_the_stored_images_are_moved_and_then_preprocessed(tiny_components):
     changes = {"crop": 12, "standardise": "last"}
     moves = {"shifts": [3], "rotations": [], "seed": 0}
     options = {"limit": 7, "moves": moves, **changes}
-    (numbers, *_), model = study(lambda images: images.flatten(1)[:, :5], tiny_parts, **options)
+    (numbers, *_), model = study(lambda images: images.flatten(1)[:, :5], tiny_components, **options)
     assert numbers["pictures"] == 7
     blobs = Blobs().read("test")
     images = blobs.images[epoch_order(blobs.size, seed=0, epoch=0)[:7].sort().values]
@@ -168,14 +168,14 @@ def test_a_trained_network_loses_accuracy_and_its_poses_change_as_it_is_moved(tr
     assert 0 < down["relative_change"][0] < down["relative_change"][1]
 
 
-def test_networks_and_images_without_a_pose_to_follow_are_refused(tiny_parts, trained_run):
+def test_networks_and_images_without_a_pose_to_follow_are_refused(tiny_components, trained_run):
     with pytest.raises(UserError, match=r"^fewer than 2 images are classified correctly: there are no poses"):
-        study(middle, tiny_parts, right=lambda labels: (labels + 1) % 3)
+        study(middle, tiny_components, right=lambda labels: (labels + 1) % 3)
     with pytest.raises(UserError, match=r"^study\.shifts: must be < the image's 20x20, got -20$"):
-        study(middle, tiny_parts, moves={**MOVES, "shifts": [1, -20]})
+        study(middle, tiny_components, moves={**MOVES, "shifts": [1, -20]})
     model = Network(middle)
     model.forward = lambda images, labels: Output(images.flatten(1), images.flatten(1))
-    components = tiny_parts()._replace(dataset=Blobs())
+    components = tiny_components()._replace(dataset=Blobs())
     run = TrainedRun(model, components, path=Path("run"), step=Step(0, 1), limit=None)
     with pytest.raises(UserError, match=r"^this network has no capsules, so there are no poses to follow$"):
         Equivariance(**MOVES)(run)

@@ -12,12 +12,12 @@ PAIRS = ("dataset=multimnist", "dataset@dataset.source=digits", "dataset.shift=2
 
 
 @pytest.fixture
-def untrained(tmp_path, tiny_parts):
+def untrained(tmp_path, tiny_components):
     """A run with initial weights: a few of its predictions are correct by chance."""
 
     def make(*overrides, limit=None):
         torch.manual_seed(0)
-        components = tiny_parts(*overrides)
+        components = tiny_components(*overrides)
         return TrainedRun(components.new_model(), components, path=tmp_path, step=Step(0, 1), limit=limit)
 
     return make

@@ -185,6 +185,7 @@ def test_a_network_that_routes_nothing_and_images_of_several_classes_are_refused
         ({"distance": "far"}, "distance must be one of l2, squared, got far"),
     ],
 )
+@pytest.mark.usefixtures("no_type_checks")
 def test_wrong_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=rf"^{message}$"):
         Routing(**{**SETTINGS, **wrong})

@@ -34,14 +34,14 @@ class Turntable(SmallNORB):
             preprocess=Preprocess.identity(),
         )
 
-    def read(self, part):
-        assert (part, self.test_views) == ("test", "all")
+    def read(self, split):
+        assert (split, self.test_views) == ("test", "all")
         images = torch.zeros(len(ROWS), 1, 1, 3, dtype=torch.uint8)
         images[:, 0, 0, 0] = ROWS[:, 0]
         images[:, 0, 0, 1], images[:, 0, 0, 2] = ROWS[:, 2], ROWS[:, 3]
         return Split(images, ROWS[:, 0])
 
-    def factors(self, part):
+    def factors(self, split):
         return ROWS[:, 1:]
 
 
@@ -60,9 +60,9 @@ class Guesser(nn.Module):
 
 
 @pytest.fixture
-def run_of(tiny_parts):
+def run_of(tiny_components):
     def make(knows, *, viewpoint="azimuth", name="run", limit=None):
-        components = tiny_parts("trainer.batch_size=7")._replace(dataset=Turntable(viewpoint))
+        components = tiny_components("trainer.batch_size=7")._replace(dataset=Turntable(viewpoint))
         return TrainedRun(Guesser(knows), components, path=Path(name), step=Step(1, 1), limit=limit)
 
     return make

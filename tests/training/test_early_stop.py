@@ -102,15 +102,15 @@ def test_a_run_without_validation_images_can_stop_on_familiar_ones(tmp_path, scr
     assert "validation/best_accuracy" not in results
 
 
-def test_the_test_and_eval_use_the_weights_of_the_stop(tmp_path, train_tiny, tiny_parts):
+def test_the_test_and_eval_use_the_weights_of_the_stop(tmp_path, train_tiny, tiny_components):
     """Without a script: the first validation of a real run ends it, at any accuracy."""
     overrides = (*FAMILIAR, "trainer.stop_accuracy=0.001", "trainer.limit_eval_batches=null")
     results = train_tiny(tmp_path, *overrides)
     assert status(tmp_path)["stopped"]["step"] == best_step(tmp_path) == 5
     settings = {"run": str(tmp_path), "weights": "best"}
-    for part in ("familiar", "test"):
-        values = evaluate_run(tiny_parts(*overrides), {**settings, "split": part})
-        assert values["accuracy"] == results[f"{part}/accuracy"]
+    for split in ("familiar", "test"):
+        values = evaluate_run(tiny_components(*overrides), {**settings, "split": split})
+        assert values["accuracy"] == results[f"{split}/accuracy"]
     stopped = status(tmp_path)["stopped"]
     assert stopped["accuracy"] == results["familiar/accuracy"]
 
@@ -181,8 +181,8 @@ def test_a_stopped_run_continues_only_if_a_higher_accuracy_is_asked_for(tmp_path
     assert best_step(tmp_path) == 15
 
 
-def test_a_checkpoint_from_before_this_setting_is_accepted(tiny_parts):
-    components = tiny_parts()
+def test_a_checkpoint_from_before_this_setting_is_accepted(tiny_components):
+    components = tiny_components()
     model = components.new_model()
     state = State(model, components.new_optimizer(model.parameters(), lr=0.1), None, total=9)
     saved = state.state_dict([{"random": torch.get_rng_state(), "random_cuda": []}])
@@ -212,13 +212,13 @@ def test_missing_images_are_an_error_before_training(overrides, message, tmp_pat
 
 
 @pytest.mark.parametrize("wrong", [0, -0.1, 1.01, 99])
-def test_an_accuracy_is_a_fraction(wrong, tiny_parts):
+def test_an_accuracy_is_a_fraction(wrong, tiny_components):
     with pytest.raises(UserError, match=rf"trainer: stop_accuracy must be in \(0, 1\], got {wrong}"):
-        tiny_parts(f"trainer.stop_accuracy={wrong}")
+        tiny_components(f"trainer.stop_accuracy={wrong}")
 
 
-def test_an_accuracy_is_reached_in_spite_of_rounding(tiny_parts):
-    trainer: Trainer = tiny_parts("trainer.stop_accuracy=0.9922").trainer
+def test_an_accuracy_is_reached_in_spite_of_rounding(tiny_components):
+    trainer: Trainer = tiny_components("trainer.stop_accuracy=0.9922").trainer
     for count in (9922, 9921):
         accuracy = torch.tensor([count / 10_000]).float().item()
         stop = trainer.check_stop({"validation/accuracy": accuracy - 1e-8}, 1)

@@ -15,15 +15,15 @@ from capsexp.training.evaluate import evaluate, inference
 from capsexp.training.metrics import autocast, pool_crops
 
 
-def test_metrics_are_means_over_images_for_any_batch_size(tiny_parts):
-    components = tiny_parts("trainer.batch_size=7")
+def test_metrics_are_means_over_images_for_any_batch_size(tiny_components):
+    components = tiny_components("trainer.batch_size=7")
     model = components.new_model()
     images, labels = components.dataset.read("test")
     split = Split(images[:17], labels[:17])  # batches of 7, 7 and 3
-    in_three = evaluate(model, components.batches(split, limit=None), components.loss, Step(0, 1))
+    in_three_batches = evaluate(model, components.batches(split, limit=None), components.loss, Step(0, 1))
     components.trainer.batch_size = 17
-    in_one = evaluate(model, components.batches(split, limit=None), components.loss, Step(0, 1))
-    assert in_three == pytest.approx(in_one, rel=1e-5)
+    in_one_batch = evaluate(model, components.batches(split, limit=None), components.loss, Step(0, 1))
+    assert in_three_batches == pytest.approx(in_one_batch, rel=1e-5)
 
 
 class ByBrightness(nn.Module):
@@ -72,8 +72,8 @@ def test_a_crop_with_zero_probabilities_has_no_vote():
     assert pool_crops([zero, zero]).argmax(1).tolist() == [0, 0]
 
 
-def test_inference_restores_the_mode_and_disables_gradients(tiny_parts):
-    model = tiny_parts().new_model()
+def test_inference_restores_the_mode_and_disables_gradients(tiny_components):
+    model = tiny_components().new_model()
     for training in (True, False):
         model.train(training)
         with inference(model):
@@ -89,48 +89,48 @@ def test_autocast_is_off_for_float32():
         assert torch.is_autocast_enabled("cpu")
 
 
-def test_a_part_that_does_not_exist_or_is_empty_is_refused(tmp_path, train_tiny, tiny_parts):
+def test_a_split_that_does_not_exist_or_is_empty_is_refused(tmp_path, train_tiny, tiny_components):
     train_tiny(tmp_path, "dataset.validation=0", "trainer.max_steps=2", "trainer.test=none")
     settings = {"run": str(tmp_path), "weights": "last"}
     with pytest.raises(
         UserError, match="split: must be 'test', 'familiar', 'validation' or 'train', got 'all'"
     ):
-        evaluate_run(tiny_parts("dataset.validation=0"), {**settings, "split": "all"})
+        evaluate_run(tiny_components("dataset.validation=0"), {**settings, "split": "all"})
     with pytest.raises(UserError, match="this run has no validation images"):
-        evaluate_run(tiny_parts("dataset.validation=0"), {**settings, "split": "validation"})
+        evaluate_run(tiny_components("dataset.validation=0"), {**settings, "split": "validation"})
     with pytest.raises(UserError, match="split=familiar: digits has no familiar test images beside its test"):
-        evaluate_run(tiny_parts(), {**settings, "split": "familiar"})
+        evaluate_run(tiny_components(), {**settings, "split": "familiar"})
 
 
-def test_weights_of_another_network_are_refused(tmp_path, train_tiny, tiny_parts):
+def test_weights_of_another_network_are_refused(tmp_path, train_tiny, tiny_components):
     train_tiny(tmp_path, "trainer.max_steps=2", "trainer.test=none")
     with pytest.raises(UserError, match=r"are of another network: .*size mismatch"):
-        load_model(tiny_parts("model.conv_channels=9"), tmp_path, weights="last")
+        load_model(tiny_components("model.conv_channels=9"), tmp_path, weights="last")
 
 
-def test_a_step_can_be_named(tmp_path, train_tiny, tiny_parts):
+def test_a_step_can_be_named(tmp_path, train_tiny, tiny_components):
     train_tiny(tmp_path, "trainer.max_steps=4", "trainer.test=none")
-    _, step = load_model(tiny_parts(), tmp_path, weights="2")
+    _, step = load_model(tiny_components(), tmp_path, weights="2")
     assert step == Step(2, 4)
-    with pytest.raises(UserError, match=r"^no checkpoint at step 3; available: 2, 4$"):
-        load_model(tiny_parts(), tmp_path, weights="3")
+    with pytest.raises(UserError, match=r"^no checkpoint at step 3; there are 2, 4$"):
+        load_model(tiny_components(), tmp_path, weights="3")
 
 
-def test_eval_repeats_the_runs_own_test_figures(tmp_path, train_tiny, tiny_parts):
+def test_eval_repeats_the_runs_own_test_metrics(tmp_path, train_tiny, tiny_components):
     results = train_tiny(tmp_path)
     settings = {"run": str(tmp_path), "weights": "best", "split": "test"}
-    values = evaluate_run(tiny_parts(), settings)
+    values = evaluate_run(tiny_components(), settings)
     assert values["accuracy"] == results["test/accuracy"]
     assert values["margin"] == results["test/margin"]
 
 
-def test_remarks_stand_above_the_figures(tmp_path, train_tiny, tiny_parts, monkeypatch, capsys):
+def test_caveats_are_printed_above_the_metrics(tmp_path, train_tiny, tiny_components, monkeypatch, capsys):
     monkeypatch.setattr(Digits, "caveats", lambda self: ["digits: drawn by the testers themselves"])
     train_tiny(tmp_path, "trainer.max_steps=2", "trainer.test=none")
     lines = capsys.readouterr().out.splitlines()
     assert lines.count("digits: drawn by the testers themselves") == 1
     assert "parameters" in lines[lines.index("digits: drawn by the testers themselves") - 1]
-    evaluate_run(tiny_parts(), {"run": str(tmp_path), "weights": "last", "split": "test"})
+    evaluate_run(tiny_components(), {"run": str(tmp_path), "weights": "last", "split": "test"})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "digits: drawn by the testers themselves"
     assert any("accuracy" in line for line in lines[1:])

@@ -5,8 +5,8 @@ from capsexp.schedule import Step
 from capsexp.training.gradients import accumulate_gradients
 
 
-def test_metrics_of_layers_change_no_other_metric(tiny_parts):
-    components = tiny_parts()
+def test_metrics_of_layers_change_no_other_metric(tiny_components):
+    components = tiny_components()
     batch = next(components.batches(components.dataset.read("train"), limit=None).training(0))
     metrics = []
     for layers in (True, False):
@@ -22,8 +22,8 @@ def test_metrics_of_layers_change_no_other_metric(tiny_parts):
     }
 
 
-def test_microbatches_give_the_gradient_of_the_whole_batch(tiny_parts):
-    components = tiny_parts()
+def test_microbatches_give_the_gradient_of_the_whole_batch(tiny_components):
+    components = tiny_components()
     components.trainer.batch_size = 101
     torch.manual_seed(0)
     model = components.new_model()

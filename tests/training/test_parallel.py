@@ -297,15 +297,15 @@ def test_a_sweep_refuses_torchrun(second):
         cli.dispatch(["train", "-m", "seed=0,1"])
 
 
-def test_a_batch_needs_an_image_for_each_process(second, tiny_parts):
-    check(tiny_parts("trainer.batch_size=2"), second)
+def test_a_batch_needs_an_image_for_each_process(second, tiny_components):
+    check(tiny_components("trainer.batch_size=2"), second)
     message = "trainer.batch_size must be >= 2, the number of processes, got 1"
     with pytest.raises(UserError, match=f"^{message}$"):
-        check(tiny_parts("trainer.batch_size=1"), second)
+        check(tiny_components("trainer.batch_size=1"), second)
 
 
-def test_a_network_with_batch_statistics_is_refused(second, tiny_parts):
-    components = tiny_parts()._replace(
+def test_a_network_with_batch_statistics_is_refused(second, tiny_components):
+    components = tiny_components()._replace(
         new_model=lambda: nn.Sequential(nn.BatchNorm1d(3), nn.SyncBatchNorm(3))
     )
     with pytest.raises(
@@ -321,9 +321,9 @@ def test_a_network_with_batch_statistics_is_refused(second, tiny_parts):
         ("cuda", "device: each process of a machine needs a GPU of its own; this one has 1"),
     ],
 )
-def test_a_device_that_cannot_be_shared_is_refused(device, message, second, tiny_parts, monkeypatch):
+def test_a_device_that_cannot_be_shared_is_refused(device, message, second, tiny_components, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    components = tiny_parts()
+    components = tiny_components()
     components.device.torch_device = torch.device(device)
     with pytest.raises(UserError, match=f"^{message}$"):
         check(components, second)

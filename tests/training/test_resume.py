@@ -143,8 +143,8 @@ def test_a_checkpoint_has_the_length_of_the_run_with_its_last_config(
     assert saved_position(final_state(tmp_path)) == Step(20, 20)
 
 
-def test_an_older_checkpoint_without_the_length_of_its_run_resumes(tiny_parts):
-    components = tiny_parts()
+def test_an_older_checkpoint_without_the_length_of_its_run_resumes(tiny_components):
+    components = tiny_components()
     model = components.new_model()
     state = State(model, components.new_optimizer(model.parameters(), lr=0.1), None, total=9)
     state.step = 4

@@ -26,7 +26,7 @@ def test_the_record_has_every_metric_and_no_time(tmp_path, train_tiny, metrics_o
     assert not any("second" in key or "time" in key for line in lines for key in line)
 
 
-def test_the_learning_rate_follows_its_schedule(tmp_path, train_tiny, metrics_of, tiny_parts):
+def test_the_learning_rate_follows_its_schedule(tmp_path, train_tiny, metrics_of, tiny_components):
     train_tiny(tmp_path, "optimizer.lr.every=1")
     rates = [line["schedule/learning_rate"] for line in metrics_of(tmp_path) if "train/loss" in line]
     assert rates == pytest.approx([0.001 * 0.96**step for step in range(STEPS)])
@@ -58,12 +58,12 @@ def test_without_validation_images_the_last_weights_are_the_best(tmp_path, train
     assert (checkpoints / "best.pt").resolve() == (checkpoints / "last.pt").resolve()
 
 
-def test_the_moving_average_is_what_is_loaded(tmp_path, train_tiny, tiny_parts, final_state):
+def test_the_moving_average_is_what_is_loaded(tmp_path, train_tiny, tiny_components, final_state):
     from capsexp.analysis.trained_run import load_model
 
     train_tiny(tmp_path, "trainer.ema_decay=0.5", "trainer.test=last")
     saved = final_state(tmp_path)
-    model, _ = load_model(tiny_parts("trainer.ema_decay=0.5"), tmp_path, weights="last")
+    model, _ = load_model(tiny_components("trainer.ema_decay=0.5"), tmp_path, weights="last")
     weight = model.state_dict()["conv.weight"]
     assert torch.equal(weight, saved["average"]["module.conv.weight"])
     assert not torch.equal(weight, saved["model"]["conv.weight"])

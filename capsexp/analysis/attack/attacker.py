@@ -108,7 +108,7 @@ class Attacker:
         *,
         input_gradient: Float[Tensor, "B C H W"],
     ) -> dict[str, Bool[Tensor, "E B"]]:
-        """Return for each attack and radius the images classified as their target, or else misclassified.
+        """Return, by attack and radius, the images classified as their target or, without targets, wrongly.
 
         Args:
             attacks: `fgsm`, `bim`, `pgd`; the last has an entry for each of its objectives.

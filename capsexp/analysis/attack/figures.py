@@ -1,14 +1,17 @@
 """Figures of `study=attacks`: curves over the radius of an attack, and attacked images."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from capsexp.analysis.findings import displayable
+from capsexp.analysis.findings import as_matplotlib
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLORS = {
     "fgsm": "tab:blue",
@@ -42,7 +45,7 @@ class Example(NamedTuple):
     """In [0, 1], the clean image first."""
 
 
-def curve_figures(numbers: Mapping[str, Any], *, units: str) -> dict[str, Any]:
+def curve_figures(numbers: Mapping[str, Any], *, units: str) -> dict[str, "Figure"]:
     """Return a figure for each kind of attack in the numbers of `capsexp.study.attacks.Attacks`."""
     labels = {
         "untargeted": "accuracy",
@@ -104,7 +107,7 @@ def _paper_curves(paper: Mapping[str, Any] | None) -> Iterator[Curve]:
             yield Curve(f"paper, {network}: {attack}", paper["epsilons"], values, style)
 
 
-def _plot(curves: Sequence[Curve], *, xlabel: str, ylabel: str, chance: float) -> Any:
+def _plot(curves: Sequence[Curve], *, xlabel: str, ylabel: str, chance: float) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
@@ -125,7 +128,7 @@ def attacked_images(
     classes: Sequence[str],
     units: str,
     attack: str,
-) -> Any:
+) -> "Figure":
     """Return a figure with a row for each example.
 
     A row shows the clean image, the attacked ones, and the change by the last attack around a middle gray.
@@ -145,7 +148,7 @@ def attacked_images(
     figure = Figure(figsize=(1.25 * columns + 0.3, 1.45 * len(rows) + 0.4), layout="constrained")
     plot = figure.add_subplot()
     grid = make_grid(torch.cat(rows).clamp(0, 1), nrow=columns, padding=margin, pad_value=1)
-    plot.imshow(displayable(grid[:, margin:, margin:]), cmap="gray", vmin=0, vmax=1)
+    plot.imshow(as_matplotlib(grid[:, margin:, margin:]), cmap="gray", vmin=0, vmax=1)
     for row, example in enumerate(examples):
         for column, prediction in enumerate(example.predictions):
             place = (column * right + width / 2, row * down + height)

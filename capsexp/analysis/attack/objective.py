@@ -40,7 +40,7 @@ def own_loss(
 def score_margin(model: nn.Module) -> ObjectiveFactory:
     """Return the best wrong score minus the right one; with targets, the target's minus the best other one.
 
-    f6 of Carlini and Wagner (2017) without its hinge, on the network's scores, whatever they are. Where an
+    f6 of Carlini and Wagner (2017) without its hinge, on the network's scores. Where an
     activation has saturated to exactly 0 or 1, its gradient is still zero.
     """
 

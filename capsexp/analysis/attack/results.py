@@ -1,4 +1,4 @@
-"""What `study=attacks` measures: means over the images of all batches."""
+"""The measurements of `study=attacks`: means over the images of all batches."""
 
 from collections.abc import Sequence
 

@@ -47,8 +47,8 @@ def scale_of(batch: Batch) -> Scale:
     # On the CPU: not every device has float64.
     images, pixels = (field.flatten(1).double().cpu() for field in (batch.images, batch.pixels))
     if torch.equal(images, pixels):
-        ones = torch.ones(len(images), dtype=torch.float64)
-        return Scale(ones, 0 * ones, ones.bool())
+        slope = torch.ones(len(images), dtype=torch.float64)
+        return Scale(slope, 0 * slope, slope.bool())
     mean_pixel, mean_input = pixels.mean(1), images.mean(1)
     centered_pixels, centered_inputs = pixels - mean_pixel[:, None], images - mean_input[:, None]
     variance = centered_pixels.square().mean(1)

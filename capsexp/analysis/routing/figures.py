@@ -1,7 +1,7 @@
 """Figures of `study=routing`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -9,8 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import make_grid
 
-from capsexp.analysis.findings import displayable
+from capsexp.analysis.findings import as_matplotlib
 from capsexp.ops.receptive_fields import Grid
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 LOGITS_OF_THE_PAPER = {2: 0.007, 5: 1e-5}
 """Mean |change of a logit| by iteration: Sabour et al. 2017, figure A.1, after 500 epochs of MNIST."""
@@ -29,7 +33,9 @@ class Example(NamedTuple):
     """See `capsexp.analysis.routing.trace.excess`."""
 
 
-def histograms(example: Example, classes: Sequence[str], *, bins: int, near: float, squared: bool) -> Any:
+def histograms(
+    example: Example, classes: Sequence[str], *, bins: int, near: float, squared: bool
+) -> "Figure":
     """Return histograms of vote distances in rows of iterations; on the right the small ones only."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
@@ -59,7 +65,7 @@ def histograms(example: Example, classes: Sequence[str], *, bins: int, near: flo
 
 
 def _class_histograms(
-    plot: Any, distances: Float[Tensor, "I J"], weights: Float[Tensor, "I J"], reach: float, bins: int
+    plot: "Axes", distances: Float[Tensor, "I J"], weights: Float[Tensor, "I J"], reach: float, bins: int
 ) -> float:
     """Draw the histograms of all classes in one plot, which is faster than many. Return the highest bar."""
     edges = torch.linspace(0, reach, bins + 1)
@@ -73,7 +79,7 @@ def _class_histograms(
     return highest
 
 
-def parents(example: Example, grid: Grid, classes: Sequence[str]) -> Any:
+def parents(example: Example, grid: Grid, classes: Sequence[str]) -> "Figure":
     """Return maps of `excess` in rows of iterations and columns of classes, drawn over the image.
 
     Red: a class gets more than an even share of the children at a position. Blue: less.
@@ -88,7 +94,7 @@ def parents(example: Example, grid: Grid, classes: Sequence[str]) -> Any:
     height, width = padded.shape[1:]
     extent = (0, columns * width, rows * height, 0)
     images = _sheet(padded.expand(rows * columns, -1, -1, -1), columns)
-    plot.imshow(displayable(images), cmap="gray", vmin=0, vmax=1, extent=extent)
+    plot.imshow(as_matplotlib(images), cmap="gray", vmin=0, vmax=1, extent=extent)
     values = _sheet(_excess_maps(example.excess, grid, example.image).flatten(0, 1).unsqueeze(1), columns)[0]
     largest = example.excess.abs().max().item() or 1.0
     alpha = 0.8 * (values.abs() / largest).sqrt()  # transparent at an even share
@@ -128,7 +134,7 @@ def _excess_maps(
     return maps
 
 
-def entropies(layers: Mapping[str, Mapping[str, Any]]) -> Any:
+def entropies(layers: Mapping[str, Mapping[str, Any]]) -> "Figure":
     """Return a plot of the coupling's entropy by iteration, a line for each layer.
 
     Args:
@@ -150,7 +156,7 @@ def entropies(layers: Mapping[str, Mapping[str, Any]]) -> Any:
     return figure
 
 
-def changes(layers: Mapping[str, Mapping[str, Any]]) -> Any:
+def changes(layers: Mapping[str, Mapping[str, Any]]) -> "Figure":
     """Return a plot of the change of couplings, and of the logits of a routing by agreement, by iteration.
 
     Args:

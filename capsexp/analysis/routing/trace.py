@@ -1,11 +1,7 @@
 """The routings of a network, iteration by iteration, and metrics of them.
 
-A routing module may offer `trace(votes, activations) -> list[Routed]`: the state after each iteration 1 … T.
-One that can run more iterations than it is configured for takes `iterations`, too. Without `trace`, a routing
-counts as a single iteration, its result.
-
-A routing may also have `squashes = True`, if a pose is a squashed sum of votes and not their mean; and
-`agreement(votes, poses)`, if every iteration adds that to the logits.
+The optional methods `trace` and `agreement` and the attributes `iterations` and `squashes` of a routing are
+described in capsexp/routing/__init__.py.
 """
 
 import functools
@@ -22,14 +18,16 @@ from capsexp.capsules import Capsules, Routed
 from capsexp.errors import UserError
 from capsexp.ops.entropy import coupling_entropy
 from capsexp.ops.votes import images_per_chunk
+from capsexp.routing import AgreementRouting, Routing, TracedRouting
 
 
-class RoutedLayer(NamedTuple):
-    """A layer of a network, with the capsules that vote for its capsules."""
+class TracedLayer(NamedTuple):
+    """What a layer routes: its votes and its routing, and the capsules that vote."""
 
     name: str
-    layer: Any
-    """Has `votes(poses)` and a `routing`."""
+    votes: Callable[[Tensor], Tensor]
+    """Takes the poses of the children."""
+    routing: Routing
     children: Capsules
 
 
@@ -41,7 +39,7 @@ class RoutingTrace(NamedTuple):
     """After each iteration."""
 
 
-def routed_layers(model: nn.Module, layers: Mapping[str, Capsules | Routed]) -> list[RoutedLayer]:
+def routed_layers(model: nn.Module, layers: Mapping[str, Capsules | Routed]) -> list[TracedLayer]:
     """Return the layers that route, from the lowest to the class capsules.
 
     Args:
@@ -54,44 +52,47 @@ def routed_layers(model: nn.Module, layers: Mapping[str, Capsules | Routed]) -> 
     routed = []
     for (_, below), (name, here) in pairwise(layers.items()):
         if isinstance(here, Routed):
-            layer = getattr(model, name, None)
+            layer: Any = getattr(model, name, None)
             if not hasattr(layer, "votes") or not hasattr(layer, "routing"):
                 raise UserError(f"{name} has no votes(poses) and no routing, so there is nothing to trace")
-            routed.append(RoutedLayer(name, layer, Capsules(below.poses, below.activations)))
+            children = Capsules(below.poses, below.activations)
+            routed.append(TracedLayer(name, layer.votes, layer.routing, children))
     if not routed:
         raise UserError("this network has no capsules, so there is no routing to study")
     return routed
 
 
 @torch.no_grad()
-def trace_layer(layer: Any, children: Capsules, *, iterations: int | None) -> Iterator[RoutingTrace]:
+def trace_layer(layer: TracedLayer, *, iterations: int | None) -> Iterator[RoutingTrace]:
     """Route a batch again, in chunks, so that not all of its votes are in memory at once.
 
     Args:
-        layer: see `RoutedLayer`.
-        children: the capsules that vote.
+        layer: one of `routed_layers`.
         iterations: run at least so many, if the routing can run more than its own number; None for its own.
     """
-    trace = getattr(layer.routing, "trace", None) or functools.partial(_one_iteration, layer.routing)
-    if iterations is not None and "iterations" in inspect.signature(trace).parameters:
-        trace = functools.partial(trace, iterations=max(iterations, own_iterations(layer)))
-    size = layer.votes(children.poses[:1]).nbytes
-    images = images_per_chunk(size, budget=None, device=children.poses.device)
-    for poses, activations in zip(*(tensor.split(images) for tensor in children), strict=True):
+    trace = _trace_function(layer.routing, iterations)
+    poses = layer.children.poses
+    images = images_per_chunk(layer.votes(poses[:1]).nbytes, budget=None, device=poses.device)
+    for poses, activations in zip(*(tensor.split(images) for tensor in layer.children), strict=True):
         votes = layer.votes(poses)
         yield RoutingTrace(votes, trace(votes, activations))
 
 
-def _one_iteration(routing: Callable[..., Routed], votes: Tensor, activations: Tensor) -> list[Routed]:
-    return [routing(votes, activations)]
+def _trace_function(routing: Routing, iterations: int | None) -> Callable[[Tensor, Tensor], list[Routed]]:
+    if not isinstance(routing, TracedRouting):
+        return lambda votes, activations: [routing(votes, activations)]
+    trace: Callable[..., list[Routed]] = routing.trace
+    if iterations is None or "iterations" not in inspect.signature(trace).parameters:
+        return trace
+    return functools.partial(trace, iterations=max(iterations, own_iterations(routing)))
 
 
-def own_iterations(layer: Any) -> int:
-    """Return the iterations of a layer's routing in the network."""
-    return getattr(layer.routing, "iterations", 1)
+def own_iterations(routing: Routing) -> int:
+    """Return the iterations of a routing in the network."""
+    return getattr(routing, "iterations", 1)
 
 
-def trace_metrics(layer: Any, trace: RoutingTrace) -> dict[str, list[float]]:
+def trace_metrics(routing: Routing, trace: RoutingTrace) -> dict[str, list[float]]:
     """Return means over some images, iteration by iteration.
 
     Returns:
@@ -107,23 +108,22 @@ def trace_metrics(layer: Any, trace: RoutingTrace) -> dict[str, list[float]]:
             (after.coupling - before.coupling).abs().mean() for before, after in pairwise(states)
         ],
     }
-    agreement = getattr(layer.routing, "agreement", None)
-    if agreement is not None:
-        added = [torch.zeros(()).to(votes), *(agreement(votes, state.poses) for state in states[:-1])]
+    if isinstance(routing, AgreementRouting):
+        added = [torch.zeros(()).to(votes), *(routing.agreement(votes, state.poses) for state in states[:-1])]
         metrics["logit_change"] = [amount.abs().mean() for amount in added[1:]]
         metrics["agreement_change"] = [(after - before).abs().mean() for before, after in pairwise(added)]
     return {name: [float(value) for value in values] for name, values in metrics.items()}
 
 
 def vote_distances(
-    layer: Any, votes: Float[Tensor, "B I J D"], state: Routed, *, squared: bool
+    routing: Routing, votes: Float[Tensor, "B I J D"], state: Routed, *, squared: bool
 ) -> Float[Tensor, "B I J"]:
     """Return the distance of each vote from its parent's mean.
 
     The mean is the pose; or, if that is squashed, the mean of the votes weighted by the coupling.
     """
     mean = state.poses
-    if getattr(layer.routing, "squashes", False):
+    if getattr(routing, "squashes", False):
         total = torch.einsum("bij,bijd->bjd", state.coupling, votes)
         mean = total / state.coupling.sum(1).clamp_min(torch.finfo(votes.dtype).tiny).unsqueeze(2)
     distances = (votes - mean.unsqueeze(1)).square().sum(3)

@@ -7,7 +7,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
@@ -18,6 +18,9 @@ from capsexp.config.compose import compose, searching
 from capsexp.config.overrides import override_values, parse_all, value
 from capsexp.config.sweeps import swept_variants
 from capsexp.errors import UserError
+
+if TYPE_CHECKING:
+    from capsexp.config.components import Components
 
 COMPARED_GROUPS = ("model", "routing", "loss")
 """What the rows of a table compare. An override of a differing setting would make rows equal."""
@@ -42,7 +45,7 @@ def expand_tables(overrides: Sequence[str], *, config_dir: str | None) -> tuple[
 
 def check_sweep(
     name: str, overrides: Sequence[str], *, rows: Sequence[str], config_dir: str | None
-) -> tuple[DictConfig, Any]:
+) -> "tuple[DictConfig, Components]":
     """Compose and check the jobs of a sweep, varying one value at a time.
 
     Args:
@@ -60,7 +63,7 @@ def check_sweep(
     if problems := list(_conflicts(name, overrides, rows, config_dir)):
         raise UserError(*problems)
     rows_with: dict[str, list[str]] = {}  # by error
-    checked: list[Any] = []
+    checked: list[tuple[DictConfig, Components]] = []
 
     def check(arguments: Sequence[str], row: str, *, sweep: bool) -> None:
         try:

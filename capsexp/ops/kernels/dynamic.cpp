@@ -3,7 +3,7 @@
 // The votes of a chunk of the batch are made child by child, so that each child's matrices are read once, and routed
 // image by image. A pass reads the votes once: for each child it computes the agreement with the poses of the pass
 // before, the softmax over its parents, and its share of every parent's sum. Backward likewise, with votes made again.
-// Formulas are those of `_FusedRouting` in capsexp/routing/dynamic.py.
+// Formulas are those of `FusedDynamicRouting` in capsexp/ops/dynamic_passes.py.
 //
 // Sizes: B images, I children of N numbers each, J parents, D numbers of a pose (a multiple of W), T passes.
 #include <algorithm>

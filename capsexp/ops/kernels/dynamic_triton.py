@@ -3,7 +3,7 @@
 The logits are the running sum of the agreements, so one pass over the votes computes three things: the
 agreement with the poses of the pass before, the softmax over J, and the weighted sum. The sums over I are
 returned in blocks and added in a fixed order. PyTorch computes the squash of the few totals. Formulas:
-`_FusedRouting` in capsexp/routing/dynamic.py.
+`FusedDynamicRouting` in capsexp/ops/dynamic_passes.py.
 
 Votes are [B, J, I, D], in float32 or half precision, computed in float32, or in float64.
 """
@@ -72,7 +72,7 @@ def _route(
 
 @triton.jit
 @no_type_check
-def _unroute(
+def _route_backward(
     votes, coupling, g_totals, g_coupling, later, g_logits, sums, parents, children, blocks,
     D: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_D: tl.constexpr,
     STEPS: tl.constexpr, ACC: tl.constexpr,
@@ -204,7 +204,7 @@ def dynamic_backward(
                 d_totals[t] = squash_backward(totals[t], d_poses)
             if t == 0 and not prior_needs_grad:
                 break  # the logits before this pass are constants
-            _unroute[tiles.grid](
+            _route_backward[tiles.grid](
                 votes,
                 couplings[t],
                 d_totals[t],

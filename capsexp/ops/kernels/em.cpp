@@ -36,7 +36,7 @@ struct Problem {
 namespace {
 
 enum Normalisation { PAPER = 0, TYPES = 1, OFFICIAL_V1 = 2 };
-constexpr double SMALLEST_MASS = 1e-8;  // as in capsexp/routing/em.py
+constexpr double SMALLEST_MASS = 1e-8;  // as in capsexp/ops/em_steps.py
 constexpr int64_t GROUPS = 16;          // of images, each with its own gradient, so that their sum does not
                                         // depend on the number of threads
 

@@ -2,21 +2,20 @@
 
 import ctypes
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from capsexp.capsules import Routed
+from capsexp.ops.em_steps import EMOptions, Normalisation
 from capsexp.ops.kernels import HAS_TRITON
 from capsexp.ops.kernels.compiled import library, library_problem
 from capsexp.ops.votes import MatrixVotes
 
 FUSED_ACTIVATION = "logistic"
 """The only activation with a fused implementation."""
-FUSED_OPTIONS = ("variance_floor", "cost_scale", "mean_smoothing", "normalisation", "detach")
-Normalisation = Literal["paper", "types", "official_v1"]
 NORMALISATIONS = get_args(Normalisation)
 """In the order of em.cpp's `Normalisation`."""
 SHAPES = ((2, 2), (3, 3), (4, 4), (1, 16))
@@ -49,20 +48,16 @@ def fused_em_routing(
     beta_u: Float[Tensor, " J"],
     beta_a: Float[Tensor, " J"],
     inverse_temperature: Float[Tensor, " T"],
-    variance_floor: float,
-    cost_scale: float,
-    mean_smoothing: float,
-    normalisation: str,
-    detach: bool,
+    options: EMOptions,
 ) -> Routed:
     """`em_routing` of capsexp/routing/em.py on votes that are computed as needed and never stored.
 
-    `initial` is R of the first iteration, the same for every type. The other arguments are those of
-    `em_routing`.
+    `initial` is R of the first iteration, the same for every type; `options.initial_coupling` has no effect.
+    The activation is `FUSED_ACTIVATION`. The other arguments are those of `em_routing`.
 
     Returns: see `em_routing`. No second derivatives.
     """
-    fields, types = votes.fields, votes.weight.shape[1]
+    fields, types, normalisation = votes.fields, votes.weight.shape[1], options.normalisation
     if fields is None:  # one position: all parents compete under every normalisation
         normalisation = "types"
         child = torch.arange(votes.poses.shape[1], device=votes.poses.device).unsqueeze(0)
@@ -76,11 +71,11 @@ def fused_em_routing(
         child,
         votes.matrices,
         votes.offsets,
-        variance_floor,
-        cost_scale,
-        mean_smoothing,
+        float(options.variance_floor),
+        float(options.cost_scale),
+        float(options.mean_smoothing),
         normalisation,
-        detach,
+        options.detach,
         torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given),
     )
     if len(inverse_temperature) == 1:

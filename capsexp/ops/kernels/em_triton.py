@@ -19,7 +19,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-SMALLEST_MASS = tl.constexpr(1e-8)  # as in capsexp/routing/em.py
+SMALLEST_MASS = tl.constexpr(1e-8)  # as in capsexp/ops/em_steps.py
 MOST_TYPES = 16  # in a tile; more would leave no room for places
 VOTES = 2048  # in a tile: 16 numbers for each of 128 threads, with two or three such tiles in registers
 PRODUCTS = 4096  # in a tile of pose times gradient: 16 for each of 256 threads
@@ -247,7 +247,7 @@ def _softmax_backward(
 
 @triton.jit
 @no_type_check
-def _unfit(
+def _fit_backward(
     poses, weight, offsets, activations, initial, coupling, child, matrix, beta_u, temperatures, before, mean,
     variance, stats, g_logits, g_poses, g_activations, g_coupling, slope, curve, carry, betas, active_parts,
     g_shares, t, parents, children, positions, places, types,
@@ -611,7 +611,7 @@ def em_backward(
             first, last = t == 0, t + 1 == iterations
             if not last:
                 _over_groups(_softmax_backward, groups, layer, normalisation, g_logits[t], coupling[t])
-            _unfit[(batch * positions, layer.blocks)](
+            _fit_backward[(batch * positions, layer.blocks)](
                 *read[:5],
                 None if first else coupling[t - 1],
                 *read[5:],

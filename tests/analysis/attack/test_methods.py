@@ -220,14 +220,14 @@ def test_restarts_and_larger_balls_never_help_the_network_and_the_worst_is_at_mo
 def test_pgd_is_the_same_in_batches_of_any_size(cnn, batch):
     attack, epsilons = attacker(cnn), [0.03, 0.06]
 
-    def successes(part):
+    def successes(subset):
         return attack.successes(
             ["pgd"],
-            part,
+            subset,
             None,
-            radii(part.images, epsilons),
-            SmallestBreakingRadius(part.labels),
-            input_gradient=part.images,
+            radii(subset.images, epsilons),
+            SmallestBreakingRadius(subset.labels),
+            input_gradient=subset.images,
         )
 
     halves = [successes(Batch(*(field[place] for field in batch))) for place in (slice(0, 13), slice(13, 40))]

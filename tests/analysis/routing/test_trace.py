@@ -1,6 +1,5 @@
 import itertools
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,7 +32,7 @@ def example(*overrides, number=-1):
     model, images = network(*overrides)
     output = model(images)
     layer = routed_layers(model, output.layers)[number]
-    return layer, next(trace_layer(layer.layer, layer.children, iterations=None)), output
+    return layer, next(trace_layer(layer, iterations=None)), output
 
 
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
@@ -44,21 +43,21 @@ def test_the_last_state_is_the_output_of_the_layer(overrides, implementation, mo
     layers = model(images).layers
     routed = routed_layers(model, layers)
     assert [layer.name for layer in routed] == [*layers][1:]
-    for name, layer, children in routed:
-        pieces = list(trace_layer(layer, children, iterations=None))
-        assert [len(piece.votes) for piece in pieces] == [2, 2, 1]
+    for layer in routed:
+        chunks = list(trace_layer(layer, iterations=None))
+        assert [len(chunk.votes) for chunk in chunks] == [2, 2, 1]
         for field in ("poses", "activations", "coupling"):
-            last = torch.cat([getattr(piece.states[-1], field) for piece in pieces])
-            torch.testing.assert_close(last, getattr(layers[name], field), rtol=1e-9, atol=1e-11)
+            last = torch.cat([getattr(chunk.states[-1], field) for chunk in chunks])
+            torch.testing.assert_close(last, getattr(layers[layer.name], field), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(("overrides", "count"), [(DYNAMIC, 3), (UNIFORM, 1), (EM, 3)])
 def test_there_is_a_state_for_each_iteration_and_couplings_sum_to_one(overrides, count):
     model, images = network(*overrides)
-    for _, layer, children in routed_layers(model, model(images).layers):
-        (piece,) = trace_layer(layer, children, iterations=None)
-        assert len(piece.states) == count
-        for state in piece.states:
+    for layer in routed_layers(model, model(images).layers):
+        (chunk,) = trace_layer(layer, iterations=None)
+        assert len(chunk.states) == count
+        for state in chunk.states:
             total = state.coupling.sum(-1)
             if state.fields is not None:
                 total = scatter_sum(total, state.fields)
@@ -81,25 +80,23 @@ def test_fewer_iterations_are_the_beginning_of_more(overrides):
 def test_only_a_routing_that_can_continues_beyond_its_own_number():
     for overrides, count in ((DYNAMIC, 10), (UNIFORM, 1), (EM, 3)):
         layer, own, _ = example(*overrides)
-        (longer,) = trace_layer(layer.layer, layer.children, iterations=10)
+        (longer,) = trace_layer(layer, iterations=10)
         assert len(longer.states) == count
         for state, other in zip(own.states, longer.states, strict=False):
             torch.testing.assert_close(state.poses, other.poses)
-    (still,) = trace_layer(layer.layer, layer.children, iterations=1)
+    (still,) = trace_layer(layer, iterations=1)
     assert len(still.states) == 3
     with pytest.raises(ValueError, match=r"^iterations must be >= 1, got 0$"):
-        example(*DYNAMIC)[0].layer.routing.trace(torch.zeros(1, 2, 3, 4), torch.ones(1, 2), iterations=0)
+        example(*DYNAMIC)[0].routing.trace(torch.zeros(1, 2, 3, 4), torch.ones(1, 2), iterations=0)
 
 
 def test_a_routing_without_a_trace_counts_as_one_iteration():
     layer, _, output = example(*DYNAMIC)
-    plain_layer = SimpleNamespace(
-        votes=layer.layer.votes, routing=lambda *inputs: layer.layer.routing(*inputs)
-    )
-    (piece,) = trace_layer(plain_layer, layer.children, iterations=10)
-    (state,) = piece.states
+    plain_layer = layer._replace(routing=lambda *inputs: layer.routing(*inputs))
+    (chunk,) = trace_layer(plain_layer, iterations=10)
+    (state,) = chunk.states
     torch.testing.assert_close(state.poses, output.layers["class_caps"].poses)
-    assert trace.own_iterations(plain_layer) == 1
+    assert trace.own_iterations(plain_layer.routing) == 1
 
 
 def test_metrics_are_those_of_the_loops_of_the_paper():
@@ -112,7 +109,7 @@ def test_metrics_are_those_of_the_loops_of_the_paper():
         size = total.norm(dim=2, keepdim=True)
         poses = total * size / (1 + size**2)
         logits.append(logits[-1] + (votes * poses.unsqueeze(1)).sum(3))
-    metrics = trace_metrics(layer.layer, trace.RoutingTrace(votes, states))
+    metrics = trace_metrics(layer.routing, trace.RoutingTrace(votes, states))
     steps = [after - before for before, after in itertools.pairwise(logits[:3])]
     assert metrics["logit_change"] == pytest.approx([step.abs().mean().item() for step in steps])
     assert metrics["agreement_change"] == pytest.approx(
@@ -133,9 +130,9 @@ def test_distances_are_from_the_mean_of_the_votes_that_a_parent_gets(overrides):
         )
         mean = (weights.unsqueeze(3) * votes).sum(1) / weights.sum(1).unsqueeze(2)
         expected = (votes - mean.unsqueeze(1)).norm(dim=3)
-        distances = vote_distances(layer.layer, votes, state, squared=False)
+        distances = vote_distances(layer.routing, votes, state, squared=False)
         torch.testing.assert_close(distances, expected)
-        squares = vote_distances(layer.layer, votes, state, squared=True)
+        squares = vote_distances(layer.routing, votes, state, squared=True)
         torch.testing.assert_close(squares, expected**2)
 
 

@@ -30,11 +30,11 @@ def test_every_number_of_the_table_is_measured(quick, tiny_config, capsys):
     text = capsys.readouterr().out
     assert "CapsNet" in text
     assert "batch 16" in text
-    for word in (
+    for label in (
         *("training images/s", "inference images/s", "data share", "no routing", "ratio to no routing"),
         *("ratio to reference", "class_caps", "ms/image", "times that of reference"),
     ):
-        assert word in text
+        assert label in text
     assert "reference path" not in text
 
 

@@ -18,16 +18,16 @@ def task(kind, **variants):
     return {"kind": kind, "variants": plain, "plugins": []}
 
 
-def test_the_networks_take_turns(quick, tiny_parts):
+def test_the_networks_take_turns(quick, tiny_components):
     order = []
     actions = {name: lambda name=name: order.append(name) for name in ("a", "b")}
-    seconds = measure.in_turns(actions, tiny_parts())
+    seconds = measure.in_turns(actions, tiny_components())
     assert order == ["a", "b"] * 4
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
 
 
-def test_the_compared_network_has_the_same_parameters_and_no_votes(tiny_parts):
-    model = tiny_parts().new_model()
+def test_the_compared_network_has_the_same_parameters_and_no_votes(tiny_components):
+    model = tiny_components().new_model()
     count = sum(parameter.numel() for parameter in model.parameters())
     assert measure.is_routed(model)
     without = measure.without_routing(model)

@@ -100,7 +100,7 @@ def test_without_a_compiler_the_message_names_it(empty_cache, monkeypatch):
 
 
 @needs_compiler
-def test_an_error_of_the_compiler_is_told(empty_cache):
+def test_an_error_of_the_compiler_is_printed(empty_cache):
     compiled.SOURCES[0].write_text("this is no C++\n")
     with pytest.raises(NotBuiltError, match="failed"):
         compiled.library()

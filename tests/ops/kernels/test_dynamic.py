@@ -157,13 +157,13 @@ def test_float32_error_is_at_most_twice_that_of_the_reference(scale):
 def test_gradients_pass_gradcheck():
     layer = layer_of((3, 2, 3, 4), prior="learned", bias=True)
     poses = inputs_for((3, 2, 3, 4), batch=2).requires_grad_()
-    given_ = (poses, layer.weight, layer.routing.prior, layer.routing.bias)
+    arguments = (poses, layer.weight, layer.routing.prior, layer.routing.bias)
 
     def run(*inputs):
         coupling, _, routed = dynamic_routing_op(*inputs, 3, False, False, 1)
         return routed[-1], coupling[-1]
 
-    assert torch.autograd.gradcheck(run, given_)
+    assert torch.autograd.gradcheck(run, arguments)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -218,11 +218,13 @@ def test_second_derivatives_are_refused():
 def test_the_operator_keeps_the_rules_of_its_framework():
     layer = layer_of(SHAPES[0], prior="learned", bias=True)
     inputs = inputs_for(SHAPES[0]).transpose(0, 2).contiguous().transpose(0, 2)  # other strides than results
-    given_ = (inputs.requires_grad_(), layer.weight, layer.routing.prior, layer.routing.bias)
+    arguments = (inputs.requires_grad_(), layer.weight, layer.routing.prior, layer.routing.bias)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    checked = torch.library.opcheck(dynamic_routing_op, (*given_, 3, False, False, 2), test_utils=tests)
+    checked = torch.library.opcheck(dynamic_routing_op, (*arguments, 3, False, False, 2), test_utils=tests)
     assert set(checked.values()) == {"SUCCESS"}
-    coupling, total, poses = (tensor.detach() for tensor in dynamic_routing_op(*given_, 3, False, False, 2))
+    coupling, total, poses = (
+        tensor.detach() for tensor in dynamic_routing_op(*arguments, 3, False, False, 2)
+    )
     saved = (inputs.detach(), layer.weight.detach(), coupling, total, poses)
     backward = (poses[-1].clone(), coupling[-1].clone(), *saved, True, False, 2)
     checked = torch.library.opcheck(dynamic_routing_backward_op, backward, test_utils=tests[:2])

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capsexp.capsules import ReceptiveFields
+from capsexp.ops.em_steps import EMOptions, initial_shares
 from capsexp.ops.kernels import em as kernel
 from capsexp.ops.kernels.em import fused_em_routing
 from capsexp.ops.receptive_fields import Grid, gather_windows, receptive_fields
 from capsexp.ops.votes import MatrixVotes, window_votes
-from capsexp.routing.em import em_routing, initial_shares
+from capsexp.routing.em import em_routing
 
 PAPERS_LAMBDA = (5.0e-4, 9.75e-4, 1.426e-3, 1.85e-3)
 STRONG = (0.3, 0.5, 0.4, 0.6)  # activations and their competition count
@@ -100,8 +101,8 @@ def lazy(layer, poses, weight):
 def votes_of(votes):
     """The votes, [B, P, K, J, D]."""
     places = votes.poses.unsqueeze(1) if votes.fields is None else gather_windows(votes.poses, votes.fields)
-    made_votes = window_votes(places, votes.weight[votes.matrices])
-    return made_votes if votes.offsets is None else made_votes + votes.offsets[:, None]
+    computed = window_votes(places, votes.weight[votes.matrices])
+    return computed if votes.offsets is None else computed + votes.offsets[:, None]
 
 
 def shares(votes, initial):
@@ -118,10 +119,12 @@ def lambdas(like, iterations, temperatures):
 def fused(layer, poses, weight, activations, beta_u, beta_a, *, iterations=3, temperatures=STRONG, **changes):
     options = {**OPTIONS, **changes}
     votes = lazy(layer, poses, weight)
-    first = shares(votes, options.pop("initial", "paper"))
+    initial = options.pop("initial", "paper")
+    switches = EMOptions(**options, initial_coupling=initial, activation="logistic")
     temperature = lambdas(poses, iterations, temperatures)
     betas = {"beta_u": beta_u, "beta_a": beta_a, "inverse_temperature": temperature}
-    return fused_em_routing(votes, activations, initial=first, **betas, **options)[:3]
+    first = shares(votes, initial)
+    return fused_em_routing(votes, activations, initial=first, **betas, options=switches)[:3]
 
 
 def plain(layer, poses, weight, activations, beta_u, beta_a, *, iterations=3, temperatures=STRONG, **changes):
@@ -247,8 +250,8 @@ def test_float32_error_is_at_most_twice_that_of_the_reference(layer, changes):
 def test_gradients_pass_gradcheck(layer, normalisation):
     inputs = [tensor.requires_grad_() for tensor in example(layer, batch=1)]
 
-    def run(*given_):
-        return fused(layer, *given_, normalisation=normalisation, variance_floor=0.1)
+    def run(*tensors):
+        return fused(layer, *tensors, normalisation=normalisation, variance_floor=0.1)
 
     assert torch.autograd.gradcheck(run, inputs)
 
@@ -348,7 +351,7 @@ def test_strides_of_the_inputs_do_not_matter():
     odd = [tensor.transpose(0, -1).contiguous().transpose(0, -1) for tensor in inputs]
     assert not odd[0].is_contiguous()
     for tensor, other in zip(
-        *(values_and_gradients(fused, layer, given_) for given_ in (inputs, odd)), strict=True
+        *(values_and_gradients(fused, layer, tensors) for tensors in (inputs, odd)), strict=True
     ):
         assert torch.equal(tensor, other)
 

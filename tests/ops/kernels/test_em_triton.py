@@ -8,9 +8,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from capsexp.ops.em_steps import initial_shares
 from capsexp.ops.receptive_fields import Grid, gather_windows, receptive_fields
 from capsexp.ops.votes import window_votes
-from capsexp.routing.em import em_routing, initial_shares
+from capsexp.routing.em import em_routing
 
 pytest.importorskip("triton", reason="Triton is not installed: it is built for Linux only")
 

@@ -51,8 +51,8 @@ passes = dynamic_triton.dynamic_forward(votes, torch.zeros(50, 10), None, 3, Fal
 dynamic_triton.dynamic_backward(votes, passes, passes[-1], None, True)
 print(*sorted(compiled))
 """
-LAUNCHED = {"_fit", "_softmax", "_softmax_backward", "_unfit", "_products", "_sum_of_children"}
-LAUNCHED |= {"_route", "_unroute", "_add_outer"}
+LAUNCHED = {"_fit", "_softmax", "_softmax_backward", "_fit_backward", "_products", "_sum_of_children"}
+LAUNCHED |= {"_route", "_route_backward", "_add_outer"}
 
 
 @pytest.mark.slow

@@ -62,6 +62,10 @@ class TrainedRun:
         self.classes: tuple[str, ...] = tuple(components.dataset.classes)
         self._plugins = plugins
 
+    def __repr__(self) -> str:
+        network = type(self.model).__name__
+        return f"TrainedRun({self.path}: {network} on {self.dataset.name}, step {self.step.number})"
+
     @classmethod
     def load(
         cls,
@@ -167,10 +171,6 @@ class TrainedRun:
 
         Raises:
             UserError: an unknown or empty split, a limit below 1, missing or damaged dataset files.
-
-        Example:
-            >>> run.evaluate("validation", limit=1000)["accuracy"]
-            0.994
         """
         return self.evaluate_batches(self.evaluation_batches(split, limit=limit))
 

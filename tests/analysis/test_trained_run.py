@@ -44,6 +44,7 @@ def test_a_loaded_run_has_its_network_classes_step_and_config(saved):
     assert run.config["trainer"]["max_steps"] == 4
     assert run.config["run"] == str(path)
     assert TrainedRun.load(str(path), weights=2).step.number == 2
+    assert repr(run) == f"TrainedRun({path}: CapsNet on digits, step 4)"
 
 
 def test_evaluation_repeats_the_eval_command(saved, tiny_components):

@@ -69,9 +69,12 @@ def fits(value: Any, annotation: Any) -> bool:
         )
     if annotation in (bool, str, type(None)):
         return isinstance(value, annotation)
-    if inspect.isclass(annotation) and isinstance(value, annotation):  # an object, given to `capsexp.make`
-        return True
-    return callable(value) or not _needs_node(annotation)
+    # Objects come from `capsexp.make`, never from a YAML file.
+    return callable(value) or not _needs_node(annotation) or _is_instance(value, annotation)
+
+
+def _is_instance(value: Any, annotation: Any) -> bool:
+    return inspect.isclass(annotation) and isinstance(value, annotation)
 
 
 def _needs_node(annotation: Any) -> bool:

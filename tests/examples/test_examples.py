@@ -1,6 +1,7 @@
 """The examples run as they are, on the digits that need no download."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,13 @@ def test_a_plain_loop_learns_the_digits(capsys):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Jupyter's own packages
-def test_the_notebook_runs_and_was_committed_with_its_outputs():
+def test_the_notebook_runs_and_was_committed_with_its_outputs(monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     committed = nbformat.read(NOTEBOOK, as_version=4)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    paths = [str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     executed = nbclient.NotebookClient(nbformat.read(NOTEBOOK, as_version=4), timeout=300).execute()
     for before, after in zip(committed.cells, executed.cells, strict=True):
         assert kinds(before) == kinds(after)

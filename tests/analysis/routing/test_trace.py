@@ -39,7 +39,7 @@ def example(*overrides, number=-1):
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
 @pytest.mark.parametrize("overrides", [DYNAMIC, EM], ids=["dynamic", "em"])
 def test_the_last_state_is_the_output_of_the_layer(overrides, implementation, monkeypatch):
-    monkeypatch.setattr(trace, "images_per_piece", lambda *_, **__: 2)
+    monkeypatch.setattr(trace, "images_per_chunk", lambda *_, **__: 2)
     model, images = network(*overrides, f"routing.implementation={implementation}")
     layers = model(images).layers
     routed = routed_layers(model, layers)

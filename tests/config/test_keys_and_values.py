@@ -1,8 +1,11 @@
 """Which keys and values a config may have, and how mistakes in them are reported."""
 
+from typing import Any
+
 import pytest
 
 from capsexp.config.build import build_components
+from capsexp.config.signature import fits
 from capsexp.errors import UserError
 
 
@@ -130,6 +133,11 @@ def test_every_problem_is_reported_at_once(edited, problems):
 
 def test_a_wrong_key_of_the_routing_is_reported_once_and_not_again_as_the_models(edited, problems):
     assert problems(edited("routing.iterations=a")) == ["routing.iterations: must be int, got 'a'"]
+
+
+@pytest.mark.parametrize("value", [1, 0.5, "text", None, [1], {"key": 1}], ids=str)
+def test_an_argument_without_an_annotation_takes_every_value(value):
+    assert fits(value, Any)
 
 
 def test_a_model_may_have_a_routing_of_its_own(edited, problems):

@@ -21,10 +21,11 @@ def test_a_plain_loop_learns_the_digits(capsys):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Jupyter's own packages
-def test_the_notebook_runs_and_was_committed_with_its_outputs():
-    nbformat = pytest.importorskip("nbformat")
-    nbclient = pytest.importorskip("nbclient")
+def test_the_notebook_runs_and_was_committed_with_its_outputs(monkeypatch):
+    nbformat = pytest.importorskip("nbformat", reason="Jupyter is not installed")
+    nbclient = pytest.importorskip("nbclient", reason="Jupyter is not installed")
     committed = nbformat.read(NOTEBOOK, as_version=4)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     executed = nbclient.NotebookClient(nbformat.read(NOTEBOOK, as_version=4), timeout=300).execute()
     for before, after in zip(committed.cells, executed.cells, strict=True):
         assert kinds(before) == kinds(after)

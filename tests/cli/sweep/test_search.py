@@ -14,7 +14,8 @@ pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="the extra [opt
 
 
 def search(home, *overrides):
-    variables = {"CAPSEXP_OUTPUTS": "outputs", "COLUMNS": "250", "PYTHONPATH": str(Path(__file__).parent)}
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {"CAPSEXP_OUTPUTS": "outputs", "COLUMNS": "250", "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run(
         [sys.executable, "-m", "capsexp", "train", "-m", "hydra/sweeper=search", *overrides],
         cwd=home,

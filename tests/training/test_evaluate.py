@@ -112,7 +112,7 @@ def test_a_step_can_be_named(tmp_path, train_tiny, tiny_components):
     train_tiny(tmp_path, "trainer.max_steps=4", "trainer.test=none")
     _, step = load_model(tiny_components(), tmp_path, weights="2")
     assert step == Step(2, 4)
-    with pytest.raises(UserError, match=r"^no checkpoint at step 3; there are 2, 4$"):
+    with pytest.raises(UserError, match=r"^no checkpoint at step 3; available: 2, 4$"):
         load_model(tiny_components(), tmp_path, weights="3")
 
 

@@ -33,7 +33,7 @@ demo: $(INSTALLED) ## train a small CapsNet on embedded digits (under a minute),
 	@echo "  $(BIN)/tensorboard --logdir $(DEMO)    then open http://localhost:6006"
 
 test: $(INSTALLED) ## all tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -q -n 2 -o addopts="--strict-markers --import-mode=importlib -m compile"
 
 lint: $(INSTALLED) ## style and types

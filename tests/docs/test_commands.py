@@ -2,8 +2,8 @@
 
 Blocks of `bash` run in the order of the page, in a copy of the checkout in which `make demo` has been run.
 A block below a line that is only a path and a colon is a file; the test writes it there. The other Python
-blocks of a page form one program, which runs at the end. To keep training short, `trainer.max_epochs` is 1 in
-the copy.
+blocks of a page form one program, which runs at the end. To keep training short, in the copy
+`trainer.max_epochs` is 1 and `trainer.limit_train_batches` is 5.
 
 A block below a line `<!-- not run: REASON -->` does not run; its training commands are composed instead.
 """
@@ -114,8 +114,10 @@ def checkout(tmp_path_factory, environment):
     for name in ("capsexp", "conf", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     trainer = folder / "conf" / "trainer" / "default.yaml"
-    text, count = re.subn(r"(?m)^max_epochs: \d+", "max_epochs: 1", trainer.read_text(encoding="utf-8"))
-    assert count == 1
+    text = trainer.read_text(encoding="utf-8")
+    for key, value in (("max_epochs", 1), ("limit_train_batches", 5)):
+        text, count = re.subn(rf"(?m)^{key}: \w+", f"{key}: {value}", text)
+        assert count == 1
     trainer.write_text(text, encoding="utf-8")
     run(["capsexp", "train", "run=outputs/demo"], folder, environment, "make demo")
     return folder

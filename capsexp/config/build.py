@@ -86,7 +86,7 @@ def build(node: Any, *, at: str, plugins: Sequence[str] = (), **run_time: Any) -
 
     Args:
         node: a dict with `_target_` and the target's keyword arguments; `_partial_: true` leaves the
-            call to the code that gets the result. Any other value is returned as it is, with the targets
+            call to the code that gets the result. Any other value is returned unchanged, with the targets
             inside it built.
         at: the node's key, for messages.
         plugins: see `build_components`.

@@ -108,7 +108,7 @@ def register_saved_config(
 
 
 def load_saved_config(path: Path) -> dict[str, Any]:
-    """Load the plain config of a run from its directory. Hydra's global state stays as it is.
+    """Load the plain config of a run from its directory. Hydra's global state does not change.
 
     Raises:
         UserError: there is no such run, or its config cannot be read.

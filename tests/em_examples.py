@@ -10,6 +10,7 @@ from capsexp.ops.em_steps import EMOptions
 from capsexp.ops.receptive_fields import Grid, receptive_fields
 from capsexp.routing import em
 from capsexp.routing.em import em_routing_and_cost
+from capsexp.schedule import Saturating
 
 PAPER = {
     "variance_floor": 0.0005,
@@ -19,6 +20,18 @@ PAPER = {
     "activation": "logistic",
     "mean_smoothing": 0.0,
     "detach": False,
+}
+MODULE = {  # keywords of `EMRouting`
+    **{name: value for name, value in PAPER.items() if name != "cost_scale"},
+    "iterations": 3,
+    "inverse_temperature": Saturating(limit=0.01, decay=0.95),
+    "inverse_temperature_ramp": 1.0,
+    "class_factor": 0.25,
+    "beta_u": 0.0,
+    "beta_a": "balanced",
+    "beta_a_gain": 250,
+    "cost_norm": None,
+    "implementation": "auto",
 }
 PAPERS_LAMBDA = (5.0e-4, 9.75e-4, 1.426e-3)
 STRONG = (0.3, 0.5, 0.4)  # activations and their competition count
@@ -67,7 +80,11 @@ def seen_by(layer):
     """Children of each position, place by place."""
     if len(layer) == 2:
         return [list(range(layer[0]))]
-    rows, columns, types, kernel, stride, _ = layer
+    return windows_by_loops(*layer[:-1])
+
+
+def windows_by_loops(rows, columns, types, kernel, stride):
+    """Children of each position of a convolutional layer, place by place."""
     return [
         [
             ((row + r) * columns + column + c) * types + kind

@@ -1,13 +1,12 @@
 """One component by its config name, for use outside a run: `make("routing/em", in_caps=8, ...)`."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from capsexp.config.build import build_checked
-from capsexp.config.compose import compose, conf_dir
+from capsexp.config.compose import compose, option_names
 from capsexp.config.settings import GROUPS
 from capsexp.errors import UserError, nearest
 
@@ -55,7 +54,7 @@ def make(name: str, /, **changes: Any) -> Any:
 
 def _group_of(name: str) -> str:
     groups = [group for group in GROUPS if group not in EXCLUDED_GROUPS]
-    names = [f"{group}/{path.stem}" for group in groups for path in Path(conf_dir(), group).glob("*.yaml")]
+    names = [f"{group}/{option}" for group in groups for option in option_names(group)]
     if name not in names:
         hint = nearest(name, names) or "; a name has the form GROUP/OPTION, such as routing/em"
         raise UserError(f"no {name!r} in conf/{hint}")

@@ -3,6 +3,7 @@ import itertools
 
 import pytest
 import torch
+from em_examples import MODULE
 from torch.autograd.graph import saved_tensors_hooks
 
 from capsexp.capsules import Capsules
@@ -12,7 +13,6 @@ from capsexp.ops.receptive_fields import Grid
 from capsexp.routing.dynamic import DynamicRouting
 from capsexp.routing.em import EMRouting
 from capsexp.routing.uniform import UniformRouting
-from capsexp.schedule import Saturating
 
 MIB = 2**20
 MATRICES = {"pose_dim": 16, "pose": "matrix", "init_identity": 1.0, "init_noise": 0.5, "votes_mib": None}
@@ -23,24 +23,7 @@ LAYERS = pytest.mark.parametrize("make", ["conv", "classes"])
 
 
 def em(**changes):
-    options = {
-        "iterations": 3,
-        "inverse_temperature": Saturating(limit=0.01, decay=0.95),
-        "inverse_temperature_ramp": 1.0,
-        "class_factor": 0.25,
-        "beta_u": 0.0,
-        "beta_a": "balanced",
-        "beta_a_gain": 250,
-        "cost_norm": None,
-        "variance_floor": 0.0005,
-        "normalisation": "paper",
-        "initial_coupling": "paper",
-        "activation": "logistic",
-        "mean_smoothing": 0.0,
-        "detach": False,
-        "implementation": "reference",
-    }
-    return functools.partial(EMRouting, **{**options, **changes})
+    return functools.partial(EMRouting, **{**MODULE, "implementation": "reference", **changes})
 
 
 def conv(rows, columns, in_types=2, *, types=3, kernel=3, stride=1, routing=None, **changes):

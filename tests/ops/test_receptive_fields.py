@@ -1,5 +1,6 @@
 import pytest
 import torch
+from em_examples import windows_by_loops
 
 from capsexp.ops.receptive_fields import (
     Grid,
@@ -26,24 +27,10 @@ def fields_of(rows, columns, types, kernel, stride):
     return receptive_fields(Grid(rows, columns), types, kernel, stride)
 
 
-def by_loops(rows, columns, types, kernel, stride):
-    """Children of each position, place by place."""
-    return [
-        [
-            ((row + r) * columns + column + c) * types + kind
-            for r in range(kernel[0])
-            for c in range(kernel[1])
-            for kind in range(types)
-        ]
-        for row in range(0, rows - kernel[0] + 1, stride)
-        for column in range(0, columns - kernel[1] + 1, stride)
-    ]
-
-
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_windows_are_those_of_the_loops(grid):
     fields = fields_of(*grid)
-    expected = by_loops(*grid)
+    expected = windows_by_loops(*grid)
     assert fields.children.tolist() == expected
     assert fields.in_caps == grid[0] * grid[1] * grid[2]
     assert fields.connected == len({child for window in expected for child in window})

@@ -7,7 +7,7 @@ import pytest
 import torch
 from em_examples import (
     DENSE,
-    PAPER,
+    MODULE,
     WINDOWS,
     assert_all_close,
     example,
@@ -20,19 +20,6 @@ from capsexp.config.build import build
 from capsexp.config.compose import compose, to_plain
 from capsexp.routing.em import EMRouting
 from capsexp.schedule import Linear, Saturating, Step
-
-MODULE = {
-    **{name: value for name, value in PAPER.items() if name != "cost_scale"},
-    "iterations": 3,
-    "inverse_temperature": Saturating(limit=0.01, decay=0.95),
-    "inverse_temperature_ramp": 1.0,
-    "class_factor": 0.25,
-    "beta_u": 0.0,
-    "beta_a": "balanced",
-    "beta_a_gain": 250,
-    "cost_norm": None,
-    "implementation": "auto",
-}
 
 
 def module(layer, dim=3, **changes):

@@ -1,15 +1,45 @@
-"""Atomic file writes, and a lock between processes."""
+"""Atomic file writes, guarded reads, and a lock between processes."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from capsexp.errors import UserError
+
+
+LARGEST_READ = 256 * 2**20
+"""Bytes of the largest file that `read_regular` reads by default."""
+
+
+def read_regular(path: Path, *, limit: int = LARGEST_READ) -> bytes:
+    """Read a regular file; a pipe, a device or a huge file is an error instead of an endless read.
+
+    Args:
+        path: the file; a link to a regular file is followed.
+        limit: bytes of the largest file that is read.
+
+    Raises:
+        OSError: no such file, not a regular file (EINVAL), or larger than the limit (EFBIG).
+    """
+    # Without O_NONBLOCK, opening a pipe waits for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if status.st_size > limit:
+            raise OSError(errno.EFBIG, f"larger than {limit} bytes", str(path))
+        content = file.read(limit + 1)
+    if len(content) > limit:  # files of /proc have no size, and a file may grow
+        raise OSError(errno.EFBIG, f"larger than {limit} bytes", str(path))
+    return content
 
 
 def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:

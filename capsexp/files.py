@@ -13,7 +13,6 @@ from typing import IO, Any
 
 from capsexp.errors import UserError
 
-
 LARGEST_READ = 256 * 2**20
 """Bytes of the largest file that `read_regular` reads by default."""
 

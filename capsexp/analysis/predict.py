@@ -13,8 +13,8 @@ from torchvision.utils import save_image
 
 from capsexp.analysis.trained_run import TrainedRun
 from capsexp.config.components import Components
+from capsexp.data.decode import decode
 from capsexp.data.preprocess import Shape, resized
-from capsexp.dataset.image_folder import decode
 from capsexp.errors import UserError
 
 

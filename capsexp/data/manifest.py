@@ -7,10 +7,13 @@ folder, an added image or another folder under the same name cannot change what 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from capsexp.errors import UserError
 from capsexp.files import read_regular, write_atomic
@@ -25,7 +28,10 @@ ListedSplit = Literal["train", "validation", "test"]
 SPLITS: tuple[ListedSplit, ...] = ("train", "validation", "test")
 
 SHOWN = 3
-"""Names that a message lists before it counts the others."""
+"""Files that a message names before it counts the others."""
+
+NAMED = 10
+"""Classes that a message names before it counts them."""
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -61,6 +67,24 @@ class Manifest:
     """Of a dataset whose files are known: a checksum for each file or array, by its name."""
     files: Mapping[ListedSplit, tuple[ListedFile, ...]] = field(default_factory=dict)
     """Of a dataset of a user's own files: those of each split, in order. `train` is without `validation`."""
+
+    def differences(self, now: "Manifest") -> Iterator[str]:
+        """Yield one line for each way in which the data are now other than this run's.
+
+        Args:
+            now: the data as they are. Only its splits and fingerprints are compared, so it may hold a part.
+        """
+        where = now.folder or now.dataset
+        if now.dataset != self.dataset:
+            yield f"the dataset was {self.dataset}, is {now.dataset}"
+        if now.classes != self.classes:
+            learned = listing_of(self.classes)
+            yield f"{where}: the classes are {listing_of(now.classes)}; this run learned {learned}"
+        elif now.files or self.files:
+            yield from _file_differences(self.files, now.files, where)
+        for name in sorted(self.fingerprints.keys() & now.fingerprints.keys()):
+            if self.fingerprints[name] != now.fingerprints[name]:
+                yield f"{where}: {name} is not what this run was trained with (another checksum)"
 
     def save(self, run: Path) -> None:
         """Write the manifest into a run directory, completely or not at all."""
@@ -182,11 +206,48 @@ def hashed(path: Path) -> tuple[int, str]:
         return file.tell(), digest
 
 
+def digest_of(*arrays: NDArray[Any]) -> str:
+    """Return a checksum of arrays, with their types and shapes, as `sha256:HEX`."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return f"sha256:{digest.hexdigest()}"
+
+
 def a_few(names: Iterable[str]) -> str:
     """Return names for a message: the first ones, and the number of the others."""
     names = list(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
+
+
+def listing_of(classes: Sequence[str]) -> str:
+    """Return the names of classes for a message."""
+    return f"{', '.join(classes[:NAMED])} … ({len(classes)})" if len(classes) > NAMED else ", ".join(classes)
+
+
+def _file_differences(
+    before: Mapping[ListedSplit, tuple[ListedFile, ...]],
+    now: Mapping[ListedSplit, tuple[ListedFile, ...]],
+    where: str,
+) -> Iterator[str]:
+    """Yield a line each for missing, changed, new and moved files of the splits that `now` has."""
+    split_of = {file.path: split for split, files in before.items() for file in files}
+    found = {file.path: (split, file) for split, files in now.items() for file in files}
+    expected = {file.path: file for split in now for file in before.get(split, ())}
+    groups = {
+        "missing": [path for path in expected if path not in found],
+        "changed": [path for path, file in expected.items() if path in found and found[path][1] != file],
+        "new": [path for path in found if path not in split_of],
+        "in another split": [
+            path for path, (split, _) in found.items() if split_of.get(path, split) != split
+        ],
+    }
+    for state, paths in groups.items():
+        if paths:
+            count = "1 image is" if len(paths) == 1 else f"{len(paths)} images are"
+            yield f"{where}: since this run began, {count} {state}: {a_few(paths)}"
 
 
 def _list_of_files(files: Iterable[ListedFile]) -> str:

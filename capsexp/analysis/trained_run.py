@@ -13,8 +13,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from capsexp.analysis.predictions import Predictions, predict_images
+from capsexp.analysis.run_components import run_components
 from capsexp.capsules import Batch, Output
-from capsexp.config.build import build_components
 from capsexp.config.components import Components
 from capsexp.config.saved import load_saved_config
 from capsexp.data.batches import Batches
@@ -106,7 +106,7 @@ class TrainedRun:
         config = load_saved_config(folder)
         if device is not None:
             config["device"] = {**config.get("device", {}), "name": device}
-        components = build_components(config, plugins=plugins)
+        components = run_components(config, plugins=plugins)
         return cls.restore(components, folder, weights=weights, config=config, plugins=plugins)
 
     @classmethod
@@ -199,7 +199,7 @@ class TrainedRun:
             UserError: no such run, or it cannot be loaded.
         """
         config = load_saved_config(Path(path))
-        components = build_components(config, plugins=self._plugins)._replace(device=self.components.device)
+        components = run_components(config, plugins=self._plugins)._replace(device=self.components.device)
         return TrainedRun.restore(
             components, Path(path), weights="best", config=config, limit=self.limit, plugins=self._plugins
         )

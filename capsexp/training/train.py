@@ -23,6 +23,7 @@ from capsexp.training.profiler import profiler
 from capsexp.training.progress import Reporter
 from capsexp.training.reconstructions import log_reconstructions
 from capsexp.training.record import NoRecord, Record, closing
+from capsexp.training.run_data import keep_data, keep_fingerprints
 from capsexp.training.run_dir import RunDir
 from capsexp.training.splits import Splits, read_splits
 from capsexp.training.start import resume_state, start_state
@@ -50,10 +51,13 @@ def train(
     """
     components.device.prepare()
     torch.manual_seed(components.seed)
+    report = functools.partial(print, flush=True)
+    if processes.is_main:
+        keep_data(run.path, components.dataset, force=config.get("resume") == "force", report=report)
     splits = read_splits(components)
-    saved = processes.broadcast(
-        lambda: checkpoint.load_newest(run.checkpoints, report=functools.partial(print, flush=True))
-    )
+    if processes.is_main:
+        keep_fingerprints(run.path, components.dataset, report=report)
+    saved = processes.broadcast(lambda: checkpoint.load_newest(run.checkpoints, report=report))
     state = start_state(components, splits.training, processes, calibrate=saved is None)
     resume_state(state, saved, components, processes)
 
@@ -108,7 +112,7 @@ class Training:
             change = f"was {process_count(saved)}, is {size}"
             report(f"number of processes: {change}; the run resumes, but not bit for bit")
         report(_introduction(self.state, self.splits))
-        for line in [*self.components.dataset.caveats(), *caveats(self.splits.familiar)]:
+        for line in [*self.components.caveats(), *caveats(self.splits.familiar)]:
             report(line)
 
     def fit(self) -> None:
@@ -201,6 +205,8 @@ class Training:
             position = self._restore_tested_weights()
             results |= self._familiar_accuracy(position)
             split = self.components.dataset.read("test")
+            if self.processes.is_main:
+                keep_fingerprints(self.run.path, self.components.dataset, report=self.reporter.print)
             batches = self.components.batches(split, limit=settings.limit_eval_batches)
             results |= self._evaluate(batches, "test", position)
             self.reporter.print(f"test split, {batches.visited} images: {_sentence(results)}")

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from capsexp.data.dataset import Dataset
+from capsexp.data.decode import Reading
 from capsexp.data.find_images import BackgroundChoice, Draws, FoundImages, find_images
 from capsexp.data.image_files import a_few
 from capsexp.data.image_reader import ReadImages, read_images
-from capsexp.data.image_splits import FolderSplit
+from capsexp.data.manifest import ListedSplit
 from capsexp.data.preprocess import Preprocess
 from capsexp.data.split import Split, SplitName
 from capsexp.data.threads import refuse
@@ -132,7 +133,12 @@ class ImageFolder(Dataset):
         self._look_at("train", "validation")
         return self._read("train"), self._read("validation")
 
-    def test_count(self) -> int:
+    @property
+    def reading(self) -> Reading:
+        """How the images become bytes; `capsexp predict` reads others in the same way."""
+        return self.found.reading
+
+    def check_test(self) -> int:
         """Decode the test images, unless that is done already, and return their number.
 
         Raises:
@@ -143,14 +149,14 @@ class ImageFolder(Dataset):
 
     def notes(self) -> list[str]:
         """Return lines about how the folder is read; also about images of one color, if they were decoded."""
-        plain = [path for split in self._seen.plain for path in self._seen.plain[split]]
-        line = f"{len(plain)} images show one color: {a_few(plain)}"
+        plain = [path for split in self._seen.plain.values() for path in split]
+        line = f"{len(plain)} images show one color each: {a_few(plain)}"
         return [f"{self.name}: {text}" for text in (*self.found.notes, *([line] if plain else []))]
 
     def _load(self, split: SplitName) -> Split:
         return self._read(split)
 
-    def _look_at(self, *splits: FolderSplit) -> None:
+    def _look_at(self, *splits: ListedSplit) -> None:
         """Decode the splits that were not decoded before."""
         problems = []
         for split in splits:
@@ -163,14 +169,16 @@ class ImageFolder(Dataset):
                 if split != "test":
                     self._seen.images[split] = result.images
         refuse(problems)
-        plain = [path for split in splits for path in self._seen.plain[split]]
-        if "train" in splits and len(plain) == sum(len(self.found.files[split]) for split in splits):
+        plain = {path: color for split in splits for path, color in self._seen.plain[split].items()}
+        count = sum(len(self.found.files[split]) for split in splits)
+        if "train" in splits and len(plain) == count and len(set(plain.values())) == 1:
+            color = "; ".join([f"color {next(iter(plain.values()))}", *self.found.notes])
             raise DataError(
-                f"image_folder: no image in {self.folder} has any contrast: each shows one color, such as "
-                f"{plain[0]}"
+                f"image_folder: no image in {self.folder} has any contrast: all pixels of all {count} images "
+                f"have the {color}"
             )
 
-    def _read(self, split: FolderSplit) -> Split:
+    def _read(self, split: ListedSplit) -> Split:
         images = self._seen.images.pop(split, None)
         if images is None:
             result = self._decode(split, keep=True)
@@ -180,7 +188,7 @@ class ImageFolder(Dataset):
             images, torch.tensor([file.label for file in self.found.files[split]], dtype=torch.int64)
         )
 
-    def _decode(self, split: FolderSplit, *, keep: bool) -> ReadImages:
+    def _decode(self, split: ListedSplit, *, keep: bool) -> ReadImages:
         paths = [str(self.folder / file.path) for file in self.found.files[split]]
         return read_images(paths, self.raw_shape, self.found.reading, self.preprocess, keep=keep)
 
@@ -189,9 +197,9 @@ class _Seen:
     """What was seen of a folder's images."""
 
     def __init__(self) -> None:
-        self.plain: dict[FolderSplit, list[str]] = {}
+        self.plain: dict[ListedSplit, dict[str, tuple[int, ...]]] = {}
         """The images of one color, of each split that was decoded."""
-        self.images: dict[FolderSplit, Tensor] = {}
+        self.images: dict[ListedSplit, Tensor] = {}
         """Decoded images that are still to be read. Each split is taken out once, to save memory."""
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard, get_args
 
+from capsexp.text import printable_lines
+
 
 class UserError(Exception):
     """A mistake in what the user asked for. The command line prints it and exits with code 2.
@@ -87,7 +89,7 @@ def require_literal(allowed: Any, **values: object) -> None:
 def print_error(error: UserError) -> int:
     """Print each problem of a user error on stderr; return the exit code."""
     for problem in error.problems:
-        print(f"capsexp: {problem}", file=sys.stderr)
+        print(f"capsexp: {printable_lines(problem)}", file=sys.stderr)
     return error.exit_code
 
 

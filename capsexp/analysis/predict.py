@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torchvision.utils import save_image
 
@@ -16,6 +14,8 @@ from capsexp.config.components import Components
 from capsexp.data.preprocess import Shape, resized
 from capsexp.dataset.image_folder import decode
 from capsexp.errors import UserError
+from capsexp.terminal import Table, new_console
+from capsexp.text import printable
 
 
 def predict(components: Components, config: Mapping[str, Any], files: Sequence[str]) -> None:
@@ -38,7 +38,7 @@ def predict(components: Components, config: Mapping[str, Any], files: Sequence[s
     images = torch.stack([_read(name, components.dataset.raw_shape) for name in files])
     run = TrainedRun.restore(components, Path(config["run"]), weights=config["weights"], config=dict(config))
     predictions = run.predict(images)
-    Console().print(_table(files, predictions.probabilities, run.classes, config["top"]))
+    new_console().print(_table(files, predictions.probabilities, run.classes, config["top"]))
     if config["reconstructions"] and predictions.reconstructions is not None:
         pixels = run.dataset.preprocess.test(images).pixels
         # One reconstruction for each label: [N, T, C, H, W].
@@ -46,7 +46,7 @@ def predict(components: Components, config: Mapping[str, Any], files: Sequence[s
         for name, image, reconstructions in zip(files, pixels, decoded, strict=True):
             target = Path(name).with_suffix(".reconstruction.png")
             save_image(torch.cat([image, *reconstructions], dim=2), target)  # side by side
-            print(f"{target}: the network's input and its reconstruction")
+            print(f"{printable(target)}: the network's input and its reconstruction")
 
 
 def _read(name: str, shape: Shape) -> UInt8[Tensor, "C H W"]:

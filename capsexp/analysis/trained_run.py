@@ -23,6 +23,7 @@ from capsexp.data.seeds import epoch_order
 from capsexp.data.split import Split
 from capsexp.errors import UserError
 from capsexp.schedule import Step
+from capsexp.terminal import as_markup
 from capsexp.training import checkpoint
 from capsexp.training.evaluate import evaluate, inference
 from capsexp.training.state import saved_position, trained_weights
@@ -207,7 +208,9 @@ class TrainedRun:
         batches = self.in_batches(split)
         # Without a terminal, a bar would leave an empty line for each pass over the images.
         silent = not get_console().is_terminal
-        yield from track(batches.in_order(), description, total=len(batches), transient=True, disable=silent)
+        yield from track(
+            batches.in_order(), as_markup(description), total=len(batches), transient=True, disable=silent
+        )
 
     def in_batches(self, split: Split) -> Batches:
         """Return a split, or the sample of it that the limit allows, on the run's device."""

@@ -19,6 +19,7 @@ from capsexp.config.overrides import plugins
 from capsexp.config.paths import stored_form, with_absolute_paths
 from capsexp.config.settings import GROUPS, published
 from capsexp.errors import JobFailed, UserError, print_error
+from capsexp.text import printable
 from capsexp.training.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -47,7 +48,10 @@ def training_job(composed: DictConfig) -> float | None:
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     path = Path(HydraConfig.get().runtime.output_dir)
     if sweeping:
-        print(f"\njob {HydraConfig.get().job.num}: {' '.join(HydraConfig.get().overrides.task)}", flush=True)
+        print(
+            f"\njob {HydraConfig.get().job.num}: {printable(' '.join(HydraConfig.get().overrides.task))}",
+            flush=True,
+        )
     try:
         with report_once():  # inside the job, because Hydra adds a line to errors that leave it
             _train_in(RunDir(path), composed)
@@ -77,13 +81,14 @@ def _train_in(run: RunDir, composed: DictConfig) -> None:
         processes().broadcast(lambda: None if finished else run.path)
         if finished:
             metrics = "  ".join(f"{name} {value:.4f}" for name, value in run.status()["results"].items())
-            print(f"{run.path} is complete: {metrics}")
+            print(f"{printable(run.path)} is complete: {metrics}")
             return
         choices = {group: HydraConfig.get().runtime.choices.get(group) for group in GROUPS}
         attempt = run.track_status({group: choice for group, choice in choices.items() if choice})
         with attempt, explain_out_of_memory(batch_size=components.trainer.batch_size):
             train(components, run, plain, processes())
-    print(f"run: {run.path}\ncurves: tensorboard --logdir {run.path}")
+    path = printable(run.path)
+    print(f"run: {path}\ncurves: tensorboard --logdir {path}")
 
 
 def train_as_worker(components: "Components", plain: dict[str, Any]) -> int:

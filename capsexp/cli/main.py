@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from capsexp.cli.torchrun import is_distributed, run_distributed
 from capsexp.errors import UserError, nearest, print_error
+from capsexp.text import prepare_streams
 
 
 class Command(NamedTuple):
@@ -115,6 +116,7 @@ def main() -> int:
     """Run the command line of the console script and of `python -m capsexp`; return the exit code."""
     # Bugs keep their whole traceback; a UserError prints one line per problem.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    prepare_streams()
     try:
         if is_distributed():
             return run_distributed(lambda: dispatch(sys.argv[1:]))

@@ -149,7 +149,7 @@ def _read(run: Path) -> dict[str, Any]:
 
 
 def _with_present_data_root(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the config with the data root of CAPSEXP_DATA if its own does not exist, as on another machine."""
+    """Return the config with CAPSEXP_DATA for a data root that does not exist, as on another machine."""
     stored, here = config.get("data_root"), os.environ.get("CAPSEXP_DATA")
     is_here = not isinstance(stored, str) or "${" in stored or os.path.isdir(stored)
     return config if is_here or not here else {**config, "data_root": here}

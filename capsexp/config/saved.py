@@ -35,6 +35,9 @@ RENAMED_VALUES = {  # by the new name of the key
     "dataset.preprocess.contrast_mean": {"picture": "image"},
     "dataset.source.preprocess.contrast_mean": {"picture": "image"},
 }
+ADDED_KEYS = {  # by class: keys that configs of earlier versions lack, with the values of conf/
+    "capsexp.dataset.image_folder.ImageFolder": {"background": "auto", "white_level": None},
+}
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -68,6 +71,8 @@ def _with_renamed_targets(node: Any) -> Any:
     for old, new in RENAMED_TARGETS.items():
         if isinstance(target, str) and target.startswith(old):
             node["_target_"] = new + target.removeprefix(old)
+    for key, value in ADDED_KEYS.get(str(target), {}).items():
+        node.setdefault(key, value)
     return node
 
 

@@ -119,6 +119,14 @@ class Dataset(ABC):
         """Read the training split without its validation images, and those (empty for `validation: 0`)."""
         return split_validation(self.read("train"), count=self.validation, seed=self.split_seed)
 
+    def test_count(self) -> int:
+        """Check the test images, and return their number, before anything is trained.
+
+        Raises:
+            DataError: files are missing or damaged.
+        """
+        return self.read("test").size
+
     def familiar(self) -> Split | None:
         """Return test images like those of training, for datasets whose test split differs from training.
 
@@ -146,6 +154,10 @@ class Dataset(ABC):
 
     def caveats(self) -> list[str]:
         """Return lines to print beside every metric measured on this dataset. Call it after reading."""
+        return []
+
+    def notes(self) -> list[str]:
+        """Return lines about how files are read, for the start of a run and for `capsexp data verify`."""
         return []
 
     @abstractmethod

@@ -54,3 +54,7 @@ class DerivedDataset(Dataset):
     def caveats(self) -> list[str]:
         """Return the source's caveats."""
         return self.source.caveats()
+
+    def notes(self) -> list[str]:
+        """Return lines about how the source's files are read."""
+        return self.source.notes()

@@ -1,0 +1,53 @@
+"""Decode the images of a split in threads, and look at them before anything is trained on."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from capsexp.data.decode import Reading, decode
+from capsexp.data.preprocess import Preprocess, Shape
+from capsexp.data.threads import try_files
+from capsexp.errors import DataError
+
+
+class ReadImages(NamedTuple):
+    """The images of some files."""
+
+    images: UInt8[Tensor, "N C H W"]
+    """Empty if they are not kept; without meaning if there are problems."""
+    problems: list[str]
+    """A line for each file that cannot be decoded."""
+    plain: list[str]
+    """The files that show one color."""
+
+
+def read_images(
+    paths: Sequence[str], shape: Shape, reading: Reading, preprocess: Preprocess, *, keep: bool
+) -> ReadImages:
+    """Decode files, each resized at once: all at their size on disk may not fit into memory.
+
+    Args:
+        paths: the files.
+        shape: of each image in memory.
+        reading: of the set that they belong to.
+        preprocess: its `resize` is applied.
+        keep: whether to return the images. Without it, they are only looked at.
+    """
+    images = torch.empty((len(paths) if keep else 0, *shape), dtype=torch.uint8)
+
+    def read(place: int) -> bool:
+        image = decode(paths[place], shape[0], reading)
+        small = preprocess.resize_all(image[None])[0]
+        if tuple(small.shape) != shape:
+            sizes = (f"{height}x{width}" for _, height, width in (tuple(small.shape), shape))
+            raise DataError(f"{paths[place]} has another size than the other images: {' and '.join(sizes)}")
+        if keep:
+            images[place] = small
+        return bool((image == image[:, :1, :1]).all())
+
+    are_plain, problems = try_files(read, range(len(paths)))
+    plain = [] if problems else [path for path, flag in zip(paths, are_plain, strict=True) if flag]
+    return ReadImages(images, problems, plain)

@@ -75,7 +75,7 @@ def predict(arguments: Sequence[str]) -> int:
     options, flags, rest = parse(arguments)
     files = [text for text in rest if "=" not in text or Path(text).exists()]
     overrides = [text for text in rest if text not in files]
-    extra = {"top": 3, "weights": "best", "reconstructions": True, "output": None}
+    extra: dict[str, Any] = {"top": 3, "weights": "best", "reconstructions": True, "output": None}
     register_saved_config(overrides, command="predict", **extra)
     composed = compose("predict_run", overrides, config_dir=options.config_dir)
     if options.cfg or options.info:

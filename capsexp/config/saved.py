@@ -71,8 +71,8 @@ def _with_renamed_targets(node: Any) -> Any:
     for old, new in RENAMED_TARGETS.items():
         if isinstance(target, str) and target.startswith(old):
             node["_target_"] = new + target.removeprefix(old)
-    for key, value in ADDED_KEYS.get(str(target), {}).items():
-        node.setdefault(key, value)
+    for key, added in ADDED_KEYS.get(str(target), {}).items():
+        node.setdefault(key, added)
     return node
 
 

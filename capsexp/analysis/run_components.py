@@ -24,7 +24,7 @@ class Change(NamedTuple):
     new: Any
 
     def __str__(self) -> str:
-        return f"{self.key} was {self.old!r}, is {self.new!r}: these are not the data of the run"
+        return f"{self.key} was {self.old!r}, is {self.new!r}: these are not the images of the run's splits"
 
 
 def run_components(config: dict[str, Any], *, plugins: Sequence[str]) -> Components:

@@ -1,5 +1,6 @@
 """The saved config of a run directory: read it, and make it available to Hydra like conf/."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,8 @@ def _with_renamed_targets(node: Any) -> Any:
     for old, new in RENAMED_TARGETS.items():
         if isinstance(target, str) and target.startswith(old):
             node["_target_"] = new + target.removeprefix(old)
-    for key, default in ADDED_KEYS.get(str(target), {}).items():
-        node.setdefault(key, default)
+    for key, added in ADDED_KEYS.get(str(target), {}).items():
+        node.setdefault(key, added)
     return node
 
 
@@ -147,9 +148,16 @@ def _read(run: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{run} is not a run directory: there is no {path}")
     try:
-        return parse_saved(path.read_bytes())
+        return _with_present_data_root(parse_saved(path.read_bytes()))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _with_present_data_root(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config with CAPSEXP_DATA for a data root that does not exist, as on another machine."""
+    stored, here = config.get("data_root"), os.environ.get("CAPSEXP_DATA")
+    is_here = not isinstance(stored, str) or "${" in stored or os.path.isdir(stored)
+    return config if is_here or not here else {**config, "data_root": here}
 
 
 def _divide(saved: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

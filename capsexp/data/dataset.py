@@ -16,6 +16,11 @@ from capsexp.data.preprocess import Preprocess, Shape
 from capsexp.data.split import Split, SplitName, split_validation
 from capsexp.errors import DataError
 
+OTHER_DATA = (
+    "restore the data that the run was trained with; only `capsexp train … resume=force` continues it with "
+    "those of now"
+)
+
 
 class Dataset(ABC):
     """A dataset. Its constructor is cheap: no image is read before `read`.
@@ -92,7 +97,7 @@ class Dataset(ABC):
             DataError: one line for each difference.
         """
         if self.stored is not None and (lines := list(self.stored.differences(self.manifest(splits)))):
-            raise DataError(*lines)
+            raise DataError(*lines, OTHER_DATA)
 
     def read(self, split: SplitName) -> Split:
         """Read all images of a split, verified, on the CPU.

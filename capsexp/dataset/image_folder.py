@@ -1,8 +1,10 @@
 """A user's own images: one folder per class."""
 
+import dataclasses
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +13,9 @@ from capsexp.data.dataset import Dataset
 from capsexp.data.decode import Reading
 from capsexp.data.find_images import BackgroundChoice, Draws, FoundImages, find_images
 from capsexp.data.image_files import a_few
+from capsexp.data.image_manifest import added_files, classes_now, found_in, listed_now
 from capsexp.data.image_reader import ReadImages, read_images
-from capsexp.data.manifest import ListedSplit
+from capsexp.data.manifest import SPLITS, ListedSplit, Manifest
 from capsexp.data.preprocess import Preprocess
 from capsexp.data.split import Split, SplitName
 from capsexp.data.threads import refuse
@@ -51,6 +54,7 @@ class ImageFolder(Dataset):
 
     name = "image_folder"
     folder: Path
+    has_known_files = True
 
     def __init__(
         self,
@@ -79,18 +83,13 @@ class ImageFolder(Dataset):
         self._use(folder, found, preprocess=preprocess, validation=validation, split_seed=split_seed)
 
     @classmethod
-    def from_found(
-        cls,
-        folder: Path,
-        found: FoundImages,
-        *,
-        preprocess: Preprocess,
-        validation: int | float,
-        split_seed: int,
-    ) -> "ImageFolder":
-        """Return the dataset that was found before, without looking at its folder."""
+    def from_manifest(cls, *, manifest: Manifest, **settings: Any) -> "ImageFolder":
+        """Return the dataset of a run: with the classes and the files that it stored; see `Dataset`."""
         dataset = cls.__new__(cls)
-        dataset._use(folder, found, preprocess=preprocess, validation=validation, split_seed=split_seed)
+        dataset.stored = manifest
+        names = ("preprocess", "validation", "split_seed")
+        folder = Path(settings["path"]).expanduser()
+        dataset._use(folder, found_in(manifest), **{name: settings[name] for name in names})
         return dataset
 
     def _use(
@@ -108,12 +107,33 @@ class ImageFolder(Dataset):
         super().__init__(preprocess=preprocess, validation=validation, split_seed=split_seed)
         self._seen = _seen_before(self)
 
+    def manifest(self, splits: Sequence[ListedSplit] = SPLITS) -> Manifest:
+        """Return the files of some splits with their checksums, and the classes, as they are now."""
+        files = listed_now(self.folder, self.found.files, splits)
+        all_there = all(len(files[split]) == len(self.found.files.get(split, ())) for split in splits)
+        return dataclasses.replace(
+            super().manifest(splits),
+            classes=self.classes if all_there else classes_now(self.folder) or self.classes,
+            file_shape=self.found.file_shape,
+            reading=self.reading._asdict(),
+            files=files,
+        )
+
+    def caveats(self) -> list[str]:
+        """Return a line if the folder has images that the run does not know."""
+        added = added_files(self.folder, self.found.files) if self.stored is not None else []
+        if not added:
+            return []
+        count = "1 image was" if len(added) == 1 else f"{len(added)} images were"
+        return [f"{self.name}: {count} added to {self.folder} later and not used: {a_few(added)}"]
+
     def require_files(self) -> None:
         """Decode every image of every split, and keep those to train on until they are read.
 
         Raises:
             DataError: a line for each image that cannot be decoded; or no image has any contrast.
         """
+        self.require_stored(SPLITS)
         self._look_at("train", "validation", "test")
 
     def problems(self) -> list[str]:
@@ -130,6 +150,7 @@ class ImageFolder(Dataset):
         Raises:
             DataError: a line for each image that cannot be decoded; or no image has any contrast.
         """
+        self.require_stored(("train", "validation"))
         self._look_at("train", "validation")
         return self._read("train"), self._read("validation")
 

@@ -4,9 +4,9 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from capsexp.data.decode import Header, Reading, full_scale, read_header
+from capsexp.data.decode import Header, Reading, decode, full_scale, read_header
 from capsexp.data.image_files import Entry, a_few
-from capsexp.data.threads import map_files
+from capsexp.data.threads import refuse, try_files
 from capsexp.errors import DataError
 
 LOST = 16
@@ -64,8 +64,16 @@ def survey(
 @functools.lru_cache(maxsize=2)
 def _headers(entries: tuple[Entry, ...]) -> Headers:
     """Read all headers. A command builds its dataset twice, so the last ones are kept."""
-    headers = map_files(read_header, [entry.path for entry in entries])
-    return dict(zip((entry.path for entry in entries), headers, strict=True))
+    paths = [entry.path for entry in entries]
+    headers, problems = try_files(read_header, paths)
+    if problems:  # name the images that are damaged behind their headers, too
+        _, problems = try_files(_read_whole, paths)
+    refuse(problems)
+    return dict(zip(paths, headers, strict=True))
+
+
+def _read_whole(path: str) -> None:
+    decode(path, 1 if read_header(path).is_gray else 3)
 
 
 def _white(

@@ -131,13 +131,16 @@ class Dataset(ABC):
         """Read the training split without its validation images, and those (empty for `validation: 0`)."""
         return split_validation(self.read("train"), count=self.validation, seed=self.split_seed)
 
-    def test_count(self) -> int:
-        """Check the test images, and return their number, before anything is trained.
+    def check_test(self) -> int | None:
+        """Check the files of the test split before anything is trained, without reading it.
+
+        Returns:
+            The number of test images, if it is known.
 
         Raises:
             DataError: files are missing or damaged.
         """
-        return self.read("test").size
+        return None
 
     def familiar(self) -> Split | None:
         """Return test images like those of training, for datasets whose test split differs from training.

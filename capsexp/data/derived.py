@@ -56,6 +56,10 @@ class DerivedDataset(Dataset):
         """Return the source's caveats."""
         return self.source.caveats()
 
+    def check_test(self) -> int | None:
+        """Check the files of the source's test split, and return the number of its images."""
+        return self.source.check_test()
+
     def notes(self) -> list[str]:
         """Return lines about how the source's files are read."""
         return self.source.notes()

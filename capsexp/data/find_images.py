@@ -6,8 +6,9 @@ from typing import Literal, NamedTuple
 
 from capsexp.data.decode import Reading
 from capsexp.data.image_files import ENDINGS, Entry, Walk
-from capsexp.data.image_splits import FolderSplit, Layout, class_folders, find_layout
+from capsexp.data.image_splits import Layout, class_folders, find_layout
 from capsexp.data.image_survey import survey
+from capsexp.data.manifest import ListedSplit
 from capsexp.data.preprocess import Shape
 from capsexp.data.split import draw_by_name
 from capsexp.data.threads import refuse
@@ -33,7 +34,7 @@ class FoundImages(NamedTuple):
     """All that reading the images needs to know: plain values."""
 
     classes: tuple[str, ...]
-    files: Mapping[FolderSplit, Sequence[ImageFile]]
+    files: Mapping[ListedSplit, Sequence[ImageFile]]
     """Of each split, in order. `train` is without `validation`, which may be empty."""
     file_shape: Shape
     reading: Reading
@@ -108,7 +109,7 @@ def _classes(walk: Walk, folder: Path) -> dict[str, Path]:
     )
 
 
-def _splits(walk: Walk, layout: Layout, draws: Draws) -> tuple[dict[FolderSplit, ByClass], list[str]]:
+def _splits(walk: Walk, layout: Layout, draws: Draws) -> tuple[dict[ListedSplit, ByClass], list[str]]:
     """Return the images of each split by class, and lines for the user."""
     train = _images(walk, _classes(walk, layout.train))
     notes = []

@@ -20,8 +20,8 @@ class ReadImages(NamedTuple):
     """Empty if they are not kept; without meaning if there are problems."""
     problems: list[str]
     """A line for each file that cannot be decoded."""
-    plain: list[str]
-    """The files that show one color."""
+    plain: dict[str, tuple[int, ...]]
+    """The files that show one color, and that color."""
 
 
 def read_images(
@@ -38,7 +38,8 @@ def read_images(
     """
     images = torch.empty((len(paths) if keep else 0, *shape), dtype=torch.uint8)
 
-    def read(place: int) -> bool:
+    def read(place: int) -> tuple[int, ...] | None:
+        """Decode an image; return its color if it has only one."""
         image = decode(paths[place], shape[0], reading)
         small = preprocess.resize_all(image[None])[0]
         if tuple(small.shape) != shape:
@@ -46,8 +47,9 @@ def read_images(
             raise DataError(f"{paths[place]} has another size than the other images: {' and '.join(sizes)}")
         if keep:
             images[place] = small
-        return bool((image == image[:, :1, :1]).all())
+        color = image[:, :1, :1]
+        return tuple(color.flatten().tolist()) if bool((image == color).all()) else None
 
-    are_plain, problems = try_files(read, range(len(paths)))
-    plain = [] if problems else [path for path, flag in zip(paths, are_plain, strict=True) if flag]
-    return ReadImages(images, problems, plain)
+    colors, problems = try_files(read, range(len(paths)))
+    by_path = {} if problems else dict(zip(paths, colors, strict=True))
+    return ReadImages(images, problems, {path: color for path, color in by_path.items() if color})

@@ -5,13 +5,13 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from capsexp.data.image_files import Walk, a_few
+from capsexp.data.manifest import SPLITS, ListedSplit
 from capsexp.errors import DataError
 
-FolderSplit = Literal["train", "validation", "test"]
-WORDS: dict[str, FolderSplit] = {
+WORDS: dict[str, ListedSplit] = {
     **dict.fromkeys(("train", "training", "trainval"), "train"),
     **dict.fromkeys(("val", "valid", "validate", "validation"), "validation"),
     **dict.fromkeys(("dev", "development", "eval", "evaluation"), "validation"),
@@ -48,12 +48,12 @@ class SplitFolder(NamedTuple):
     """A folder whose name is that of a split."""
 
     path: Path
-    split: FolderSplit
+    split: ListedSplit
     rest: str
     """The other words of the name, such as `flowers` in flowers_train; empty for train and training_set."""
 
 
-def split_of(name: str) -> tuple[FolderSplit, str] | None:
+def split_of(name: str) -> tuple[ListedSplit, str] | None:
     """Return the split that a folder's name names, and the other words; None if it names no split.
 
     Case and separators do not matter, and numbers and words such as `set` and `images` do not count.
@@ -104,7 +104,7 @@ def find_layout(walk: Walk, root: Path) -> Layout:
 
 def _divided(walk: Walk, root: Path, named: Sequence[SplitFolder], others: Sequence[Path]) -> Layout:
     """Return the layout of a dataset with these folders of splits, and these other folders with images."""
-    by_split: dict[FolderSplit, list[str]] = defaultdict(list)
+    by_split: dict[ListedSplit, list[str]] = defaultdict(list)
     for folder in named:
         by_split[folder.split].append(folder.path.name)
     for split, names in by_split.items():
@@ -127,7 +127,8 @@ def _divided(walk: Walk, root: Path, named: Sequence[SplitFolder], others: Seque
             f"image_folder: {root} holds the classes {a_few(mixed)} beside the splits "
             f"{a_few([folder.path.name for folder in named])}; move them into a split"
         )
-    notes = [", ".join(f"{split} split: {path.relative_to(root)}" for split, path in sorted(found.items()))]
+    parts = [f"{split} split: {found[split].relative_to(root)}" for split in SPLITS if split in found]
+    notes = [", ".join(parts)]
     if others:
         notes.append(f"not used, being neither a split nor a class: {a_few([path.name for path in others])}")
     return Layout(found["train"], found.get("validation"), found.get("test"), tuple(notes))
@@ -179,7 +180,7 @@ def _lonely(walk: Walk, root: Path, named: Sequence[SplitFolder], others: Sequen
     return f"image_folder: {named[0].path} exists but {train} does not; add it, or use {root}/CLASS/…"
 
 
-def _require_classes(walk: Walk, splits: dict[FolderSplit, Path]) -> None:
+def _require_classes(walk: Walk, splits: dict[ListedSplit, Path]) -> None:
     for path in splits.values():
         if walk.listing(path).folders:
             continue

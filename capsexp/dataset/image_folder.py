@@ -15,7 +15,6 @@ from capsexp.data.find_images import BackgroundChoice, Draws, FoundImages, find_
 from capsexp.data.image_files import a_few
 from capsexp.data.image_manifest import added_files, classes_now, found_in, listed_now
 from capsexp.data.image_reader import ReadImages, read_images
-from capsexp.data.image_splits import FolderSplit
 from capsexp.data.manifest import SPLITS, ListedSplit, Manifest
 from capsexp.data.preprocess import Preprocess
 from capsexp.data.split import Split, SplitName
@@ -93,21 +92,6 @@ class ImageFolder(Dataset):
         dataset._use(folder, found_in(manifest), **{name: settings[name] for name in names})
         return dataset
 
-    @classmethod
-    def from_found(
-        cls,
-        folder: Path,
-        found: FoundImages,
-        *,
-        preprocess: Preprocess,
-        validation: int | float,
-        split_seed: int,
-    ) -> "ImageFolder":
-        """Return the dataset that was found before, without looking at its folder."""
-        dataset = cls.__new__(cls)
-        dataset._use(folder, found, preprocess=preprocess, validation=validation, split_seed=split_seed)
-        return dataset
-
     def _use(
         self,
         folder: Path,
@@ -175,7 +159,7 @@ class ImageFolder(Dataset):
         """How the images become bytes; `capsexp predict` reads others in the same way."""
         return self.found.reading
 
-    def test_count(self) -> int:
+    def check_test(self) -> int:
         """Decode the test images, unless that is done already, and return their number.
 
         Raises:
@@ -186,14 +170,14 @@ class ImageFolder(Dataset):
 
     def notes(self) -> list[str]:
         """Return lines about how the folder is read; also about images of one color, if they were decoded."""
-        plain = [path for split in self._seen.plain for path in self._seen.plain[split]]
-        line = f"{len(plain)} images show one color: {a_few(plain)}"
+        plain = [path for split in self._seen.plain.values() for path in split]
+        line = f"{len(plain)} images show one color each: {a_few(plain)}"
         return [f"{self.name}: {text}" for text in (*self.found.notes, *([line] if plain else []))]
 
     def _load(self, split: SplitName) -> Split:
         return self._read(split)
 
-    def _look_at(self, *splits: FolderSplit) -> None:
+    def _look_at(self, *splits: ListedSplit) -> None:
         """Decode the splits that were not decoded before."""
         problems = []
         for split in splits:
@@ -206,14 +190,16 @@ class ImageFolder(Dataset):
                 if split != "test":
                     self._seen.images[split] = result.images
         refuse(problems)
-        plain = [path for split in splits for path in self._seen.plain[split]]
-        if "train" in splits and len(plain) == sum(len(self.found.files[split]) for split in splits):
+        plain = {path: color for split in splits for path, color in self._seen.plain[split].items()}
+        count = sum(len(self.found.files[split]) for split in splits)
+        if "train" in splits and len(plain) == count and len(set(plain.values())) == 1:
+            color = "; ".join([f"color {next(iter(plain.values()))}", *self.found.notes])
             raise DataError(
-                f"image_folder: no image in {self.folder} has any contrast: each shows one color, such as "
-                f"{plain[0]}"
+                f"image_folder: no image in {self.folder} has any contrast: all pixels of all {count} images "
+                f"have the {color}"
             )
 
-    def _read(self, split: FolderSplit) -> Split:
+    def _read(self, split: ListedSplit) -> Split:
         images = self._seen.images.pop(split, None)
         if images is None:
             result = self._decode(split, keep=True)
@@ -223,7 +209,7 @@ class ImageFolder(Dataset):
             images, torch.tensor([file.label for file in self.found.files[split]], dtype=torch.int64)
         )
 
-    def _decode(self, split: FolderSplit, *, keep: bool) -> ReadImages:
+    def _decode(self, split: ListedSplit, *, keep: bool) -> ReadImages:
         paths = [str(self.folder / file.path) for file in self.found.files[split]]
         return read_images(paths, self.raw_shape, self.found.reading, self.preprocess, keep=keep)
 
@@ -232,9 +218,9 @@ class _Seen:
     """What was seen of a folder's images."""
 
     def __init__(self) -> None:
-        self.plain: dict[FolderSplit, list[str]] = {}
+        self.plain: dict[ListedSplit, dict[str, tuple[int, ...]]] = {}
         """The images of one color, of each split that was decoded."""
-        self.images: dict[FolderSplit, Tensor] = {}
+        self.images: dict[ListedSplit, Tensor] = {}
         """Decoded images that are still to be read. Each split is taken out once, to save memory."""
 
 

@@ -53,7 +53,7 @@ def analyze(
     )
     findings = study(run)
     _save_figures(directory.figures, findings)
-    caveats = components.dataset.caveats()
+    caveats = components.caveats()
     header = {"study": settings["study"], "step": run.step.number, "limit": limit, "remarks": caveats}
     file = _save_numbers(run.path / "studies", name, {**header, **findings.numbers})
     _to_tensorboard(run.path / "tb", name, findings, run.step.number)

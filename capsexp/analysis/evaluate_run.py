@@ -33,7 +33,7 @@ def evaluate_run(components: Components, config: Mapping[str, Any]) -> dict[str,
     table = Table(f"{split}, {batches.visited} images", weights)
     for name, value in metrics.items():
         table.add_row(name, f"{value:.6g}")
-    for caveat in run.dataset.caveats():
+    for caveat in components.caveats():
         print(printable(caveat))
     new_console().print(table)
     with open(run.path / "evaluations.jsonl", "a") as file:

@@ -88,6 +88,7 @@ def _join() -> None:
         # ended, and notices the loss by itself. While it trains, `StopSignal` handles the signal.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler would wait for the end of an exchange
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open as long as the process
 
 
@@ -100,7 +101,10 @@ def _end(error: BaseException) -> NoReturn:
         pass
     elif _reports(error):
         sys.stderr = sys.__stderr__
-        print_error(error) if isinstance(error, UserError) else traceback.print_exception(error)
+        if isinstance(error, UserError):
+            print_error(error)
+        elif not isinstance(error, KeyboardInterrupt):
+            traceback.print_exception(error)
         with contextlib.suppress(RuntimeError):
             _store.set("exit code", str(code))
     else:

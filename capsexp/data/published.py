@@ -27,6 +27,7 @@ class PublishedDataset(Dataset):
 
     files: tuple[RemoteFile, ...]
     """The files to download, and the files on disk that they contain."""
+    has_known_files = True
 
     def __init__(
         self, *, root: str, download: bool, preprocess: Preprocess, validation: int | float, split_seed: int
@@ -61,6 +62,10 @@ class PublishedDataset(Dataset):
     def problems(self) -> list[str]:
         """Return one line for every missing or damaged file."""
         return [problem for stored in self._stored_files() if (problem := self._problem(stored))]
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return the published checksum of each file: what is read has been verified."""
+        return {stored.name: stored.checksum for stored in self._stored_files()}
 
     def files_of(self, split: SplitName) -> list[StoredFile]:
         """Return the files that reading this split opens."""

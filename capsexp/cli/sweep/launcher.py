@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.live import Live
 
+from capsexp.child import python_command
 from capsexp.cli.sweep.folder import Sweep, job_labels, jobs_table
 from capsexp.cli.sweep.job_process import JOB_VARIABLE
 from capsexp.config.compose import to_plain
@@ -66,7 +66,7 @@ class JobProcess:
             # In its own session, so that Ctrl-C reaches it only once, through us. The pipe to its stdin
             # closes when this process exits.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "capsexp", "train", *arguments],
+                [*python_command("from capsexp.cli import main; sys.exit(main())"), "train", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -103,7 +103,7 @@ class JobProcess:
     def _record_end(self) -> None:
         assert self._process is not None
         code = self._process.returncode
-        stopped = self._stop_sent and code < 0  # by our signal, before the job had installed its handler
+        stopped = self._stop_sent and (code < 0 or code > 128)  # by our signal, before it trained
         self.run.mark_dead("interrupted" if stopped else "failed", self._exit_reason(), exit_code=code)
         if not stopped:
             from capsexp.training.record import end_session

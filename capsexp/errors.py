@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -95,6 +96,8 @@ def print_error(error: UserError) -> int:
 
 def exit_code(error: BaseException) -> int:
     """Return the exit code of a process that this error ends; above 128 for Ctrl-C and signals."""
+    if isinstance(error, Stopped):
+        return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, SystemExit):
@@ -110,6 +113,18 @@ def is_interruption(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends the process where nothing needs to be saved.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
 
 
 class RunStopped(UserError):  # noqa: N818 - a signal or a stop, not always an error

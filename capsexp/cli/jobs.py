@@ -18,7 +18,7 @@ from capsexp.config.compose import VERSION_BASE, conf_dir, to_plain
 from capsexp.config.overrides import plugins
 from capsexp.config.paths import stored_form, with_absolute_paths
 from capsexp.config.settings import GROUPS, published
-from capsexp.errors import JobFailed, UserError, print_error
+from capsexp.errors import JobFailed, RunStopped, UserError, exit_code, print_error
 from capsexp.text import printable
 from capsexp.training.run_dir import RunDir
 
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from capsexp.config.components import Components
 
 # Hydra takes plugins only from the package hydra_plugins. This one adds the launcher of sweeps.
-sys.path.append(str(Path(__file__).with_name("sweep") / "_plugins"))
+_PLUGINS = str(Path(__file__).with_name("sweep") / "_plugins")
+if _PLUGINS not in sys.path:  # the process that started this one may have passed its path on
+    sys.path.append(_PLUGINS)
 
 _argv = tuple(sys.argv)  # as typed: `call_hydra` replaces it
 
@@ -54,13 +56,21 @@ def training_job(composed: DictConfig) -> float | None:
         )
     try:
         with report_once():  # inside the job, because Hydra adds a line to errors that leave it
-            _train_in(RunDir(path), composed)
+            _train_until_stopped(RunDir(path), composed)
     except UserError as error:
         code = print_error(error)
         if not sweeping or code > 128:  # a signal ends the whole sweep
             raise SystemExit(code) from None
         raise JobFailed(*error.problems) from None
     return RunDir(path).best_accuracy()
+
+
+def _train_until_stopped(run: RunDir, composed: DictConfig) -> None:
+    try:
+        _train_in(run, composed)
+    except KeyboardInterrupt as interrupt:  # before the first step, or a second Ctrl-C
+        line = f"{interrupt or 'SIGINT'}: stopped; run the same command with run={run.path} to continue"
+        raise RunStopped(line, exit_code=exit_code(interrupt)) from None
 
 
 def _train_in(run: RunDir, composed: DictConfig) -> None:

@@ -21,6 +21,11 @@ OTHER_DATA = (
     "those of now"
 )
 
+NO_LIST = (
+    "an earlier version began this run and stored no list of its images: those drawn for testing and "
+    "validation may be others now"
+)
+
 
 class Dataset(ABC):
     """A dataset. Its constructor is cheap: no image is read before `read`.
@@ -49,6 +54,8 @@ class Dataset(ABC):
     """The data of the run that the dataset belongs to; None for a new run."""
     has_known_files: bool = False
     """Whether `fingerprints` or the files of `manifest` identify the data. If not, the arrays read do."""
+    lists_files: bool = False
+    """Whether `manifest` lists the files of each split."""
 
     def __init__(self, *, preprocess: Preprocess, validation: int | float, split_seed: int) -> None:
         self.preprocess = preprocess

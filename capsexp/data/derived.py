@@ -25,6 +25,7 @@ class DerivedDataset(Dataset):
         self, source: Dataset, *, preprocess: Preprocess, validation: int | float, split_seed: int
     ) -> None:
         self.source, self.classes = source, source.classes
+        self.lists_files = source.lists_files
         self.folder: Path | None = source.folder
         super().__init__(preprocess=preprocess, validation=validation, split_seed=split_seed)
 

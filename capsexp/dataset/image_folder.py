@@ -54,7 +54,7 @@ class ImageFolder(Dataset):
 
     name = "image_folder"
     folder: Path
-    has_known_files = True
+    has_known_files = lists_files = True
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from capsexp.data.dataset import OTHER_DATA, Dataset
+from capsexp.data.dataset import NO_LIST, OTHER_DATA, Dataset
 from capsexp.data.manifest import Manifest
 from capsexp.errors import UserError
 
@@ -42,6 +42,8 @@ def keep_data(run: Path, dataset: Dataset, *, force: bool, report: Callable[[str
     if changes and not force:
         raise UserError(*changes, OTHER_DATA)
     _report(changes, report)
+    if stored is None and dataset.lists_files and any((run / "checkpoints").glob("*.pt")):
+        report(NO_LIST)
     if stored is not None and not changes:
         now = replace(now, fingerprints={**stored.fingerprints, **now.fingerprints})
     if stored != now:

@@ -238,7 +238,7 @@ def test_no_module_outside_the_allowed_packages_is_imported(mischief, marker):
     "target",
     [
         "capsexp.data.download.fetch",
-        "capsexp.cli.main.os.system",
+        "capsexp.cli.entry.os.system",
         "capsexp.training.record.Record",
         "capsexp.training.checkpoint.load",
         "capsexp.training.run_dir.RunDir",

@@ -1,5 +1,6 @@
 """Decode the images of a split in threads, and look at them before anything is trained on."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,6 +24,8 @@ class ReadImages(NamedTuple):
     """A line for each file that cannot be decoded."""
     plain: dict[str, tuple[int, ...]]
     """The files that show one color, and that color."""
+    digests: dict[bytes, str]
+    """The other files by a hash of their pixels; of equal ones the last."""
 
 
 def read_images(
@@ -39,8 +42,8 @@ def read_images(
     """
     images = _empty(len(paths) if keep else 0, shape)
 
-    def read(place: int) -> tuple[int, ...] | None:
-        """Decode an image; return its color if it has only one."""
+    def read(place: int) -> tuple[int, ...] | bytes:
+        """Decode an image; return its color if it has only one, otherwise a hash of its pixels."""
         image = decode(paths[place], shape[0], reading)
         small = preprocess.resize_all(image[None])[0]
         if tuple(small.shape) != shape:
@@ -49,11 +52,15 @@ def read_images(
         if keep:
             images[place] = small
         color = image[:, :1, :1]
-        return tuple(color.flatten().tolist()) if bool((image == color).all()) else None
+        if bool((image == color).all()):
+            return tuple(color.flatten().tolist())
+        return hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest()
 
-    colors, problems = try_files(read, range(len(paths)))
-    by_path = {} if problems else dict(zip(paths, colors, strict=True))
-    return ReadImages(images, problems, {path: color for path, color in by_path.items() if color})
+    seen, problems = try_files(read, range(len(paths)))
+    by_path = {} if problems else dict(zip(paths, seen, strict=True))
+    plain = {path: color for path, color in by_path.items() if isinstance(color, tuple)}
+    digests = {digest: path for path, digest in by_path.items() if isinstance(digest, bytes)}
+    return ReadImages(images, problems, plain, digests)
 
 
 def _empty(count: int, shape: Shape) -> UInt8[Tensor, "N C H W"]:

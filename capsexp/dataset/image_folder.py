@@ -171,10 +171,11 @@ class ImageFolder(Dataset):
         return len(self.found.files["test"])
 
     def notes(self) -> list[str]:
-        """Return lines about how the folder is read; also about images of one color, if they were decoded."""
+        """Return lines about how the folder is read, and about images that a check has found strange."""
         plain = [path for split in self._seen.plain.values() for path in split]
-        line = f"images that show only one color: {len(plain)} ({a_few(plain)})"
-        return [f"{self.name}: {text}" for text in (*self.found.notes, *([line] if plain else []))]
+        lines = [f"images that show only one color: {len(plain)} ({a_few(plain)})"] if plain else []
+        lines += self._seen.copies()
+        return [f"{self.name}: {line}" for line in (*self.found.notes, *lines)]
 
     def _load(self, split: SplitName) -> Split:
         return self._read(split)
@@ -189,6 +190,7 @@ class ImageFolder(Dataset):
                 if result.problems:
                     continue
                 self._seen.plain[split] = result.plain
+                self._seen.digests[split] = result.digests
                 if split != "test":
                     self._seen.images[split] = result.images
         refuse(problems)
@@ -222,8 +224,20 @@ class _Seen:
     def __init__(self) -> None:
         self.plain: dict[ListedSplit, dict[str, tuple[int, ...]]] = {}
         """The images of one color, of each split that was decoded."""
+        self.digests: dict[ListedSplit, dict[bytes, str]] = {}
+        """The other images, by a hash of their pixels."""
         self.images: dict[ListedSplit, Tensor] = {}
         """Decoded images that are still to be read. Each split is taken out once, to save memory."""
+
+    def copies(self) -> list[str]:
+        """Return a line about test and validation images that are training images, too."""
+        train = self.digests.get("train", {})
+        others = [self.digests[split] for split in self.digests if split != "train"]
+        paths = [other[digest] for other in others for digest in other if digest in train]
+        text = (
+            f"images for validation or testing that are training images, too: {len(paths)} ({a_few(paths)})"
+        )
+        return [text] if paths else []
 
 
 _SEEN: "weakref.WeakValueDictionary[Hashable, _Seen]" = weakref.WeakValueDictionary()

@@ -241,6 +241,21 @@ def test_images_without_contrast_are_refused_or_counted(tmp_path):
     assert "images that show only one color: 11 (" in dataset.notes()[-1]
 
 
+def test_copies_of_training_images_in_another_split_are_told(tmp_path):
+    write_splits(tmp_path, size=(9, 9))
+    for number, path in enumerate(sorted(tmp_path.glob("t*/*/*.png"))):
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (9, 9), np.uint8)).save(path)
+    dataset = folder(tmp_path)
+    dataset.require_files()
+    assert not any("training images, too" in line for line in dataset.notes())
+    with Image.open(tmp_path / "train/cat/1.png") as image:
+        image.save(tmp_path / "test/dog/2.png", compress_level=0)
+    dataset = folder(tmp_path)
+    dataset.require_files()
+    where = tmp_path / "test/dog/2.png"
+    assert any(line.endswith(f"training images, too: 1 ({where})") for line in dataset.notes())
+
+
 def test_a_folder_of_validation_images_validates(tmp_path):
     for split in ("train", "valid", "test"):
         write_classes(tmp_path / split, count=4)

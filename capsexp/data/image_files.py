@@ -95,7 +95,7 @@ class Walk:
             parts = ", ".join(f"{count} {printable(ending)}" for ending, count in self.passed.most_common(10))
             others = sum(count for _, count in self.passed.most_common()[10:])
             more = f" and {others} others" if others else ""
-            lines.append(f"files passed over: {parts}{more} (read are {', '.join(ENDINGS)})")
+            lines.append(f"files passed over, whose endings are not those of images: {parts}{more}")
         for names, text in (
             (self.special, "not regular files, so never opened"),
             (self.links, "not followed, because they lead nowhere, or to what the dataset holds already"),

@@ -22,6 +22,8 @@ class ReadImages(NamedTuple):
     """Empty if they are not kept; without meaning if there are problems."""
     problems: list[str]
     """A line for each file that cannot be decoded."""
+    contrast: int
+    """The largest difference of two bytes of one channel in one image."""
     plain: dict[str, tuple[int, ...]]
     """The files that show one color, and that color."""
     digests: dict[bytes, str]
@@ -42,8 +44,8 @@ def read_images(
     """
     images = _empty(len(paths) if keep else 0, shape)
 
-    def read(place: int) -> tuple[int, ...] | bytes:
-        """Decode an image; return its color if it has only one, otherwise a hash of its pixels."""
+    def read(place: int) -> tuple[int, tuple[int, ...] | bytes]:
+        """Decode an image; return its contrast, and its color if it has only one, or a hash of its pixels."""
         image = decode(paths[place], shape[0], reading)
         small = preprocess.resize_all(image[None])[0]
         if tuple(small.shape) != shape:
@@ -51,16 +53,23 @@ def read_images(
             raise DataError(f"{paths[place]} has another size than the other images: {' and '.join(sizes)}")
         if keep:
             images[place] = small
-        color = image[:, :1, :1]
-        if bool((image == color).all()):
-            return tuple(color.flatten().tolist())
-        return hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest()
+        lowest, highest = image.amin((1, 2)), image.amax((1, 2))
+        contrast = int((highest - lowest).max())
+        if contrast == 0:
+            return 0, tuple(lowest.tolist())
+        return contrast, hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest()
 
     seen, problems = try_files(read, range(len(paths)))
-    by_path = {} if problems else dict(zip(paths, seen, strict=True))
-    plain = {path: color for path, color in by_path.items() if isinstance(color, tuple)}
-    digests = {digest: path for path, digest in by_path.items() if isinstance(digest, bytes)}
-    return ReadImages(images, problems, plain, digests)
+    if problems:
+        return ReadImages(images, problems, 0, {}, {})
+    by_path = {path: content for path, (_, content) in zip(paths, seen, strict=True)}
+    return ReadImages(
+        images,
+        problems,
+        max((contrast for contrast, _ in seen), default=0),
+        plain={path: content for path, content in by_path.items() if isinstance(content, tuple)},
+        digests={content: path for path, content in by_path.items() if isinstance(content, bytes)},
+    )
 
 
 def _empty(count: int, shape: Shape) -> UInt8[Tensor, "N C H W"]:

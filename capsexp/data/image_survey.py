@@ -51,13 +51,13 @@ def survey(
     headers = _headers(tuple(entries))
     white, white_note = _white(headers, "whole", white_level)
     float_white, float_note = _white(headers, "float", white_level)
-    _refuse_dark_colors(headers)
+    upper_note = _upper(headers)
     ground, ground_note = _background(headers, background)
     return Survey(
         channels=1 if all(header.is_gray for header in headers.values()) else 3,
         size=resize or _common_size(headers),
         reading=Reading(white, float_white, ground),
-        notes=tuple(note for note in (white_note, float_note, ground_note) if note),
+        notes=tuple(note for note in (white_note, float_note, upper_note, ground_note) if note),
     )
 
 
@@ -120,13 +120,15 @@ def _lost(headers: Headers, ground: int) -> list[str]:
     return [path for path, both in contrasts if both and both[ground] < LOST <= both[1 - ground]]
 
 
-def _refuse_dark_colors(headers: Headers) -> None:
+def _upper(headers: Headers) -> str:
+    """Return a line about colors of 16 bits; refuse those that the upper 8 bits do not show."""
     upper = {path: header.largest for path, header in headers.items() if header.pixels == "upper"}
     if upper and max(upper.values()) < LOWEST_UPPER:
         raise DataError(
             f"image_folder: the colors of {a_few(list(upper))} have 16 bits, of which the upper 8 are read, "
             f"and those are below {LOWEST_UPPER}; convert the images to 8 bits"
         )
+    return f"images in colors of 16 bits, of which the upper 8 are read: {len(upper)}" if upper else ""
 
 
 def _common_size(headers: Headers) -> tuple[int, int]:

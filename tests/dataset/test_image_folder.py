@@ -238,7 +238,17 @@ def test_images_without_contrast_are_refused_or_counted(tmp_path):
     write_image(tmp_path / "train/cat/0.png")
     dataset = folder(tmp_path)
     dataset.require_files()
-    assert "images that show only one color: 11 (" in dataset.notes()[-1]
+    assert any("images that show only one color: 11 (" in line for line in dataset.notes())
+
+
+def test_little_contrast_is_told(tmp_path):
+    write_splits(tmp_path)
+    for number, path in enumerate(sorted(tmp_path.glob("t*/*/*.png"))):
+        Image.fromarray(np.random.default_rng(number).integers(0, 2, (6, 8), np.uint8)).save(path)
+    dataset = folder(tmp_path)
+    dataset.require_files()
+    line = "image_folder: images have little contrast: no two pixels of one differ by more than 1"
+    assert line in dataset.notes()
 
 
 def test_copies_of_training_images_in_another_split_are_told(tmp_path):
@@ -311,7 +321,7 @@ def test_loose_images_and_other_files_are_told(tmp_path):
     (tmp_path / "train/cat/x.heic").write_text("no image")
     notes = " ".join(folder(tmp_path).notes())
     assert f"not used, being in no class folder: {tmp_path}/loose.png, {tmp_path}/train/loose.png" in notes
-    assert "files passed over: 1 .heic (read are " in notes
+    assert "files passed over, whose endings are not those of images: 1 .heic" in notes
 
 
 def nothing(root):

@@ -11,8 +11,8 @@ from typing import Unpack
 from capsexp.data.batches import Batches, BatchOptions
 from capsexp.data.download import Progress
 from capsexp.data.preprocess import Preprocess, Shape
-from capsexp.data.split import Split, SplitName, split_validation
-from capsexp.errors import DataError
+from capsexp.data.split import Split, SplitName, split_validation, validation_size
+from capsexp.errors import DataError, refuse, require_seed
 
 
 class Dataset(ABC):
@@ -36,12 +36,19 @@ class Dataset(ABC):
     """Channels, height, width of the images on disk."""
     labels_per_image: int = 1
     """Classes that each image of `batches` shows."""
+    training_size: int | None = None
+    """Images that `validation` is taken from; None where only the files tell."""
     folder: Path | None = None
     """Where the files are; None for a dataset without files."""
 
     def __init__(self, *, preprocess: Preprocess, validation: int | float, split_seed: int) -> None:
         self.preprocess = preprocess
-        self.validation = _check_validation(validation)
+        if not (validation >= 0 if isinstance(validation, int) else 0 < validation < 1):
+            refuse(f"validation must be an integer >= 0 or a share in (0, 1), got {validation!r}")
+        elif self.training_size is not None:
+            validation_size(validation, self.training_size)
+        require_seed(split_seed=split_seed)
+        self.validation = validation
         self.split_seed = split_seed
         self.raw_shape = preprocess.resized_shape(self.file_shape)
         """Shape of the images in memory; `capsexp predict` resizes images to it."""
@@ -100,9 +107,3 @@ class Dataset(ABC):
     @abstractmethod
     def _load(self, split: SplitName) -> Split:
         """Check the files of a split and return its images at the size that they have on disk."""
-
-
-def _check_validation(validation: int | float) -> int | float:
-    if not (validation >= 0 if isinstance(validation, int) else 0 < validation < 1):
-        raise ValueError(f"validation must be an integer >= 0 or a share in (0, 1), got {validation!r}")
-    return validation

@@ -17,7 +17,8 @@ from capsexp.cli.torchrun import launcher, processes, report_once
 from capsexp.config.compose import VERSION_BASE, conf_dir, to_plain
 from capsexp.config.overrides import plugins
 from capsexp.config.paths import stored_form, with_absolute_paths
-from capsexp.config.settings import GROUPS, published
+from capsexp.config.settings import GROUPS
+from capsexp.config.values import root_problems
 from capsexp.errors import JobFailed, RunStopped, UserError, exit_code, print_error
 from capsexp.text import printable
 from capsexp.training.run_dir import RunDir
@@ -154,12 +155,7 @@ def validate_saved(composed: DictConfig, overrides: Sequence[str]) -> "Component
 
 def _checked(plain: Mapping[str, Any], build: "Callable[[], Components]") -> "Components":
     """Build the components; add the mistakes in settings that no component has."""
-    resume = plain.get("resume")
-    problems = [] if resume in ("auto", "force") else [f"resume: must be 'auto' or 'force', got {resume!r}"]
-    try:
-        published(plain)
-    except ValueError as error:
-        problems.append(str(error))
+    problems = [line for line in root_problems(plain) if not line.startswith("seed:")]  # the build says that
     try:
         components = build()
     except UserError as error:

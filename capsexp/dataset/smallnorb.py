@@ -17,7 +17,7 @@ from capsexp.data.norb_file import check_values, open_norb
 from capsexp.data.preprocess import RESIZE_CHUNK, Preprocess
 from capsexp.data.published import PublishedDataset
 from capsexp.data.split import Split, SplitName
-from capsexp.errors import DataError
+from capsexp.errors import DataError, refuse
 
 URL = "https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/"
 FOLDER = "smallnorb/"
@@ -133,11 +133,9 @@ class SmallNORB(PublishedDataset):
         instances = self.setup.instances["train"]
         if validation_instance is not None and validation_instance not in instances:
             allowed = ", ".join(map(str, instances))
-            raise ValueError(
-                f"validation_instance must be null or one of {allowed}, got {validation_instance}"
-            )
+            refuse(f"validation_instance must be null or one of {allowed}, got {validation_instance}")
         if viewpoint is None and test_views != "all":
-            raise ValueError(f"test_views must be 'all' where viewpoint is null, got {test_views!r}")
+            refuse(f"test_views must be 'all' where viewpoint is null, got {test_views!r}")
         self.channels, self.validation_instance = CAMERAS[cameras], validation_instance
         self.viewpoint = viewpoint
         self.test_views: Literal["all", "familiar", "novel"] = test_views

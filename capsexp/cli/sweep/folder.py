@@ -24,7 +24,8 @@ from capsexp.compare.runs import read_all, read_status
 from capsexp.compare.tables import STATUS_COLOURS, as_csv, markdown, print_comparison
 from capsexp.config.naming import affects_results, job_name
 from capsexp.errors import Notes
-from capsexp.files import locked, write_atomic
+from capsexp.files import write_atomic
+from capsexp.locks import locked
 from capsexp.training.run_dir import RunDir
 
 SHOWN_FIRST = ("running", "failed", "died")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from capsexp.files import locked
+from capsexp.locks import locked
 
 SOURCES = [Path(__file__).with_name(name) for name in ("em.cpp", "dynamic.cpp")]
 HEADERS = [Path(__file__).with_name("vectors.h")]

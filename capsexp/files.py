@@ -1,8 +1,7 @@
 """Writes that end complete or not at all, and guarded reads.
 
-One rule holds for everything that capsexp writes: it writes into regular files that have one name, in folders that
-are folders. A link, a pipe or a device is never written through: `write_atomic` replaces it, and what opens a file
-(`open_own`) or a folder (`own_folder`) refuses it.
+capsexp writes only into regular files with one name, and makes files only in folders that are no links. It
+never writes through a link, a pipe or a device: `write_atomic` replaces it; `open_own` and `own_folder` refuse it.
 """
 
 import contextlib
@@ -21,7 +20,7 @@ from capsexp.errors import UserError
 LARGEST_READ = 256 * 2**20
 """Bytes of the largest file that `read_regular` reads by default."""
 LEFTOVER_SECONDS = 3600
-"""Age at which the unfinished file of a write that was killed is removed by the next write of the same file."""
+"""Age at which the leftover of a killed write is removed by the next write of the same file."""
 _UNFINISHED = re.compile(r"\.(.+)\.\d+\.tmp", re.DOTALL)
 
 
@@ -97,7 +96,9 @@ def require_own(path: Path, *, replaced: bool = False) -> None:
     except OSError:
         return
     if stat.S_ISLNK(status.st_mode):
-        raise WriteError(path, f"it is a link to {os.readlink(path)}, which capsexp does not follow: remove it")
+        raise WriteError(
+            path, f"it is a link to {os.readlink(path)}, which capsexp does not follow: remove it"
+        )
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         raise WriteError(path, "it is a pipe, a device or a socket, no file: remove it")
     if stat.S_ISREG(status.st_mode) and status.st_nlink > 1 and not replaced:
@@ -129,13 +130,13 @@ def append_line(path: Path, line: str) -> None:
         WriteError: see `open_own`.
     """
     with open_own(path, "ab") as file, writing(path):
-        size = os.fstat(file.fileno()).st_size
-        raw, content = file.raw, memoryview(line.encode() + b"\n")
+        descriptor, content = file.fileno(), memoryview(line.encode() + b"\n")
+        size = os.fstat(descriptor).st_size
         try:
             while content:
-                content = content[raw.write(content) :]
+                content = content[os.write(descriptor, content) :]
         except OSError:
-            os.ftruncate(file.fileno(), size)
+            os.ftruncate(descriptor, size)
             raise
 
 
@@ -187,8 +188,8 @@ def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
 class _Sink(io.RawIOBase):
     """An open file whose first failed write is raised at the end.
 
-    Inside torch.save and image encoders, an OSError turns into another error, or none. So writes after the first
-    error seem to succeed. `fileno` is refused, because encoders would write past this object.
+    Inside torch.save and image encoders, an OSError turns into another error, or none. So writes after the
+    first error seem to succeed. `fileno` is refused, because encoders would write past this object.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -240,10 +241,10 @@ def _sweep_old(path: Path) -> None:
     """Remove old leftovers of killed writes of this file: in an hour, no other process still writes it."""
     with contextlib.suppress(OSError):
         for entry in list(os.scandir(path.parent)):
-            name = _UNFINISHED.fullmatch(entry.name)
-            if name and name[1] == path.name and entry.is_file(follow_symlinks=False):
-                if time.time() - entry.stat(follow_symlinks=False).st_mtime > LEFTOVER_SECONDS:
-                    os.unlink(entry.path)
+            name, status = _UNFINISHED.fullmatch(entry.name), entry.stat(follow_symlinks=False)
+            is_leftover = name and name[1] == path.name and stat.S_ISREG(status.st_mode)
+            if is_leftover and time.time() - status.st_mtime > LEFTOVER_SECONDS:
+                os.unlink(entry.path)
 
 
 def make_folder(path: Path) -> None:

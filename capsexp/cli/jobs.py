@@ -61,18 +61,23 @@ def training_job(composed: DictConfig) -> float | None:
 def _train_in(run: RunDir, composed: DictConfig) -> None:
     from capsexp.config.build import build_components
     from capsexp.training.memory import explain_out_of_memory
+    from capsexp.training.start import require_resumable
     from capsexp.training.train import train
 
     plain = to_plain(composed)
     components = build_components(plain, plugins=plugins(HydraConfig.get().overrides.task))
     with run.locked():
         finished = run.is_finished(plain)
+        if plain["resume"] == "force" and not finished:
+            require_resumable(components, run.checkpoints)
         run.check_config(plain, resume=plain["resume"], command=typed_command())
         hydra_node = {"hydra": HydraConfig.get()}
         run.write_composed(config=composed, hydra=hydra_node, overrides=HydraConfig.get().overrides.task)
         processes().broadcast(lambda: None if finished else run.path)
         if finished:
-            metrics = "  ".join(f"{name} {value:.4f}" for name, value in run.status()["results"].items())
+            metrics = "  ".join(
+                f"{name} {value:.4f}" for name, value in run.status().get("results", {}).items()
+            )
             print(f"{run.path} is complete: {metrics}")
             return
         choices = {group: HydraConfig.get().runtime.choices.get(group) for group in GROUPS}

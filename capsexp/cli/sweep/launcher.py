@@ -104,7 +104,7 @@ class JobProcess:
         stopped = self._stop_sent and code < 0  # by our signal, before the job had installed its handler
         self.run.mark_dead("interrupted" if stopped else "failed", self._exit_reason(), exit_code=code)
         if not stopped:
-            from capsexp.training.record import end_session
+            from capsexp.training.events import end_session
 
             end_session(self.run.path, "failed")
 

@@ -1,7 +1,7 @@
 """Writes that end complete or not at all, and guarded reads.
 
 capsexp writes only into regular files with one name, and makes files only in folders that are no links. It
-never writes through a link, a pipe or a device: `write_atomic` replaces it; `open_own` and `own_folder` refuse it.
+never writes through a link, a pipe or a device: `write_atomic` replaces it, the other functions refuse it.
 """
 
 import contextlib
@@ -171,7 +171,7 @@ def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
         new.unlink(missing_ok=True)
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
-            with _Sink(descriptor) as sink, io.BufferedWriter(sink) as file:
+            with _Sink(descriptor, new.name) as sink, io.BufferedWriter(sink) as file:
                 try:
                     write(file)
                     file.flush()
@@ -192,8 +192,10 @@ class _Sink(io.RawIOBase):
     first error seem to succeed. `fileno` is refused, because encoders would write past this object.
     """
 
-    def __init__(self, descriptor: int) -> None:
-        self._file = io.FileIO(descriptor, "wb")
+    mode = "wb"
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self._file, self.name = io.FileIO(descriptor, "wb"), name
         self._error: OSError | None = None
 
     def write(self, data: Any) -> int:

@@ -17,7 +17,15 @@ from typing import IO, Any
 import torch
 
 from capsexp.errors import RunStopped, UserError, first_line
-from capsexp.files import WriteError, own_folder, read_regular, unfinished, write_atomic, writing
+from capsexp.files import (
+    WriteError,
+    own_folder,
+    read_regular,
+    sweep_unfinished,
+    unfinished,
+    write_atomic,
+    writing,
+)
 from capsexp.training.saved_state import problem
 
 SCHEMA = 1
@@ -140,7 +148,7 @@ def link(folder: Path, name: str, step: int) -> None:
 
 
 def prune(folder: Path, *, keep_last: int, keep_steps: Collection[int], keep_every: int | None) -> None:
-    """Delete old checkpoints.
+    """Delete the leftovers of killed saves, and old checkpoints.
 
     Args:
         folder: the run's `checkpoints` folder.
@@ -148,6 +156,7 @@ def prune(folder: Path, *, keep_last: int, keep_steps: Collection[int], keep_eve
         keep_steps: keep the checkpoints of these steps.
         keep_every: keep the checkpoints of every so many steps; None for no more.
     """
+    sweep_unfinished(folder)
     for path in list_saved(folder)[:-keep_last]:
         step = step_of(path)
         if step not in keep_steps and not (keep_every and step % keep_every == 0):

@@ -1,6 +1,7 @@
 """`capsexp eval`: metrics of a trained run on a split."""
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ from rich.table import Table
 
 from capsexp.analysis.trained_run import TrainedRun
 from capsexp.config.components import Components
+from capsexp.files import WriteError, append_line
+from capsexp.training.run_dir import RunDir
+
+EVALUATIONS = "evaluations.jsonl"
 
 
 def evaluate_run(components: Components, config: Mapping[str, Any]) -> dict[str, float]:
@@ -23,11 +28,12 @@ def evaluate_run(components: Components, config: Mapping[str, Any]) -> dict[str,
         See `TrainedRun.evaluate`.
 
     Raises:
-        UserError: an unknown or empty split; weights that cannot be loaded.
+        UserError: an unknown or empty split; weights that cannot be loaded; evaluations.jsonl is a link.
     """
-    split = config["split"]
+    split, directory = config["split"], RunDir(Path(config["run"]))
+    directory.require_own(EVALUATIONS)
     components.device.prepare()
-    run = TrainedRun.restore(components, Path(config["run"]), weights=config["weights"], config=dict(config))
+    run = TrainedRun.restore(components, directory.path, weights=config["weights"], config=dict(config))
     batches = run.evaluation_batches(split)
     metrics = run.evaluate_batches(batches)
     weights = f"{config['weights']} weights, step {run.step.number}"
@@ -37,7 +43,9 @@ def evaluate_run(components: Components, config: Mapping[str, Any]) -> dict[str,
     for caveat in run.dataset.caveats():
         print(caveat)
     Console().print(table)
-    with open(run.path / "evaluations.jsonl", "a") as file:
-        line = {"split": split, "step": run.step.number, "config": config, **metrics}
-        file.write(json.dumps(line) + "\n")
+    line = {"split": split, "step": run.step.number, "config": config, **metrics}
+    try:
+        append_line(run.path / EVALUATIONS, json.dumps(line))
+    except WriteError as error:  # the metrics are printed above
+        print(f"capsexp: not stored: {error}", file=sys.stderr)
     return metrics

@@ -24,7 +24,7 @@ from capsexp.compare.runs import read_all, read_status
 from capsexp.compare.tables import STATUS_COLOURS, as_csv, markdown, print_comparison
 from capsexp.config.naming import affects_results, job_name
 from capsexp.errors import Notes
-from capsexp.files import write_atomic
+from capsexp.files import read_regular, require_own, sweep_unfinished, write_atomic
 from capsexp.locks import locked
 from capsexp.training.run_dir import RunDir
 
@@ -54,7 +54,7 @@ class Sweep:
         self.command = ""
         self._overrides: dict[str, list[str]] = {}  # by job name
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            content = json.loads((path / "sweep.json").read_text())
+            content = json.loads(read_regular(path / "sweep.json"))
             self.command = str(content["command"])
             self._overrides = {name: [*map(str, job["overrides"])] for name, job in content["jobs"].items()}
 
@@ -64,13 +64,17 @@ class Sweep:
 
         Raises:
             UserError: another sweep is running in it.
+            WriteError: it cannot be written, or holds a link where the sweep writes.
         """
 
         def refusal(owner: str) -> str:
             hint = "hydra.sweep.dir=DIR starts it in another folder"
             return f"this sweep is already running in {self.path} ({owner}): {hint}"
 
+        for name in ("sweep.lock", "sweep.json", "results.csv", "table.md", "multirun.yaml"):
+            require_own(self.path / name, replaced=name != "sweep.lock")
         with locked(self.path / "sweep.lock", refusal=refusal):
+            sweep_unfinished(self.path)
             yield
 
     def add(self, overrides: Sequence[str]) -> RunDir:

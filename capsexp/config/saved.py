@@ -12,7 +12,9 @@ from omegaconf._utils import get_yaml_loader
 from capsexp.config.compose import to_plain
 from capsexp.config.overrides import value
 from capsexp.config.settings import GROUPS
+from capsexp.config.stored import without_resolvers
 from capsexp.errors import UserError
+from capsexp.files import read_regular
 
 STORED = "stored"  # option of every group that a saved config holds
 
@@ -137,14 +139,22 @@ def store_as_primary(
 
 
 def _read(run: Path) -> dict[str, Any]:
-    """Read the saved config of a run directory; interpolations stay as they are."""
+    """Read the saved config of a run directory; references between its keys stay as they are."""
     path = run / ".hydra" / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run} is not a run directory: there is no {path}")
     try:
-        return parse_saved(path.read_bytes())
+        composed = parse_saved(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+    return without_resolvers(composed, _read_resolved(run))
+
+
+def _read_resolved(run: Path) -> dict[str, Any]:
+    try:
+        return parse_saved(read_regular(run / "resolved_config.yaml"))
+    except (OSError, ValueError):  # an old run may have none
+        return {}
 
 
 def _divide(saved: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

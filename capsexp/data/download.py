@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from capsexp.errors import DataError
-from capsexp.files import locked, replace_durably
+from capsexp.files import replace_durably
+from capsexp.locks import locked
 
 Progress = Callable[[str, int, int], None]
 """Called with (activity, bytes done, bytes in total or 0 if unknown)."""

@@ -25,12 +25,14 @@ from capsexp.errors import UserError
 from capsexp.schedule import Step
 from capsexp.training.evaluate import inference
 from capsexp.training.gradients import accumulate_gradients, gradient_norm
-from capsexp.training.memory import peak_resident
+from capsexp.training.memory import is_out_of_memory, peak_resident
 from capsexp.training.metrics import autocast
 
 WARM_UP, REPEATS = 2, 9
 MEMORY_STEPS = 3
 STEP = Step(0, 1)
+OUT_OF_MEMORY = "out of memory"
+"""Key under which a process returns the allocator's message."""
 
 
 class Variant(NamedTuple):
@@ -68,7 +70,10 @@ def in_process(kind: str, variants: Mapping[str, Variant], *, plugins: Sequence[
     child = subprocess.run(command, input=json.dumps(task), stdout=subprocess.PIPE, text=True)
     if child.returncode != 0:
         raise UserError(f"a measurement failed with code {child.returncode}")
-    return dict(json.loads(child.stdout.splitlines()[-1]))
+    result = dict(json.loads(child.stdout.splitlines()[-1]))
+    if OUT_OF_MEMORY in result:
+        raise MemoryError(result[OUT_OF_MEMORY])
+    return result
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
@@ -245,5 +250,16 @@ def _resident() -> int:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
+def main() -> None:
+    """Measure what stdin asks for, and print the result."""
+    try:
+        result = measure(json.load(sys.stdin))
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        result = {OUT_OF_MEMORY: str(error)}
+    print(json.dumps(result))
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure(json.load(sys.stdin))))
+    main()

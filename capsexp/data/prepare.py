@@ -9,8 +9,8 @@ from rich.progress import Progress as Bars
 from rich.progress import TaskID
 from rich.table import Table
 
+from capsexp.data.checked_files import Progress
 from capsexp.data.dataset import Dataset
-from capsexp.data.download import Progress
 from capsexp.errors import DataError
 
 PrintLine = Callable[[str], None]
@@ -65,7 +65,7 @@ def run_action(action: str, datasets: Mapping[str, Dataset]) -> int:
 
 
 def prepare(dataset: Dataset, *, print_line: PrintLine, progress: Progress) -> int:
-    """Download missing files, write caches of resized images, then verify everything.
+    """Download missing and damaged files, write caches of resized images, then verify everything.
 
     Args:
         dataset: the dataset.
@@ -75,8 +75,11 @@ def prepare(dataset: Dataset, *, print_line: PrintLine, progress: Progress) -> i
     Returns:
         Exit code: 0 if the dataset is as published, 1 after printing the problems.
     """
-    if missing := dataset.missing_files():
+    missing, damaged = dataset.missing_files(), dataset.damaged_files()
+    if missing:
         print_line(f"{dataset.name}: getting {', '.join(missing)} in {dataset.folder}")
+    if damaged:
+        print_line(f"{dataset.name}: replacing {', '.join(damaged)}: not the published files")
     try:
         dataset.prepare(progress)
     except DataError as error:

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from scipy.io import loadmat
 from torch import Tensor
 
+from capsexp.data.checked_files import Progress, digest
 from capsexp.data.dataset import Dataset
-from capsexp.data.download import Progress, digest
 from capsexp.data.placed import PlacedDataset
 from capsexp.data.preprocess import Preprocess
 from capsexp.data.split import Split

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from capsexp.data.cache import cached, file_fingerprint
-from capsexp.data.download import Progress, RemoteFile, StoredFile, digest
+from capsexp.data.checked_files import Progress, RemoteFile, StoredFile, digest
 from capsexp.data.norb_file import check_values, open_norb
 from capsexp.data.preprocess import RESIZE_CHUNK, Preprocess
 from capsexp.data.published import PublishedDataset
@@ -52,6 +52,7 @@ CHECKSUMS: dict[tuple[SplitName, str], tuple[str, str]] = {  # of the .mat.gz an
     ),
 }
 
+USABLE = "it can be used, but report this beside any metric"
 CAMERAS = {"stereo": slice(0, 2), "left": slice(0, 1), "right": slice(1, 2)}
 FACTORS = ("instance", "elevation", "azimuth", "lighting")
 FAMILIAR = {"azimuth": (30, 32, 34, 0, 2, 4), "elevation": (0, 1, 2)}
@@ -204,8 +205,12 @@ class SmallNORB(PublishedDataset):
             return str(error)
         return (
             f"{self._path(splits[0])} does not hold the published images (checksum differs: a converted "
-            "copy?); it can be used, but report this beside any metric"
+            f"copy?); {USABLE}"
         )
+
+    def _is_damaged(self, stored: StoredFile) -> bool:
+        """Whether a file is of no use; other images than the published ones may be."""
+        return super()._is_damaged(stored) and not self._problem(stored).endswith(USABLE)
 
     def _needs(self, stored: StoredFile, split: SplitName) -> bool:
         return stored.name in (FOLDER + _name(split, "cat"), FOLDER + _name(split, "info"))

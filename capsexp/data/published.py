@@ -23,6 +23,9 @@ from capsexp.data.preprocess import Preprocess
 from capsexp.data.split import Split, SplitName
 from capsexp.errors import DataError
 
+USABLE = "it can be used, but report this beside any metric"
+"""The end of a problem that is no reason to replace the file."""
+
 IDX_PREFIX: dict[SplitName, str] = {"train": "train-", "test": "t10k-"}
 
 
@@ -39,6 +42,9 @@ class PublishedDataset(Dataset):
 
     files: tuple[RemoteFile, ...]
     """The files to download, and the files on disk that they contain."""
+    test_count: int | None = None
+    """Number of test images, if all settings have the same."""
+    has_known_files = True
 
     def __init__(
         self, *, root: str, download: bool, preprocess: Preprocess, validation: int | float, split_seed: int
@@ -79,6 +85,15 @@ class PublishedDataset(Dataset):
             self._get(online=False, damaged=self._packed_files())
         return [problem for stored in self._stored_files() if (problem := self._problem(stored))]
 
+    def fingerprints(self) -> dict[str, str]:
+        """Return the published checksum of each file: what is read has been verified."""
+        return {stored.name: stored.checksum for stored in self._stored_files()}
+
+    def check_test(self) -> int | None:
+        """Verify the files of the test split; see `Dataset`."""
+        self._verified("test")
+        return self.test_count
+
     def files_of(self, split: SplitName) -> list[StoredFile]:
         """Return the files that reading this split opens."""
         return [stored for stored in self._stored_files() if self._needs(stored, split)]
@@ -105,7 +120,8 @@ class PublishedDataset(Dataset):
     def _is_damaged(self, stored: StoredFile) -> bool:
         """Whether a file exists and is of no use."""
         path = self.root / stored.name
-        return path.is_file() and not matches(path, stored.checksum)
+        differs = path.is_file() and not matches(path, stored.checksum)
+        return differs and not self._problem(stored).endswith(USABLE)
 
     def _packed_files(self) -> list[str]:
         """Return the names of files that are still packed, under the name of the unpacked ones."""
@@ -145,6 +161,10 @@ class IdxDataset(PublishedDataset):
     """
 
     file_shape = (1, 28, 28)
+
+    def check_test(self) -> int:
+        """Verify the files of the test split, and return the number of its images."""
+        return len(read_label_file(str(self._verified("test")[f"{IDX_PREFIX['test']}labels-idx1-ubyte"])))
 
     def _needs(self, stored: StoredFile, split: SplitName) -> bool:
         return Path(stored.name).name.startswith(IDX_PREFIX[split])

@@ -17,12 +17,14 @@ from capsexp.training import checkpoint
 from capsexp.training.early_stop import caveats, describe_end
 from capsexp.training.evaluate import evaluate
 from capsexp.training.gradients import accumulate_gradients, gradient_norm
+from capsexp.training.introduction import describe_data, describe_network
 from capsexp.training.non_finite import refuse_non_finite
 from capsexp.training.parallel import SINGLE, ProcessGroup
 from capsexp.training.profiler import profiler
 from capsexp.training.progress import Reporter
 from capsexp.training.reconstructions import log_reconstructions
 from capsexp.training.record import NoRecord, Record, closing
+from capsexp.training.run_data import keep_data, keep_fingerprints
 from capsexp.training.run_dir import RunDir
 from capsexp.training.splits import Splits, read_splits
 from capsexp.training.start import resume_state, start_state
@@ -50,10 +52,13 @@ def train(
     """
     components.device.prepare()
     torch.manual_seed(components.seed)
+    report = functools.partial(print, flush=True)
+    if processes.is_main:
+        keep_data(run.path, components.dataset, force=config.get("resume") == "force", report=report)
     splits = read_splits(components)
-    saved = processes.broadcast(
-        lambda: checkpoint.load_newest(run.checkpoints, report=functools.partial(print, flush=True))
-    )
+    if processes.is_main:
+        keep_fingerprints(run.path, components.dataset, report=report)
+    saved = processes.broadcast(lambda: checkpoint.load_newest(run.checkpoints, report=report))
     state = start_state(components, splits.training, processes, calibrate=saved is None)
     resume_state(state, saved, components, processes)
 
@@ -107,8 +112,9 @@ class Training:
         if saved is not None and process_count(saved) != size:
             change = f"was {process_count(saved)}, is {size}"
             report(f"number of processes: {change}; the run resumes, but not bit for bit")
-        report(_introduction(self.state, self.splits))
-        for line in [*self.components.dataset.caveats(), *caveats(self.splits.familiar)]:
+        components, splits = self.components, self.splits
+        lines = [*describe_data(components.dataset, splits), describe_network(self.state)]
+        for line in [*lines, *components.caveats(), *caveats(splits.familiar)]:
             report(line)
 
     def fit(self) -> None:
@@ -201,6 +207,8 @@ class Training:
             position = self._restore_tested_weights()
             results |= self._familiar_accuracy(position)
             split = self.components.dataset.read("test")
+            if self.processes.is_main:
+                keep_fingerprints(self.run.path, self.components.dataset, report=self.reporter.print)
             batches = self.components.batches(split, limit=settings.limit_eval_batches)
             results |= self._evaluate(batches, "test", position)
             self.reporter.print(f"test split, {batches.visited} images: {_sentence(results)}")
@@ -277,14 +285,6 @@ def _training_batches(batches: Batches, epoch: int, start: int, overfit: bool) -
     if not overfit:
         return batches.training(epoch, start=start)
     return (batch for number, batch in enumerate(batches.in_order()) if number >= start)
-
-
-def _introduction(state: State, splits: Splits) -> str:
-    parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    validation = 0 if splits.validation is None else splits.validation.count
-    images = f"{splits.training.count} training and {validation} validation images"
-    start = f"resuming at step {state.step} of {state.total}" if state.step else f"{state.total} steps"
-    return f"{type(state.model).__name__} with {parameters:,} parameters; {images}; {start}"
 
 
 def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:

@@ -13,8 +13,9 @@ import torch
 from capsexp.data import download
 from capsexp.data.batches import Batches
 from capsexp.data.checked_files import RemoteFile, StoredFile
+from capsexp.data.image_ops import resized
 from capsexp.data.prepare import prepare, verify
-from capsexp.data.preprocess import Preprocess, resized
+from capsexp.data.preprocess import Preprocess
 from capsexp.dataset.smallnorb import FACTORS, FOLDER, STEM, Setup, SmallNORB
 from capsexp.errors import DataError
 

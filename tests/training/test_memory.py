@@ -200,7 +200,7 @@ def test_a_measurement_in_another_process_is_explained_in_this_one(monkeypatch):
     with unittest.mock.patch("sys.stdin", io.StringIO(json.dumps(task))):
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
-            measure.main()
+            measure.answer()
     child = subprocess.CompletedProcess([], 0, stdout=output.getvalue())
     monkeypatch.setattr(measure.subprocess, "run", lambda *arguments, **options: child)
     with pytest.raises(MemoryError, match="bad_alloc"):

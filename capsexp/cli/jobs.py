@@ -101,7 +101,7 @@ def _train_in(run: RunDir, composed: DictConfig) -> None:
             return
         choices = {group: HydraConfig.get().runtime.choices.get(group) for group in GROUPS}
         attempt = run.track_status({group: choice for group, choice in choices.items() if choice})
-        with attempt, explain_out_of_memory(batch_size=components.trainer.batch_size):
+        with attempt, explain_out_of_memory(components, plain, training=True):
             train(components, run, plain, processes())
     path = printable(run.path)
     print(f"run: {path}\ncurves: tensorboard --logdir {path}")
@@ -114,7 +114,7 @@ def train_as_worker(components: "Components", plain: dict[str, Any]) -> int:
 
     path = processes().broadcast(lambda: None)
     if path is not None:
-        with explain_out_of_memory(batch_size=components.trainer.batch_size):
+        with explain_out_of_memory(components, plain, training=True):
             train(components, RunDir(path, writes=False), plain, processes())
     return 0
 
@@ -123,10 +123,13 @@ def evaluation_job(composed: DictConfig) -> None:
     """Evaluate a run for `capsexp eval`."""
     from capsexp.analysis.evaluate_run import evaluate_run
     from capsexp.analysis.run_components import run_components
+    from capsexp.training.memory import explain_out_of_memory
 
     plain = to_plain(composed)
     try:
-        evaluate_run(run_components(plain, plugins=plugins(HydraConfig.get().overrides.task)), plain)
+        components = run_components(plain, plugins=plugins(HydraConfig.get().overrides.task))
+        with explain_out_of_memory(components, plain, training=False):
+            evaluate_run(components, plain)
     except UserError as error:
         raise SystemExit(print_error(error)) from None
 

@@ -10,7 +10,7 @@ from capsexp.config.paths import with_absolute_paths
 from capsexp.config.saved import load_saved_config
 from capsexp.config.settings import comparable
 from capsexp.data.dataset import NO_LIST
-from capsexp.data.manifest import Manifest, listing_of
+from capsexp.data.manifest import Manifest, hashed, listing_of
 from capsexp.errors import UserError
 
 NO_OTHER_IMAGES = {"preprocess", "download"}
@@ -76,17 +76,15 @@ def _innermost(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 
 def _is_moved(manifest: Manifest, config: Mapping[str, Any], changes: Sequence[Change]) -> bool:
-    """Whether only the folder is another one, and it holds the files of the run under the same names."""
+    """Whether only the folder is another one, and it holds the run's files, which all are read here."""
     key, node = _innermost(config)
     if [change.key for change in changes] != [f"{key}.path"] or not manifest.files:
         return False
     folder = Path(str(node["path"])).expanduser()
+    files = [file for listed in manifest.files.values() for file in listed]
     try:
-        return all(
-            (folder / file.path).stat().st_size == file.size
-            for files in manifest.files.values()
-            for file in files
-        )
+        same_sizes = all((folder / file.path).stat().st_size == file.size for file in files)
+        return same_sizes and all(hashed(folder / file.path)[1] == file.sha256 for file in files)
     except OSError:
         return False
 

@@ -12,6 +12,7 @@ PACKAGE = Path(capsexp.__file__).parent
 GROUND = {
     "capsules",
     "child",
+    "documents",
     "errors",
     "files",
     "schedule",
@@ -34,7 +35,7 @@ ROOMS = {
     "compare": {"config", "training"},
     "cli": {"data", "config", "training", "analysis", "study", "compare", "ops"},
 }
-WITHOUT_TORCH = {"compare", "config", "errors", "files", "terminal", "text"}
+WITHOUT_TORCH = {"compare", "config", "documents", "errors", "files", "terminal", "text"}
 FREE = {"__init__", "__main__"}  # the public names, and `python -m capsexp`
 
 

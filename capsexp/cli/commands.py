@@ -47,6 +47,10 @@ def train(arguments: Sequence[str]) -> int:
     composed = compose(options.config_name or "train", overrides, config_dir=options.config_dir)
     if options.cfg or options.info:
         return call_hydra([*flags, *overrides], "train", no_op)
+    if is_distributed():
+        from capsexp.cli.agreement import require_agreement
+
+        require_agreement(to_plain(composed), processes())
     components = validate(composed, overrides)
     components.dataset.require_files()
     if is_distributed():

@@ -163,7 +163,7 @@ def _compare(options: argparse.Namespace, notes: Notes) -> None:
 
 def _plot(options: argparse.Namespace, comparison: Comparison, notes: Notes) -> None:
     tags = options.metric or TAGS
-    if curves := learning_curves(mean_over_seeds(comparison), tags, notes):
+    if curves := learning_curves(mean_over_seeds(comparison, notes), tags, notes):
         draw(curves, tags, options.plot)
         print(f"curves: {printable(options.plot)}", file=sys.stderr)
 

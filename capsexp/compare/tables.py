@@ -16,7 +16,8 @@ from rich.text import Text
 
 from capsexp.compare import runs
 from capsexp.compare.columns import EPOCHS, ERROR, PAPER, RUN, STATUS, TOTAL, Column, as_override
-from capsexp.compare.comparison import Comparison, Row, Spread, compare
+from capsexp.compare.comparison import Comparison, compare
+from capsexp.compare.means import Row, Spread
 from capsexp.compare.runs import Run, newest_first
 from capsexp.errors import Notes, is_number
 from capsexp.terminal import Table, new_console

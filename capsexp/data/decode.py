@@ -34,6 +34,20 @@ Background = Literal["white", "black"]
 FULL_SCALES = (1, *(2**bits - 1 for bits in (8, 10, 12, 14, 16, 24, 32)))
 """Values that can be white. The smallest that no image of a set exceeds is taken."""
 
+OVERSHOOT = 0.1
+"""Share of white by which floating-point values may leave 0 … white, as they do after interpolation."""
+
+FAR_ABOVE = 2
+"""Times white."""
+
+AMBIGUOUS_BELOW = 16
+"""Floating-point values that exceed 1, but not this, are neither parts of 1 nor bytes."""
+
+
+PixelKind = Literal["byte", "whole", "float", "upper"]
+"""Bytes; whole numbers or floats of which `Reading` says the white; colors of which Pillow reads the upper 8
+of 16 bits."""
+
 
 class Reading(NamedTuple):
     """How the images of a set become bytes, the same for all of them."""
@@ -71,17 +85,26 @@ class Header(NamedTuple):
     is_gray: bool
     height: int
     width: int
-    pixels: Literal["byte", "whole", "float", "upper"]
-    """Bytes; whole numbers or floats of which `Reading` says the white; colors of which Pillow reads the
-    upper 8 of 16 bits."""
+    pixels: PixelKind
     largest: int | float = 255
     """The largest value; of bytes it is not measured."""
     contrasts: tuple[int, int] | None = None
     """Of an image with transparent areas: largest minus smallest byte, on white and on black."""
 
 
-def full_scale(largest: int | float) -> int | float:
-    """Return the value of white for a set of images whose largest value this is."""
+def full_scale(largest: int | float, pixels: PixelKind, path: str) -> int | float:
+    """Return the value of white for a set of images whose largest value this is.
+
+    Raises:
+        DataError: floating-point values do not show it; the message names the file of the largest value.
+    """
+    if pixels == "float" and largest <= 1 + OVERSHOOT:
+        return 1
+    if pixels == "float" and largest < AMBIGUOUS_BELOW:
+        raise DataError(
+            f"{path} has floating-point values up to {largest:g}, which do not show what is white: convert "
+            "it to 8 bits, or set dataset.white_level"
+        )
     return next((scale for scale in FULL_SCALES if largest <= scale), FULL_SCALES[-1])
 
 
@@ -133,6 +156,8 @@ def decode(path: str, channels: int, reading: Reading = BY_ITSELF) -> UInt8[Tens
             upright = Image.fromarray(_as_bytes(_values(upright, path), white, path))
         elif image.has_transparency_data:
             upright = _on_background(upright, reading.background)
+        if upright.mode == "LAB":  # Pillow does not convert it to L
+            upright = upright.convert("RGB")
         pixels = np.array(upright.convert("L" if channels == 1 else "RGB"))
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
 
@@ -171,7 +196,7 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or first_line(error)
 
 
-def _pixel_kind(image: Image.Image, path: str) -> Literal["byte", "whole", "float", "upper"]:
+def _pixel_kind(image: Image.Image, path: str) -> PixelKind:
     if image.mode == "F":
         return "float"
     if image.mode.startswith("I"):
@@ -188,20 +213,24 @@ def _values(image: Image.Image, path: str) -> NDArray[Any]:
     values = array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
     if not np.isfinite(values).all():
         raise DataError(f"{path} has pixels that are nan or inf; convert it to 8 or 16 bits")
-    if values.min() < 0:
+    if values.min() < (-OVERSHOOT * max(1, values.max()) if array.dtype.kind == "f" else 0):
         raise DataError(f"{path} has negative pixels (down to {values.min():g}); convert it to 8 or 16 bits")
-    return values
+    return values.clip(min=0)
 
 
 def _as_bytes(values: NDArray[Any], white: int | float | None, path: str) -> NDArray[np.uint8]:
-    """Scale values so that white becomes 255: the upper 8 bits of whole numbers, rounded floats."""
+    """Scale values so that white becomes 255: the upper 8 bits of whole numbers, rounded floats.
+
+    Values above white are white. Far above it, the image is of another kind than its set.
+    """
     largest = float(values.max())
-    white = full_scale(largest) if white is None else white
-    if largest > white:
-        raise DataError(f"{path} has values up to {largest:g}, and white is {white:g} for its set of images")
-    if values.dtype.kind == "i" and white > 1:
-        return (values * 256 // (int(white) + 1)).astype(np.uint8)
-    return np.rint(values * (255 / white)).astype(np.uint8)
+    if white is None:
+        white = full_scale(largest, "float" if values.dtype.kind == "f" else "whole", path)
+    if largest > FAR_ABOVE * white:
+        raise DataError(f"{path} has values up to {largest:g}, but white is {white:g} in its set of images")
+    if white in FULL_SCALES[1:] and values.dtype.kind == "i":
+        return (values * 256 // (int(white) + 1)).clip(max=255).astype(np.uint8)
+    return np.rint(values * (255 / white)).clip(max=255).astype(np.uint8)
 
 
 def _on_background(image: Image.Image, background: Background) -> Image.Image:

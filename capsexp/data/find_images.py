@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from capsexp.data.decode import Reading
-from capsexp.data.image_files import ENDINGS, Entry, Walk
+from capsexp.data.image_files import ENDINGS, Entry, Walk, a_few
 from capsexp.data.image_splits import Layout, class_folders, find_layout
 from capsexp.data.image_survey import survey
 from capsexp.data.manifest import ListedSplit
@@ -92,7 +92,7 @@ def find_images(
         ]
         for split, by_class in splits.items()
     }
-    lines = (*layout.notes, *notes, *walk.notes(), *found.notes)
+    lines = (*layout.notes, *notes, *_loose(walk, folder, layout), *walk.notes(), *found.notes)
     return FoundImages(classes, files, (found.channels, *found.size), found.reading, lines)
 
 
@@ -128,6 +128,13 @@ def _splits(walk: Walk, layout: Layout, draws: Draws) -> tuple[dict[ListedSplit,
         validation = _images(walk, _known_classes(walk, layout, layout.validation))
         notes.append(f"validation images come from {layout.validation.name}; dataset.validation is not used")
     return {"train": train, "validation": validation, "test": test}, notes
+
+
+def _loose(walk: Walk, folder: Path, layout: Layout) -> list[str]:
+    """Return a line about images that are in no class folder."""
+    places = {folder, *(path for path in (layout.train, layout.validation, layout.test) if path is not None)}
+    paths = [entry.path for place in sorted(places) for entry in walk.listing(place).images]
+    return [f"not used, being in no class folder: {a_few(paths)}"] if paths else []
 
 
 def _known_classes(walk: Walk, layout: Layout, folder: Path) -> dict[str, Path]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from capsexp.errors import DataError
+from capsexp.text import printable
 
 ENDINGS = (
     *(".apng", ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
@@ -93,16 +94,16 @@ class Walk:
         """Return one line for each kind of entry that was passed over."""
         lines = []
         if self.passed:
-            parts = ", ".join(f"{count} {ending}" for ending, count in self.passed.most_common(10))
+            parts = ", ".join(f"{count} {printable(ending)}" for ending, count in self.passed.most_common(10))
             others = sum(count for _, count in self.passed.most_common()[10:])
             more = f" and {others} others" if others else ""
             lines.append(f"files passed over: {parts}{more} (read are {', '.join(ENDINGS)})")
         for names, text in (
-            (self.special, "not regular files, never opened"),
-            (self.links, "links to what the dataset holds already, or that holds it; not followed"),
+            (self.special, "not regular files, so never opened"),
+            (self.links, "not followed, because they lead nowhere, or to what the dataset holds already"),
         ):
             if names:
-                lines.append(f"{len(names)} {text}: {a_few(names)}")
+                lines.append(f"{text}: {a_few(names)}")
         return lines
 
     def _sort_in(self, entry: "os.DirEntry[str]", listing: Listing) -> None:
@@ -119,21 +120,25 @@ class Walk:
             self.passed[ending or "without an ending"] += 1
         elif not stat.S_ISREG(status.st_mode):
             self.special.append(entry.path)
-        elif not entry.is_symlink() or self._is_new(entry, status):
+        elif self._is_new(entry, status):
             listing.images.append(Entry(entry.path, status.st_size, status.st_mtime_ns))
 
     def _is_new(self, entry: "os.DirEntry[str]", status: os.stat_result) -> bool:
-        """Note a folder, or the target of a link; return False if the dataset holds it already."""
+        """Note a folder, or the target of a link; return False if the dataset holds it already.
+
+        Files with several names (hard links) count like copies.
+        """
         identity = (status.st_dev, status.st_ino)
         is_new = identity not in self._seen
+        is_plain_file = stat.S_ISREG(status.st_mode) and not entry.is_symlink()
         if entry.is_symlink() and is_new:
             real = os.path.realpath(entry.path)
             is_new = not any(_holds(tree, real) for tree in self._trees) and not _holds(real, self._root)
             if is_new and stat.S_ISDIR(status.st_mode):
                 self._trees.append(real)
-        if is_new:
+        if is_new and not is_plain_file:
             self._seen.add(identity)
-        else:
+        if not is_new:
             self.links.append(entry.path)
         return is_new
 
@@ -144,9 +149,9 @@ def is_hidden(name: str) -> bool:
 
 
 def a_few(paths: "list[str]") -> str:
-    """Return paths for a message: the first ones, and the number of the others."""
+    """Return paths for a message of one line: the first ones, and the number of the others."""
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    return ", ".join(paths[:3]) + more
+    return ", ".join(map(printable, paths[:3])) + more
 
 
 def _holds(folder: str, path: str) -> bool:

@@ -1,5 +1,6 @@
 """Decode the images of a split in threads, and look at them before anything is trained on."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ def read_images(
         preprocess: its `resize` is applied.
         keep: whether to return the images. Without it, they are only looked at.
     """
-    images = torch.empty((len(paths) if keep else 0, *shape), dtype=torch.uint8)
+    images = _empty(len(paths) if keep else 0, shape)
 
     def read(place: int) -> tuple[int, ...] | None:
         """Decode an image; return its color if it has only one."""
@@ -53,3 +54,14 @@ def read_images(
     colors, problems = try_files(read, range(len(paths)))
     by_path = {} if problems else dict(zip(paths, colors, strict=True))
     return ReadImages(images, problems, {path: color for path, color in by_path.items() if color})
+
+
+def _empty(count: int, shape: Shape) -> UInt8[Tensor, "N C H W"]:
+    try:
+        return torch.empty((count, *shape), dtype=torch.uint8)
+    except RuntimeError:  # torch raises it if the memory is not there
+        size = "x".join(map(str, shape))
+        raise DataError(
+            f"{count:,} images of {size} need {count * math.prod(shape) / 2**30:.1f} GiB of memory; there is "
+            "less: make them smaller with dataset.preprocess.resize=SIZE"
+        ) from None

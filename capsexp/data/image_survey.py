@@ -76,13 +76,12 @@ def _white(
     if not largest:
         return None, ""
     path = max(largest, key=largest.__getitem__)
-    white = full_scale(largest[path]) if level is None else level
-    if largest[path] > white:
-        raise DataError(f"white_level must be >= {largest[path]:g}, the largest value ({path}), got {level}")
+    most = largest[path]
+    white = full_scale(most, pixels, path) if level is None else level
     kind = "gray of 16 or 32 bits" if pixels == "whole" else "floating point"
+    source = "set dataset.white_level to change it" if level is None else "dataset.white_level"
     return white, (
-        f"{len(largest)} images in {kind}: largest value {largest[path]:g}, so {white:g} is read as white "
-        "(set dataset.white_level to change it)"
+        f"images in {kind}: {len(largest)}, with values up to {most:g}; {white:g} is read as white ({source})"
     )
 
 
@@ -93,19 +92,18 @@ def _background(
     on_white, on_black = _lost(headers, 0), _lost(headers, 1)
     if asked == "auto" and on_white and on_black:
         raise DataError(
-            f"image_folder: {len(on_white)} images with transparency lose their contrast on white "
-            f"({on_white[0]}) and {len(on_black)} on black ({on_black[0]}); set dataset.background=white or "
-            "black"
+            f"image_folder: images that lose their contrast on white: {len(on_white)} ({on_white[0]}); on "
+            f"black: {len(on_black)} ({on_black[0]}); set dataset.background=white or black"
         )
     if asked == "auto":
         if not on_white:
             return "white", ""
         return "black", (
-            f"transparent areas are read as black, because {len(on_white)} images lose their contrast on "
-            f"white: {a_few(on_white)}"
+            "transparent areas are read as black; images that lose their contrast on white: "
+            f"{len(on_white)} ({a_few(on_white)})"
         )
     lost = on_white if asked == "white" else on_black
-    return asked, f"{len(lost)} images lose their contrast on {asked}: {a_few(lost)}" if lost else ""
+    return asked, f"images that lose their contrast on {asked}: {len(lost)} ({a_few(lost)})" if lost else ""
 
 
 def _lost(headers: Headers, ground: int) -> list[str]:

@@ -70,6 +70,8 @@ class ImageFolder(Dataset):
     ) -> None:
         if not 0 < test_share < 1:
             raise ValueError(f"test_share must be in (0, 1), got {test_share}")
+        if not path.strip():
+            raise ValueError("path must name a folder, got an empty text")
         require_literal(BackgroundChoice, background=background)
         require_positive(white_level=white_level)
         folder = Path(path).expanduser()
@@ -141,7 +143,7 @@ class ImageFolder(Dataset):
         try:
             self.require_files()
         except DataError as error:
-            return list(error.problems)
+            return [problem.removeprefix(f"{self.name}: ") for problem in error.problems]
         return []
 
     def read_training(self) -> tuple[Split, Split]:
@@ -172,7 +174,7 @@ class ImageFolder(Dataset):
     def notes(self) -> list[str]:
         """Return lines about how the folder is read; also about images of one color, if they were decoded."""
         plain = [path for split in self._seen.plain.values() for path in split]
-        line = f"{len(plain)} images show one color each: {a_few(plain)}"
+        line = f"images that show only one color: {len(plain)} ({a_few(plain)})"
         return [f"{self.name}: {text}" for text in (*self.found.notes, *([line] if plain else []))]
 
     def _load(self, split: SplitName) -> Split:

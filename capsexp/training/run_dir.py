@@ -27,13 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from yaml import YAMLError  # type: ignore[import-untyped]
 
 from capsexp.config.paths import with_absolute_paths
-from capsexp.config.saved import parse_saved
+from capsexp.config.saved import LARGEST_CONFIG, parse_overrides, parse_saved
 from capsexp.config.settings import comparable, differences
 from capsexp.errors import UserError, exit_code, is_interruption
-from capsexp.files import is_locked, locked, write_atomic
+from capsexp.files import is_locked, locked, read_regular, write_atomic
 
 LOCK = "run.lock"
 CARRIED_OVER = ("started", "resumes", "step", "total", "steps_per_epoch", "best")
@@ -189,10 +188,11 @@ class RunDir:
     def overrides(self) -> list[str]:
         """Return the overrides that the run was started with, without `run=`; empty if unknown."""
         try:
-            stored = OmegaConf.to_container(OmegaConf.load(self.path / ".hydra" / "overrides.yaml"))
-        except (OSError, ValueError, YAMLError):
+            overrides = parse_overrides(
+                read_regular(self.path / ".hydra" / "overrides.yaml", limit=LARGEST_CONFIG)
+            )
+        except (OSError, ValueError):
             return []
-        overrides = [str(override) for override in stored] if isinstance(stored, list) else []
         return [override for override in overrides if not override.startswith("run=")]
 
     def log_resume(

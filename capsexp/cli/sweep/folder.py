@@ -22,6 +22,7 @@ from capsexp.compare.comparison import beside_paper
 from capsexp.compare.runs import read_all, read_status
 from capsexp.compare.tables import STATUS_COLOURS, as_csv, markdown, print_comparison
 from capsexp.config.naming import affects_results, job_name
+from capsexp.documents import read_json
 from capsexp.errors import Notes
 from capsexp.files import locked, write_atomic
 from capsexp.terminal import Table, as_markup, new_console
@@ -54,7 +55,7 @@ class Sweep:
         self.command = ""
         self._overrides: dict[str, list[str]] = {}  # by job name
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            content = json.loads((path / "sweep.json").read_text())
+            content = read_json(path / "sweep.json")
             self.command = str(content["command"])
             self._overrides = {name: [*map(str, job["overrides"])] for name, job in content["jobs"].items()}
 
@@ -73,20 +74,22 @@ class Sweep:
         with locked(self.path / "sweep.lock", refusal=refusal):
             yield
 
-    def add(self, overrides: Sequence[str]) -> RunDir:
-        """Add a job to the sweep. Return its run directory."""
-        name = job_name(overrides)
+    def add(self, overrides: Sequence[str], *, name: str | None = None) -> RunDir:
+        """Add a job to the sweep. Return its run directory, which is named after its settings or as given."""
+        name = name or job_name(overrides)
         self._overrides.setdefault(name, list(overrides))
         return RunDir(self.path / name)
 
     def jobs(self) -> list[Job]:
         """Return all jobs in the order of adding, then the runs that another launcher left in the folder."""
-        started = sorted(status.parent for status in self.path.glob("*/status.json"))
         overrides = dict(self._overrides)
-        for path in started:
-            overrides.setdefault(path.name, RunDir(path).overrides())
-        statuses = {path.name: read_status(path, Notes()) for path in started}
-        return [Job(name, job_overrides, statuses.get(name, {})) for name, job_overrides in overrides.items()]
+        for status in sorted(self.path.glob("*/status.json")):
+            overrides.setdefault(status.parent.name, RunDir(status.parent).overrides())
+        return [Job(name, items, self._status(name)) for name, items in overrides.items()]
+
+    def _status(self, name: str) -> Mapping[str, Any]:
+        path = self.path / name
+        return read_status(path, Notes()) if (path / "status.json").exists() else {}
 
     def succeeded(self) -> bool:
         """Return whether every job is finished."""
@@ -127,11 +130,14 @@ class Sweep:
         if not any(run.paper for run in runs):
             return
         recipes = dict.fromkeys(run.choices["experiment"] for run in runs if "experiment" in run.choices)
-        comparison = beside_paper(runs, recipes=list(recipes))
+        notes = Notes()
+        comparison = beside_paper(runs, notes, recipes=list(recipes))
         changes = _common_changes([job.overrides for job in jobs])
         remark = f"\nOurs with {' '.join(changes)}; the paper's errors are as published.\n" if changes else ""
         print_comparison(comparison)
         print(printable_lines(remark))
+        for line in notes.warnings:
+            print(f"capsexp: {printable(line)}", file=sys.stderr)
         content = f"{markdown(comparison)}{remark}".encode()
         write_atomic(self.path / "table.md", lambda file: file.write(content))
 

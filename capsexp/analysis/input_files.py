@@ -1,5 +1,6 @@
 """The image files that `capsexp predict` is given."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,13 +24,12 @@ def find_images(names: Sequence[str]) -> tuple[list[str], list[str]]:
     files: list[str] = []
     notes, problems = [], []
     for name in names:
-        path = Path(name)
-        if not path.is_dir():
-            problems += [] if path.exists() else [f"{name}: there is no such file"]
+        if not os.path.isdir(name):
+            problems += [] if os.path.exists(name) else [f"{name}: there is no such file"]
             files.append(name)
             continue
-        walk = Walk(path)
-        images = [entry.path for entry in walk.images(path)]
+        walk = Walk(Path(name))
+        images = [entry.path for entry in walk.images(Path(name))]
         if not images:
             problems.append(f"{name}: there is no image in this folder (looked for {', '.join(ENDINGS)})")
         files += images

@@ -46,13 +46,20 @@ def run_components(config: dict[str, Any], *, plugins: Sequence[str]) -> Compone
     if manifest is None:
         components = build_components(config, plugins=plugins)
         return components._replace(remarks=(NO_LIST,) if components.dataset.lists_files else ())
-    changes = list(_changes(_data_settings(load_saved_config(run)), _data_settings(config)))
+    stored = load_saved_config(run)
+    changes = list(_changes(_data_settings(stored), _data_settings(config)))
     if _is_moved(manifest, config, changes):
         changes = []
+    remarks = [str(change) for change in changes]
     is_own = not any(_decides_splits(change.key, config, manifest) for change in changes)
     components = build_components(config, plugins=plugins, manifest=manifest if is_own else None)
+    if is_own and _roots(stored) != _roots(config):
+        others = list(manifest.differences(components.dataset.manifest(())))
+        if others:
+            remarks += others
+            components = build_components(config, plugins=plugins)
     _require_classes(components, manifest)
-    return components._replace(remarks=tuple(map(str, changes)))
+    return components._replace(remarks=tuple(remarks))
 
 
 def _data_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,6 +72,12 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Chan
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             yield Change(key, before.get(key), now.get(key))
+
+
+def _roots(config: Mapping[str, Any]) -> list[Any]:
+    """Return where the dataset and its source look for published files."""
+    nodes = with_absolute_paths([config["dataset"], config["dataset"].get("source") or {}])
+    return [node.get("root") for node in nodes]
 
 
 def _innermost(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from capsexp.data.image_files import a_few
 from capsexp.errors import UserError
 from capsexp.files import read_regular, write_atomic
 
@@ -29,9 +30,6 @@ FORMAT = 1
 
 ListedSplit = Literal["train", "validation", "test"]
 SPLITS: tuple[ListedSplit, ...] = ("train", "validation", "test")
-
-SHOWN = 3
-"""Files that a message names before it counts the others."""
 
 NAMED = 10
 """Classes that a message names before it counts them."""
@@ -219,13 +217,6 @@ def digest_of(*arrays: NDArray[Any]) -> str:
         digest.update(f"{array.dtype.str} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
     return f"sha256:{digest.hexdigest()}"
-
-
-def a_few(names: Iterable[str]) -> str:
-    """Return names for a message: the first ones, and the number of the others."""
-    names = list(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def listing_of(classes: Sequence[str]) -> str:

@@ -167,6 +167,21 @@ def test_downloading_is_no_other_dataset(new_run, tmp_path):
     assert components(run, dataset__root=str(tmp_path / "other")).caveats() == []
 
 
+def test_other_files_in_another_data_root_are_evaluated_with_a_remark(new_run, tmp_path):
+    for number, place in enumerate(("here", "there")):
+        (tmp_path / place / "affNIST").mkdir(parents=True)
+        (tmp_path / place / "affNIST" / "test.mat").write_bytes(bytes([number]) * 100_000)
+    run = new_run("dataset=affnist", f"data_root={tmp_path}/here")
+    there = str(tmp_path / "there")
+    (remark,) = components(run, dataset__root=there, dataset__source__root=there).remarks
+    assert "affNIST/test.mat is not what this run was trained with" in remark
+    shutil.copy(tmp_path / "here/affNIST/test.mat", tmp_path / "there/affNIST/test.mat")
+    assert components(run, dataset__root=there, dataset__source__root=there).remarks == ()
+    (tmp_path / "here/affNIST/test.mat").write_bytes(b"\x02" * 100_000)
+    with pytest.raises(UserError, match="is not what this run was trained with"):
+        components(run).dataset.read("test")
+
+
 def test_another_dataset_needs_the_same_classes(new_run, tiny_config, tmp_path):
     run = new_run("dataset=mnist", f"data_root={tmp_path}")
     other = tiny_config("dataset=fashion_mnist", f"data_root={tmp_path}")["dataset"]

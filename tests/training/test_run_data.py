@@ -153,3 +153,19 @@ def test_components_without_the_manifest_are_compared_with_it(animals, tmp_path,
     (animals / "cat" / "0.png").unlink()
     with pytest.raises(UserError, match=r"missing: cat/0\.png"):
         keep_data(tmp_path, dataset(), force=False, report=print)
+
+
+def test_a_damaged_manifest_is_replaced_by_force_only(tmp_path):
+    (tmp_path / FILE).write_text("{")
+    with pytest.raises(UserError, match=r"data\.json is damaged"):
+        start(tmp_path, Arrays())
+    (line,) = start(tmp_path, Arrays(), force=True)
+    assert line.endswith("it is replaced")
+    assert start(tmp_path, Arrays()) == []
+
+
+def test_another_dataset_in_the_config_is_told_as_such(train, animals):
+    train()
+    other = animals.rename(animals.with_name("others"))
+    with pytest.raises(UserError, match=r"dataset\.path: was '.*animals', is '.*others'"):
+        train(f"dataset.path={other}")

@@ -56,7 +56,7 @@ def predict(components: Components, config: Mapping[str, Any], names: Sequence[s
     size = components.trainer.batch_size
     for start in range(0, len(files), size):
         images, failures = _read(files[start : start + size], components.dataset)
-        problems += failures
+        problems += map(printable, failures)
         if readable := list(images):
             batch = predict_batch(run.model, components, torch.stack(list(images.values())))
             table.add_rows(list(_rows(readable, batch, run.classes, config["top"])))

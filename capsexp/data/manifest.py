@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from capsexp.data.image_files import a_few
 from capsexp.errors import UserError
 from capsexp.files import read_regular, write_atomic
+from capsexp.text import printable
 
 FILE = "data.json"
 """Name of the manifest in a run directory."""
@@ -75,7 +76,7 @@ class Manifest:
         Args:
             now: the data as they are. Only its splits and fingerprints are compared, so it may hold a part.
         """
-        where = now.folder or now.dataset
+        where = printable(now.folder or now.dataset)
         if now.dataset != self.dataset:
             yield f"the dataset was {self.dataset}, is {now.dataset}"
         if now.classes != self.classes:
@@ -221,7 +222,8 @@ def digest_of(*arrays: NDArray[Any]) -> str:
 
 def listing_of(classes: Sequence[str]) -> str:
     """Return the names of classes for a message."""
-    return f"{', '.join(classes[:NAMED])} … ({len(classes)})" if len(classes) > NAMED else ", ".join(classes)
+    more = f" … ({len(classes)})" if len(classes) > NAMED else ""
+    return ", ".join(map(printable, classes[:NAMED])) + more
 
 
 def _file_differences(

@@ -77,7 +77,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 def predict(arguments: Sequence[str]) -> int:
     """Run `capsexp predict`."""
     options, flags, rest = parse(arguments)
-    files = [text for text in rest if "=" not in text or Path(text).exists()]
+    files = [text for text in rest if "=" not in text or os.path.exists(text)]
     overrides = [text for text in rest if text not in files]
     extra: dict[str, Any] = {"top": 3, "weights": "best", "reconstructions": True, "output": None}
     register_saved_config(overrides, command="predict", **extra)

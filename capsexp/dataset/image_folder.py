@@ -168,6 +168,7 @@ class ImageFolder(Dataset):
         Raises:
             DataError: a line for each image that cannot be decoded.
         """
+        self.require_stored(("test",))
         self._look_at("test")
         return len(self.found.files["test"])
 

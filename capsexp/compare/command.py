@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from capsexp.compare import selection, tables
+from capsexp.compare import layout, selection, tables
 from capsexp.compare.comparison import Comparison, compare
 from capsexp.compare.curves import TAGS, draw, learning_curves, mean_over_seeds
 from capsexp.errors import Notes, UserError
@@ -154,7 +154,7 @@ def _compare(options: argparse.Namespace, notes: Notes) -> None:
     comparison = _comparison(options, notes, group_by=options.group_by)
     forms = {"csv": tables.csv_text, "md": tables.markdown, "json": tables.json_text}
     if options.form:
-        tables.write_stdout(forms[options.form](comparison))
+        layout.write_stdout(forms[options.form](comparison))
     else:
         tables.print_comparison(comparison)
     if options.plot:

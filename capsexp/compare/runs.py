@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from capsexp.compare.fields import Fields
+from capsexp.compare.fields import Fields, Files
+from capsexp.compare.index import MIN_RUNS, Index, signature
 from capsexp.config.saved import parse_saved
 from capsexp.config.settings import Published, comparable, published
 from capsexp.documents import LARGEST, damage, parse_json
@@ -57,18 +58,6 @@ class Run:
     error: str
     version: str | None
     """The version of capsexp that wrote the run."""
-
-
-class Files(NamedTuple):
-    """What the files of a run say that tables show."""
-
-    status: Mapping[str, Any]
-    """status.json as `read_status` returns it."""
-    settings: Mapping[str, Any]
-    """See `Run`."""
-    paper: Published | None
-    command: str
-    version: str | None
 
 
 def default_root() -> Path:
@@ -151,7 +140,12 @@ def find_all(roots: Iterable[Path], notes: Notes) -> list[Path]:
 
 def read_all(paths: Iterable[Path], notes: Notes) -> list[Run]:
     """Read runs. Warn about runs that another version of capsexp wrote."""
-    runs = [read(path, notes) for path in paths]
+    paths = list(paths)
+    counts = Counter(path.parent for path in paths)
+    indexes = {folder: Index(folder) for folder, count in counts.items() if count >= MIN_RUNS}
+    runs = [_read_indexed(path, indexes.get(path.parent), notes) for path in paths]
+    for folder, index in indexes.items():
+        index.write({path.name for path in paths if path.parent == folder})
     own = importlib.metadata.version("capsexp")
     others = Counter(run.version for run in runs if run.version not in (own, None))
     for version, count in sorted(others.items())[:MAX_VERSIONS]:
@@ -162,6 +156,23 @@ def read_all(paths: Iterable[Path], notes: Notes) -> list[Run]:
     return runs
 
 
+def _read_indexed(path: Path, index: Index | None, notes: Notes) -> Run:
+    """Read one run; its files only if the index does not know them."""
+    before = (
+        None if index is None else signature(path)
+    )  # before the files are read: they may change meanwhile
+    if index is None or before is None:
+        return read(path, notes)
+    if (files := index.get(path.name, before)) is None:
+        own = Notes()
+        files = read_files(path, own)
+        for line in own.warnings:
+            notes.warning(line)
+        if not own.warnings:
+            index.add(path.name, before, files)
+    return run_of(path, files, notes)
+
+
 def read(path: Path, notes: Notes) -> Run:
     """Read one run."""
     return run_of(path, read_files(path, notes), notes)
@@ -169,12 +180,13 @@ def read(path: Path, notes: Notes) -> Run:
 
 def read_files(path: Path, notes: Notes) -> Files:
     """Read the files of a run that tables show."""
+    status = read_status(path, notes)
     config = _mapping(path / "resolved_config.yaml", parse_saved, notes) or {}
     environment = Fields(_mapping(path / "env.json", parse_json, notes) or {})
     version = environment.section("versions").name("capsexp")
     _warn_of_values(path / "env.json", environment, notes)
     return Files(
-        status=read_status(path, notes),
+        status=status,
         settings=comparable(config),
         paper=_published(path, config, notes),
         command=_read_text(path / "command.txt", notes),

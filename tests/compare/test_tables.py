@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import re
+import sys
 import time
 
 import pytest
@@ -160,7 +161,7 @@ def test_control_characters_of_files_do_not_reach_the_terminal(write_run, notes,
 def test_rows_are_not_wrapped_on_a_narrow_terminal(runs, notes, capsys, monkeypatch):
     print_comparison(compare(runs, notes))
     piped = capsys.readouterr().out
-    monkeypatch.setattr(tables.sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "20")
     monkeypatch.setenv("TERM", "xterm")
     print_comparison(compare(runs, notes))

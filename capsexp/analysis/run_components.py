@@ -9,6 +9,7 @@ from capsexp.config.components import Components
 from capsexp.config.paths import with_absolute_paths
 from capsexp.config.saved import load_saved_config
 from capsexp.config.settings import comparable
+from capsexp.data.dataset import NO_LIST
 from capsexp.data.manifest import Manifest, listing_of
 from capsexp.errors import UserError
 
@@ -24,7 +25,7 @@ class Change(NamedTuple):
     new: Any
 
     def __str__(self) -> str:
-        return f"{self.key} was {self.old!r}, is {self.new!r}: these are not the data of the run"
+        return f"{self.key} was {self.old!r}, is {self.new!r}: these are not the images of the run's splits"
 
 
 def run_components(config: dict[str, Any], *, plugins: Sequence[str]) -> Components:
@@ -43,7 +44,8 @@ def run_components(config: dict[str, Any], *, plugins: Sequence[str]) -> Compone
     run = Path(config["run"])
     manifest = Manifest.load(run)
     if manifest is None:
-        return build_components(config, plugins=plugins)
+        components = build_components(config, plugins=plugins)
+        return components._replace(remarks=(NO_LIST,) if components.dataset.lists_files else ())
     changes = list(_changes(_data_settings(load_saved_config(run)), _data_settings(config)))
     if _is_moved(manifest, config, changes):
         changes = []

@@ -1,12 +1,17 @@
 """The command `capsexp`."""
 
+import os
+import signal
+
 
 def main() -> int:
     """Run the command line of this process; return the exit code.
 
     The console script, `python -m capsexp` and other launchers call this function.
     """
-    # Imported here: Ctrl-C must end the command quietly during the other imports, too.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Ctrl-C would print a traceback of the imports below.
+        signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
     from capsexp.cli.signals import ending_quietly
 
     with ending_quietly():

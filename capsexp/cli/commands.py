@@ -47,6 +47,10 @@ def train(arguments: Sequence[str]) -> int:
     composed = compose(options.config_name or "train", overrides, config_dir=options.config_dir)
     if options.cfg or options.info:
         return call_hydra([*flags, *overrides], "train", no_op)
+    if is_distributed():
+        from capsexp.cli.agreement import require_agreement
+
+        require_agreement(to_plain(composed), processes())
     components = validate(composed, overrides)
     components.dataset.require_files()
     if is_distributed():
@@ -75,7 +79,8 @@ def predict(arguments: Sequence[str]) -> int:
     options, flags, rest = parse(arguments)
     files = [text for text in rest if "=" not in text or Path(text).exists()]
     overrides = [text for text in rest if text not in files]
-    register_saved_config(overrides, command="predict", top=3, weights="best", reconstructions=True)
+    extra: dict[str, Any] = {"top": 3, "weights": "best", "reconstructions": True, "output": None}
+    register_saved_config(overrides, command="predict", **extra)
     composed = compose("predict_run", overrides, config_dir=options.config_dir)
     if options.cfg or options.info:
         return call_hydra([*flags, *overrides], "predict_run", no_op)
@@ -83,8 +88,7 @@ def predict(arguments: Sequence[str]) -> int:
         raise UserError("capsexp predict needs images: capsexp predict run=DIR FILES")
     from capsexp.analysis.predict import predict
 
-    predict(validate_saved(composed, overrides), to_plain(composed), files)
-    return 0
+    return predict(validate_saved(composed, overrides), to_plain(composed), files)
 
 
 def analyze(arguments: Sequence[str]) -> int:

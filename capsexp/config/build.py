@@ -144,7 +144,8 @@ def _with_key_in_errors(target: Callable[..., Any], at: str) -> Callable[..., An
         try:
             return target(*arguments, **keywords)
         except ValueError as error:
-            raise UserError(f"{at}: {error}") from error
+            problems = error.problems if isinstance(error, UserError) else [str(error)]
+            raise UserError(*(f"{at}: {problem}" for problem in problems)) from error
 
     return construct
 

@@ -4,6 +4,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
 PATHS = ("path", "root", "data_root")
 """Settings that are paths, at any depth."""
 
@@ -20,14 +22,17 @@ def with_absolute_paths(node: Any) -> Any:
     return {key: _absolute(node, key) for key in node}
 
 
-def stored_form(composed: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, Any]:
+def stored_form(composed: DictConfig, resolved: Mapping[str, Any]) -> dict[str, Any]:
     """Return a composed config for its run directory: absolute paths, and the data root as a value.
 
     Args:
         composed: with its interpolations.
         resolved: the same config with every value.
     """
-    content = {**composed, **({"data_root": resolved["data_root"]} if "data_root" in composed else {})}
+    content = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(content, dict)
+    if "data_root" in content:
+        content["data_root"] = resolved["data_root"]
     return dict(with_absolute_paths(content))
 
 

@@ -1,5 +1,6 @@
 """The saved config of a run directory: read it, and make it available to Hydra like conf/."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ RENAMED_KEYS = {
 RENAMED_VALUES = {  # by the new name of the key
     "dataset.preprocess.contrast_mean": {"picture": "image"},
     "dataset.source.preprocess.contrast_mean": {"picture": "image"},
+}
+ADDED_KEYS = {  # by class: keys that configs of earlier versions lack, with the values of conf/
+    "capsexp.dataset.image_folder.ImageFolder": {"background": "auto", "white_level": None},
 }
 
 
@@ -135,6 +139,8 @@ def _with_renamed_targets(node: Any, depth: int = 0) -> Any:
     for old, new in RENAMED_TARGETS.items():
         if isinstance(target, str) and target.startswith(old):
             node["_target_"] = new + target.removeprefix(old)
+    for key, added in ADDED_KEYS.get(str(target), {}).items():
+        node.setdefault(key, added)
     return node
 
 
@@ -223,9 +229,16 @@ def _read(run: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{run} is not a run directory: there is no {path}")
     try:
-        return parse_saved(read_regular(path, limit=LARGEST_CONFIG))
+        return _with_present_data_root(parse_saved(read_regular(path, limit=LARGEST_CONFIG)))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {damage(error)}") from None
+
+
+def _with_present_data_root(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config with CAPSEXP_DATA for a data root that does not exist, as on another machine."""
+    stored, here = config.get("data_root"), os.environ.get("CAPSEXP_DATA")
+    is_here = not isinstance(stored, str) or "${" in stored or os.path.isdir(stored)
+    return config if is_here or not here else {**config, "data_root": here}
 
 
 def _divide(saved: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

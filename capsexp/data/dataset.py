@@ -16,6 +16,16 @@ from capsexp.data.preprocess import Preprocess, Shape
 from capsexp.data.split import Split, SplitName, split_validation
 from capsexp.errors import DataError
 
+OTHER_DATA = (
+    "restore the data that the run was trained with; only `capsexp train … resume=force` continues it with "
+    "those of now"
+)
+
+NO_LIST = (
+    "an earlier version began this run and stored no list of its images: those drawn for testing and "
+    "validation may be others now"
+)
+
 
 class Dataset(ABC):
     """A dataset. Its constructor is cheap: no image is read before `read`.
@@ -44,6 +54,8 @@ class Dataset(ABC):
     """The data of the run that the dataset belongs to; None for a new run."""
     has_known_files: bool = False
     """Whether `fingerprints` or the files of `manifest` identify the data. If not, the arrays read do."""
+    lists_files: bool = False
+    """Whether `manifest` lists the files of each split."""
 
     def __init__(self, *, preprocess: Preprocess, validation: int | float, split_seed: int) -> None:
         self.preprocess = preprocess
@@ -92,7 +104,7 @@ class Dataset(ABC):
             DataError: one line for each difference.
         """
         if self.stored is not None and (lines := list(self.stored.differences(self.manifest(splits)))):
-            raise DataError(*lines)
+            raise DataError(*lines, OTHER_DATA)
 
     def read(self, split: SplitName) -> Split:
         """Read all images of a split, verified, on the CPU.
@@ -118,6 +130,17 @@ class Dataset(ABC):
     def read_training(self) -> tuple[Split, Split]:
         """Read the training split without its validation images, and those (empty for `validation: 0`)."""
         return split_validation(self.read("train"), count=self.validation, seed=self.split_seed)
+
+    def check_test(self) -> int | None:
+        """Check the files of the test split before anything is trained, without reading it.
+
+        Returns:
+            The number of test images, if it is known.
+
+        Raises:
+            DataError: files are missing or damaged.
+        """
+        return None
 
     def familiar(self) -> Split | None:
         """Return test images like those of training, for datasets whose test split differs from training.
@@ -146,6 +169,10 @@ class Dataset(ABC):
 
     def caveats(self) -> list[str]:
         """Return lines to print beside every metric measured on this dataset. Call it after reading."""
+        return []
+
+    def notes(self) -> list[str]:
+        """Return lines about how files are read, for the start of a run and for `capsexp data verify`."""
         return []
 
     @abstractmethod

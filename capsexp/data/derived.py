@@ -25,6 +25,7 @@ class DerivedDataset(Dataset):
         self, source: Dataset, *, preprocess: Preprocess, validation: int | float, split_seed: int
     ) -> None:
         self.source, self.classes = source, source.classes
+        self.lists_files = source.lists_files
         self.folder: Path | None = source.folder
         super().__init__(preprocess=preprocess, validation=validation, split_seed=split_seed)
 
@@ -54,3 +55,11 @@ class DerivedDataset(Dataset):
     def caveats(self) -> list[str]:
         """Return the source's caveats."""
         return self.source.caveats()
+
+    def check_test(self) -> int | None:
+        """Check the files of the source's test split, and return the number of its images."""
+        return self.source.check_test()
+
+    def notes(self) -> list[str]:
+        """Return lines about how the source's files are read."""
+        return self.source.notes()

@@ -4,9 +4,12 @@ A run directory holds this as `data.json`. Later commands read it instead of the
 folder, an added image or another folder under the same name cannot change what a run was trained on.
 """
 
+import errno
 import hashlib
 import json
+import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -201,7 +204,10 @@ def hashed(path: Path) -> tuple[int, str]:
     Raises:
         OSError: the file cannot be read, or is not a regular file.
     """
-    with open(path, "rb") as file:
+    # Without O_NONBLOCK, opening a pipe waits for a writer.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return file.tell(), digest
 

@@ -101,6 +101,8 @@ def verify(dataset: Dataset, *, print_line: PrintLine) -> int:
     problems = dataset.problems()
     for problem in problems:
         print_line(f"{dataset.name}: {problem}")
+    for note in dataset.notes():
+        print_line(note)
     if not problems:
         print_line(
             f"{dataset.name}: verified" + (f" in {dataset.folder}" if dataset.folder else " (embedded)")

@@ -131,6 +131,14 @@ class AffNIST(PlacedDataset):
         if "test" in splits and self.stored is not None:
             Dataset.require_stored(self, splits)
 
+    def check_test(self) -> int | None:
+        """Check the structure of the file of test images, and return their number."""
+        count = self.source.check_test()
+        if self.test_pictures == "expanded":
+            return count
+        self.require_files()
+        return len(read_columns(self.path, pixels=self.canvas**2, count=self.transforms * self.originals)[1])
+
     def _file_problems(self) -> list[str]:
         if not self.path.is_file():
             return [f"{self.path} is missing; it is in {URL}"]

@@ -171,6 +171,11 @@ class SmallNORB(PublishedDataset):
         _, factors = self._annotations(split)
         return factors[self._rows(split, factors)]
 
+    def check_test(self) -> int:
+        """Verify labels and factors of the test split, open its images, and return their number."""
+        self._full_size_images("test")
+        return len(self.factors("test"))
+
     def fingerprints(self) -> dict[str, str]:
         """Return the checksums of labels and factors, and fingerprints of the images, which may be a copy."""
         images = {self.root / FOLDER / _name(split, "dat") for split in STEM}

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from capsexp.data.dataset import Dataset
+from capsexp.data.dataset import NO_LIST, OTHER_DATA, Dataset
 from capsexp.data.manifest import Manifest
 from capsexp.errors import UserError
 
@@ -35,11 +35,15 @@ def keep_data(run: Path, dataset: Dataset, *, force: bool, report: Callable[[str
     Raises:
         UserError: the data are not those of the run; one line for each difference.
     """
+    if dataset.stored is not None:
+        return  # checked whenever it is read
     stored, now = Manifest.load(run), dataset.manifest()
     changes = [] if stored is None else list(stored.differences(now))
     if changes and not force:
-        raise UserError(*changes, f"{run} holds a run with other data: restore them, or pass resume=force")
+        raise UserError(*changes, OTHER_DATA)
     _report(changes, report)
+    if stored is None and dataset.lists_files and any((run / "checkpoints").glob("*.pt")):
+        report(NO_LIST)
     if stored is not None and not changes:
         now = replace(now, fingerprints={**stored.fingerprints, **now.fingerprints})
     if stored != now:

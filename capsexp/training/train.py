@@ -17,6 +17,7 @@ from capsexp.training import checkpoint
 from capsexp.training.early_stop import caveats, describe_end
 from capsexp.training.evaluate import evaluate
 from capsexp.training.gradients import accumulate_gradients, gradient_norm
+from capsexp.training.introduction import describe_data, describe_network
 from capsexp.training.non_finite import refuse_non_finite
 from capsexp.training.parallel import SINGLE, ProcessGroup
 from capsexp.training.profiler import profiler
@@ -111,8 +112,9 @@ class Training:
         if saved is not None and process_count(saved) != size:
             change = f"was {process_count(saved)}, is {size}"
             report(f"number of processes: {change}; the run resumes, but not bit for bit")
-        report(_introduction(self.state, self.splits))
-        for line in [*self.components.caveats(), *caveats(self.splits.familiar)]:
+        components, splits = self.components, self.splits
+        lines = [*describe_data(components.dataset, splits), describe_network(self.state)]
+        for line in [*lines, *components.caveats(), *caveats(splits.familiar)]:
             report(line)
 
     def fit(self) -> None:
@@ -283,14 +285,6 @@ def _training_batches(batches: Batches, epoch: int, start: int, overfit: bool) -
     if not overfit:
         return batches.training(epoch, start=start)
     return (batch for number, batch in enumerate(batches.in_order()) if number >= start)
-
-
-def _introduction(state: State, splits: Splits) -> str:
-    parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    validation = 0 if splits.validation is None else splits.validation.count
-    images = f"{splits.training.count} training and {validation} validation images"
-    start = f"resuming at step {state.step} of {state.total}" if state.step else f"{state.total} steps"
-    return f"{type(state.model).__name__} with {parameters:,} parameters; {images}; {start}"
 
 
 def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:

@@ -75,20 +75,22 @@ class Sweep:
         with locked(self.path / "sweep.lock", refusal=refusal):
             yield
 
-    def add(self, overrides: Sequence[str]) -> RunDir:
-        """Add a job to the sweep. Return its run directory."""
-        name = job_name(overrides)
+    def add(self, overrides: Sequence[str], *, name: str | None = None) -> RunDir:
+        """Add a job to the sweep. Return its run directory, which is named after its settings or as given."""
+        name = name or job_name(overrides)
         self._overrides.setdefault(name, list(overrides))
         return RunDir(self.path / name)
 
     def jobs(self) -> list[Job]:
         """Return all jobs in the order of adding, then the runs that another launcher left in the folder."""
-        started = sorted(status.parent for status in self.path.glob("*/status.json"))
         overrides = dict(self._overrides)
-        for path in started:
-            overrides.setdefault(path.name, RunDir(path).overrides())
-        statuses = {path.name: read_status(path, Notes()) for path in started}
-        return [Job(name, job_overrides, statuses.get(name, {})) for name, job_overrides in overrides.items()]
+        for status in sorted(self.path.glob("*/status.json")):
+            overrides.setdefault(status.parent.name, RunDir(status.parent).overrides())
+        return [Job(name, items, self._status(name)) for name, items in overrides.items()]
+
+    def _status(self, name: str) -> Mapping[str, Any]:
+        path = self.path / name
+        return read_status(path, Notes()) if (path / "status.json").exists() else {}
 
     def succeeded(self) -> bool:
         """Return whether every job is finished."""

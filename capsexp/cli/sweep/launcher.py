@@ -8,16 +8,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.live import Live
 
 from capsexp.child import python_command
+from capsexp.cli.sweep.directories import directories, job_config
 from capsexp.cli.sweep.folder import Sweep, job_labels, jobs_table
 from capsexp.cli.sweep.job_process import JOB_VARIABLE
 from capsexp.config.compose import to_plain
@@ -138,7 +138,12 @@ class FailedJob(JobReturn):
 
 
 def launch(
-    context: HydraContext, master: DictConfig, job_overrides: Sequence[Sequence[str]], *, n_jobs: int | None
+    context: HydraContext,
+    master: DictConfig,
+    job_overrides: Sequence[Sequence[str]],
+    *,
+    first_number: int,
+    n_jobs: int | None,
 ) -> list[JobReturn]:
     """Run every job that is not complete yet.
 
@@ -146,6 +151,7 @@ def launch(
         context: Hydra's, to compose the config of a job.
         master: the config of the sweep.
         job_overrides: the overrides of each job.
+        first_number: number of the first of these jobs in the sweep.
         n_jobs: number of parallel jobs; None means one for each GPU, or one.
 
     Returns:
@@ -153,13 +159,15 @@ def launch(
 
     Raises:
         RunStopped: Ctrl-C or SIGTERM. The jobs have saved their progress.
+        UserError: jobs cannot have the directories that the user has chosen.
     """
     sweep = Sweep(Path(master.hydra.sweep.dir))
     all_overrides = [_without_hydra(overrides) for overrides in job_overrides]
-    runs = [sweep.add(overrides) for overrides in all_overrides]
+    names = directories(context.config_loader, master, all_overrides, first_number)
+    runs = [sweep.add(overrides, name=name) for overrides, name in zip(all_overrides, names, strict=True)]
     labels = job_labels(sweep.jobs())
     jobs = [
-        JobProcess(labels[run.path.name], overrides, run)
+        JobProcess(labels[str(run.path.relative_to(sweep.path))], overrides, run)
         for overrides, run in zip(all_overrides, runs, strict=True)
     ]
     unique = {job.run.path: job for job in jobs}  # equal settings are one job
@@ -257,10 +265,7 @@ def _run_jobs(
 
 def _arguments(context: HydraContext, master: DictConfig, job: JobProcess) -> list[str] | None:
     """Return the arguments of `capsexp train` for a job; None if the run is complete with this config."""
-    composed = context.config_loader.load_sweep_config(master, job.overrides)
-    with open_dict(composed):
-        composed.hydra.job.id, composed.hydra.job.num = "0", 0
-    HydraConfig.instance().set_config(composed)
+    composed = job_config(context.config_loader, master, job.overrides, 0)
     if job.run.is_finished(to_plain(composed)):
         return None
     name = ["-cn", composed.hydra.job.config_name]
@@ -270,8 +275,8 @@ def _arguments(context: HydraContext, master: DictConfig, job: JobProcess) -> li
         if source.provider == "command-line"
         for argument in ("-cd", source.path)
     ]
-    hydra_overrides = [str(override) for override in master.hydra.overrides.hydra]
-    inherited = [override for override in hydra_overrides if not override.startswith(SWEEP_SETTINGS)]
+    as_typed = cast(list[str], OmegaConf.to_container(master.hydra.overrides.hydra, resolve=False))
+    inherited = [override for override in as_typed if not override.startswith(SWEEP_SETTINGS)]
     return [*name, *folders, *inherited, *job.overrides, f"run={quoted(job.run.path)}"]
 
 

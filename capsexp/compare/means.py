@@ -85,6 +85,9 @@ def _parts(rows: Sequence[Row], averaged: Sequence[str]) -> list[tuple[list[Row]
 
     A run of an earlier version may lack a setting that later ones have: its value then is not known.
     """
+    known = [row.runs[0].settings.keys() for row in rows]
+    if known[0] and all(keys == known[0] for keys in known):
+        return [(list(rows), "")]
     keys = [key for key in distinct_keys(row.runs[0] for row in rows) if not _is_averaged(key, averaged)]
     parts: dict[Hashable, tuple[list[Row], str]] = {}
     for row in rows:

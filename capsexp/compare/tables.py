@@ -11,24 +11,26 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from capsexp.compare import runs
 from capsexp.compare.columns import EPOCHS, ERROR, PAPER, RUN, STATUS, TOTAL, Column, as_override
 from capsexp.compare.comparison import Comparison, compare
+from capsexp.compare.find import find_all
 from capsexp.compare.layout import print_table, single_line, write_stdout
 from capsexp.compare.means import Row, Spread
-from capsexp.compare.runs import Run, newest_first
+from capsexp.compare.runs import Run, newest_first, read_all
 from capsexp.errors import Notes, is_number
 from capsexp.text import printable
 from capsexp.training.progress import clock
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠")  # noqa: RUF001
 _MARKDOWN = re.compile(r"[\\|`*<]|\](?=\()")
+MAX_SETTINGS = 40
+"""Columns of settings in tables for people; CSV and JSON have all."""
 ABSENT = "–"  # noqa: RUF001
 
 
 def as_csv(paths: Iterable[Path], notes: Notes) -> str:
     """Compare all runs at or below some directories; return the table as CSV."""
-    return csv_text(compare(runs.read_all(runs.find_all(paths, notes), notes), notes))
+    return csv_text(compare(read_all(find_all(paths, notes), notes), notes))
 
 
 def csv_text(comparison: Comparison) -> str:
@@ -69,7 +71,7 @@ def print_comparison(comparison: Comparison) -> None:
     """Print the table for people, and the folder that contains all its runs."""
     if not comparison.rows:
         return
-    columns, (titles, rows) = _display_columns(comparison), _display_table(comparison)
+    columns, (titles, rows) = shown_columns(comparison), _display_table(comparison)
     arrows = [
         (" ↓" if comparison.descending else " ↑") if column == comparison.order else "" for column in columns
     ]
@@ -82,7 +84,9 @@ def print_comparison(comparison: Comparison) -> None:
     folder = printable(common_folder(run.path for row in comparison.rows for run in row.runs))
     count = sum(len(row.runs) for row in comparison.rows)
     means = f"; mean ± sample sd over {', '.join(comparison.grouped_by)}" if comparison.grouped_by else ""
-    write_stdout(f"{count} run{'s' * (count != 1)} in {folder}{printable(means)}\n")
+    hidden = len(comparison.columns) - len(columns) - bool(comparison.grouped_by)
+    more = f"; --csv shows {hidden} more settings that differ" * (hidden > 0)
+    write_stdout(f"{count} run{'s' * (count != 1)} in {folder}{printable(means)}{more}\n")
 
 
 def print_runs(found: Sequence[Run]) -> None:
@@ -156,14 +160,16 @@ def age(run: Run) -> str | None:
     return f"{seconds:.0f} s"
 
 
-def _display_columns(comparison: Comparison) -> list[Column]:
-    """Return the columns for people: all, but without run directories if rows are means."""
-    return [column for column in comparison.columns if column != RUN or not comparison.grouped_by]
+def shown_columns(comparison: Comparison) -> list[Column]:
+    """Return the columns for people: the first settings, and no run directories if rows are means."""
+    settings = [column for column in comparison.columns if column.is_setting]
+    hidden = {*settings[MAX_SETTINGS:], *([RUN] if comparison.grouped_by else [])} - {comparison.order}
+    return [column for column in comparison.columns if column not in hidden]
 
 
 def _display_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Return short titles, and rows of rounded metrics and of run directories relative to their folder."""
-    columns = _display_columns(comparison)
+    columns = shown_columns(comparison)
     means = [column.is_metric and column != PAPER and bool(comparison.grouped_by) for column in columns]
     titles = [single_line(column.title) + " (n)" * mean for column, mean in zip(columns, means, strict=True)]
     folder = common_folder(run.path for row in comparison.rows for run in row.runs)

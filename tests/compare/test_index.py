@@ -7,8 +7,9 @@ import random
 import pytest
 
 from capsexp.compare import index, runs
+from capsexp.compare.find import find_all
 from capsexp.compare.index import NAME, Index
-from capsexp.compare.runs import find_all, read_all
+from capsexp.compare.runs import read_all
 from capsexp.errors import Notes
 
 

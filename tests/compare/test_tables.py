@@ -9,7 +9,8 @@ import pytest
 
 from capsexp.compare import tables
 from capsexp.compare.comparison import compare
-from capsexp.compare.runs import find_all, read_all
+from capsexp.compare.find import find_all
+from capsexp.compare.runs import read_all
 from capsexp.compare.tables import (
     as_csv,
     csv_text,

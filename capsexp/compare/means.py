@@ -129,7 +129,10 @@ def _mean_row(
 def _counted(runs: Sequence[Run], averaged: Sequence[str]) -> tuple[Run, ...]:
     """Return the finished runs; of those with equal seeds, which repeat each other, only the newest."""
     newest: dict[Hashable, Run] = {}
-    for run in newest_first(run for run in runs if run.status == "finished"):
+    finished = [run for run in runs if run.status == "finished"]
+    if len(finished) < 2:
+        return tuple(finished)
+    for run in newest_first(finished):
         values = {**run.choices, **run.settings}
         seed = {key: value for key, value in values.items() if _is_averaged(key, averaged)}
         newest.setdefault(hashable(seed), run)

@@ -30,10 +30,6 @@ SMALL_WIDTH = 400  # pixels; narrower figures are enlarged
 LARGEST_PAGE = 10_000_000  # bytes
 SPARE_BYTES = 300_000  # of what has no budget: styles, scripts, the legend
 PANEL_BYTES, TABLE_BYTES, DETAILS_BYTES = 2_000_000, 4_200_000, 2_800_000  # figures get what is left
-    3_000_000,
-    3_000_000,
-    2_500_000,
-)  # figures get what is left of the page
 CELL_BYTES, TEXT_BYTES, SECTION_BYTES, FIGURE_BYTES = 90, 70, 700, 1000  # of the HTML around them
 LONGEST_FACT = 10_000  # characters
 MAX_OPEN = 4  # with more runs than this, all are folded

@@ -323,6 +323,8 @@ def require_output(path: Path) -> None:
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise UserError(f"cannot write {path}: it is a folder")
+    if target.is_symlink():  # `realpath` follows all others
+        raise UserError(f"cannot write {path}: {os.strerror(errno.ELOOP)}")
     if not target.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {target.parent}")
     if target.exists() and not os.access(target, os.W_OK):

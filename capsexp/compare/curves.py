@@ -73,7 +73,11 @@ def learning_curves(
     for tag in tags:
         if curves and not any(curve.points[tag] for curve in curves):
             runs = [run for curve in curves for run in curve.runs]
-            notes.error(f"{option}: {history.unknown_tag(tag, runs)}")
+            message = history.unknown_tag(tag, runs)
+            if tuple(tags) == TAGS:  # the user has not typed them
+                notes.warning(message)
+            else:
+                notes.error(f"{option}: {message}")
     return [curve for curve in curves if any(curve.points.values())]
 
 

@@ -78,6 +78,7 @@ def _train_in(run: RunDir, composed: DictConfig) -> None:
     from capsexp.config.build import build_components
     from capsexp.training.memory import explain_out_of_memory
     from capsexp.training.run_data import data_to_resume
+    from capsexp.training.start import require_resumable
     from capsexp.training.train import train
 
     plain = with_absolute_paths(to_plain(composed))
@@ -85,13 +86,17 @@ def _train_in(run: RunDir, composed: DictConfig) -> None:
     components = build_components(plain, plugins=plugins(HydraConfig.get().overrides.task), manifest=manifest)
     with run.locked():
         finished = run.is_finished(plain)
+        if plain["resume"] == "force" and not finished:
+            require_resumable(components, run.checkpoints)
         run.check_config(plain, resume=plain["resume"], command=typed_command())
         hydra_node = {"hydra": HydraConfig.get()}
         stored = stored_form(composed, plain)
         run.write_composed(config=stored, hydra=hydra_node, overrides=HydraConfig.get().overrides.task)
         processes().broadcast(lambda: None if finished else run.path)
         if finished:
-            metrics = "  ".join(f"{name} {value:.4f}" for name, value in run.status()["results"].items())
+            metrics = "  ".join(
+                f"{name} {value:.4f}" for name, value in run.status().get("results", {}).items()
+            )
             print(f"{printable(run.path)} is complete: {metrics}")
             return
         choices = {group: HydraConfig.get().runtime.choices.get(group) for group in GROUPS}

@@ -25,7 +25,7 @@ from capsexp.data.checked_files import (
     verify,
 )
 from capsexp.errors import DataError
-from capsexp.files import locked
+from capsexp.locks import locked
 
 LOCK = ".capsexp.lock"
 TIMEOUT = 60.0

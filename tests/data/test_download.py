@@ -430,7 +430,7 @@ def test_a_download_waits_for_the_lock(tmp_path, monkeypatch):
         import sys, time
         from pathlib import Path
         from capsexp.data.download import LOCK
-        from capsexp.files import locked
+        from capsexp.locks import locked
         with locked(Path(sys.argv[1], LOCK), wait=True):
             print("locked", flush=True)
             time.sleep(0.5)

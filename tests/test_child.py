@@ -30,9 +30,7 @@ def test_code_in_a_new_process_imports_from_where_this_process_does(shadowed, tm
 
 
 @pytest.mark.parametrize("entry", ["", "."])
-def test_a_working_directory_that_the_user_has_chosen_to_import_from_counts_everywhere(
-    entry, shadowed, monkeypatch
-):
+def test_a_chosen_working_directory_counts_everywhere(entry, shadowed, monkeypatch):
     monkeypatch.syspath_prepend(entry)
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     assert run(python_command("import secrets")).returncode == 1

@@ -21,7 +21,13 @@ from capsexp.cli import agreement, torchrun
 from capsexp.cli import entry as cli
 from capsexp.config.compose import compose, to_plain
 from capsexp.errors import UserError
-from capsexp.training.parallel import SINGLE, ProcessGroup, check
+from capsexp.training.parallel import (
+    SINGLE,
+    ProcessGroup,
+    ProcessLostError,
+    _detect_lost_process,
+    check,
+)
 from capsexp.training.run_dir import RunDir
 
 HERE = Path(__file__).resolve().parent
@@ -340,6 +346,17 @@ def test_processes_that_count_differently_are_refused(ranks, message, monkeypatc
     torchrun._check_number(*first)
     with pytest.raises(UserError, match=f"^{message}$"):
         torchrun._check_number(*second)
+
+
+def test_a_lost_process_is_named_without_the_source_code_of_gloo():
+    text = "[/build/gloo/pair.cc:561] Connection closed by peer [127.0.0.1]:47012. Check the logs. GLHF!"
+    with (
+        pytest.raises(
+            ProcessLostError, match=r"^lost another process of this run \(Connection closed by peer "
+        ),
+        _detect_lost_process(),
+    ):
+        raise RuntimeError(text)
 
 
 # Runs that cannot be distributed

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from capsexp.cli.torchrun import is_distributed, run_distributed
 from capsexp.errors import UserError, exit_code, nearest, print_error
+from capsexp.text import prepare_streams
 
 
 class Command(NamedTuple):
@@ -116,6 +117,7 @@ def main() -> int:
     """Run the command line; return the exit code. `capsexp.cli.main` calls this in a process of its own."""
     # Bugs keep their whole traceback; a UserError prints one line per problem.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    prepare_streams()
     try:
         if is_distributed():
             return run_distributed(lambda: dispatch(sys.argv[1:]))

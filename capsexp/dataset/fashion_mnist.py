@@ -17,6 +17,7 @@ class FashionMNIST(IdxDataset):
     """60,000 training and 10,000 test images in 10 classes."""
 
     name = "fashion_mnist"
+    training_size = 60_000
     classes = (
         "T-shirt/top",
         "Trouser",

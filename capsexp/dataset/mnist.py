@@ -16,6 +16,7 @@ class MNIST(IdxDataset):
     """60,000 training and 10,000 test images in 10 classes."""
 
     name = "mnist"
+    training_size = 60_000
     classes = tuple("0123456789")
     files = (
         _file(

@@ -15,16 +15,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Column
 from rich.text import Text
 
 from capsexp.compare.comparison import beside_paper
 from capsexp.compare.runs import read_all, read_status
 from capsexp.compare.tables import STATUS_COLOURS, as_csv, markdown, print_comparison
 from capsexp.config.naming import affects_results, job_name
+from capsexp.documents import read_json
 from capsexp.errors import Notes
 from capsexp.files import locked, write_atomic
+from capsexp.terminal import Table, as_markup, new_console
+from capsexp.text import printable, printable_lines
 from capsexp.training.run_dir import RunDir
 
 SHOWN_FIRST = ("running", "failed", "died")
@@ -53,7 +55,7 @@ class Sweep:
         self.command = ""
         self._overrides: dict[str, list[str]] = {}  # by job name
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            content = json.loads((path / "sweep.json").read_text())
+            content = read_json(path / "sweep.json")
             self.command = str(content["command"])
             self._overrides = {name: [*map(str, job["overrides"])] for name, job in content["jobs"].items()}
 
@@ -115,10 +117,11 @@ class Sweep:
         csv = as_csv([self.path], notes).encode()
         write_atomic(self.path / "results.csv", lambda file: file.write(csv))
         for line in notes.warnings:
-            print(f"capsexp: {line}", file=sys.stderr)
-        Console().print(jobs_table(jobs))
+            print(f"capsexp: {printable(line)}", file=sys.stderr)
+        new_console().print(jobs_table(jobs))
         self._print_beside_paper(jobs)
-        print(f"sweep: {self.path}\ncurves: tensorboard --logdir {self.path}")
+        path = printable(self.path)
+        print(f"sweep: {path}\ncurves: tensorboard --logdir {path}")
 
     def _print_beside_paper(self, jobs: Sequence[Job]) -> None:
         """Print our test errors beside the papers', if they have any, and write them to table.md."""
@@ -127,11 +130,14 @@ class Sweep:
         if not any(run.paper for run in runs):
             return
         recipes = dict.fromkeys(run.choices["experiment"] for run in runs if "experiment" in run.choices)
-        comparison = beside_paper(runs, recipes=list(recipes))
+        notes = Notes()
+        comparison = beside_paper(runs, notes, recipes=list(recipes))
         changes = _common_changes([job.overrides for job in jobs])
         remark = f"\nOurs with {' '.join(changes)}; the paper's errors are as published.\n" if changes else ""
         print_comparison(comparison)
-        print(remark)
+        print(printable_lines(remark))
+        for line in notes.warnings:
+            print(f"capsexp: {printable(line)}", file=sys.stderr)
         content = f"{markdown(comparison)}{remark}".encode()
         write_atomic(self.path / "table.md", lambda file: file.write(content))
 
@@ -164,7 +170,7 @@ def jobs_table(jobs: Sequence[Job], *, max_rows: int | None = None) -> Table:
     if len(shown) < len(jobs):
         states = [job.state for job in jobs]
         counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        table.caption = f"{len(jobs)} jobs: {counts}"
+        table.caption = as_markup(f"{len(jobs)} jobs: {counts}")
     return table
 
 

@@ -23,6 +23,8 @@ from capsexp.cli.sweep.job_process import JOB_VARIABLE
 from capsexp.config.compose import to_plain
 from capsexp.config.overrides import quoted
 from capsexp.errors import JobFailed, RunStopped
+from capsexp.terminal import new_console
+from capsexp.text import printable
 from capsexp.training.run_dir import RunDir
 from capsexp.training.stop_signal import StopSignal
 
@@ -170,7 +172,7 @@ def launch(
     ]
     unique = {job.run.path: job for job in jobs}  # equal settings are one job
     slots = slots_for(n_jobs, device=OmegaConf.select(master, "device.name"))
-    console = Console(highlight=False, soft_wrap=True)
+    console = new_console(soft_wrap=True)
     with StopSignal() as stop, live_table(sweep, console) as print_line:
         _run_jobs(
             deque(unique.values()), slots, lambda job: _arguments(context, master, job), stop, print_line
@@ -206,7 +208,7 @@ def live_table(sweep: Sweep, console: Console) -> Iterator[PrintLine]:
     )
 
     def print_line(line: str) -> None:
-        console.print(line, markup=False)
+        console.print(printable(line))
         sweep.write()
 
     with live if console.is_terminal else contextlib.nullcontext():

@@ -100,10 +100,8 @@ def unusable_values(override: Override) -> str:
     except (ValueError, ArithmeticError) as error:
         return first_line(error) if isinstance(error, ValueError) else "a range takes finite numbers"
     if not values:
-        options = group_options(override.key_or_group)
-        return (
-            f"no value fits; choose from {', '.join(options)}" if options else "the list of values is empty"
-        )
+        options = ", ".join(group_options(override.key_or_group))
+        return f"no option fits; choose from {options}" if options else "the list of values is empty"
     return f"more than {MOST_VALUES:,} values" if len(values) > MOST_VALUES else ""
 
 

@@ -29,6 +29,7 @@ from capsexp.training.parallel import (
     check,
 )
 from capsexp.training.run_dir import RunDir
+from capsexp.training.splits import read_splits, require_same_images
 
 HERE = Path(__file__).resolve().parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -346,6 +347,20 @@ def test_processes_that_count_differently_are_refused(ranks, message, monkeypatc
     torchrun._check_number(*first)
     with pytest.raises(UserError, match=f"^{message}$"):
         torchrun._check_number(*second)
+
+
+def test_processes_that_have_read_other_images_are_refused(tiny_components):
+    read = read_splits(tiny_components())
+    digests = []
+    recording = SimpleNamespace(size=2, gather=digests.append, broadcast=lambda make: None)
+    require_same_images(read, recording)
+    read.training.labels[[0, -1]] = read.training.labels[[-1, 0]] + 1
+    require_same_images(read, recording)
+    answering = SimpleNamespace(size=2, gather=lambda _: digests, broadcast=lambda make: make())
+    with pytest.raises(UserError, match=r"^the training images of rank 1 are not those of rank 0"):
+        require_same_images(read, answering)
+    digests[1] = digests[0]
+    require_same_images(read, answering)
 
 
 def test_a_lost_process_is_named_without_the_source_code_of_gloo():

@@ -37,6 +37,8 @@ def parse(arguments: Sequence[str]) -> tuple[Namespace, list[str], list[str]]:
     options = parser.parse_intermixed_args(list(arguments))
     if options.experimental_rerun is not None:
         raise UserError("--experimental-rerun is switched off: it loads a pickle; use run=DIR")
+    if options.config_path is not None:
+        raise UserError("--config-path is switched off: -cd DIR adds a folder of your own configs")
     if options.multirun and (options.cfg or options.info):
         raise UserError("--cfg and --info show one run: leave -m out")
     flags = list(arguments)

@@ -76,7 +76,5 @@ def _other_images(digests: Sequence[Mapping[str, str]]) -> str | None:
     for rank, other in enumerate(digests):
         names = [name for name, digest in digests[0].items() if other.get(name) != digest]
         if names:
-            return (
-                f"the {' and '.join(names)} images of rank {rank} are not those of rank 0"
-            )
+            return f"the {' and '.join(names)} images of rank {rank} are not those of rank 0"
     return None

@@ -4,10 +4,9 @@ import pytest
 
 from capsexp.cli.sweep import launcher
 from capsexp.cli.sweep.directories import directory_problems
+from capsexp.cli.sweep.tables import TAKES
 from capsexp.config.sweeps import data_variants
 from capsexp.errors import RunStopped
-
-TAKES = "a sweep takes values, A,B,C or range(A,B); hydra/sweeper=search takes intervals"
 
 
 @pytest.fixture
@@ -123,7 +122,7 @@ def test_a_directory_in_the_directory_of_another_job_is_refused():
     assert list(directory_problems(["a", "a", "b"], [["seed=0"], ["seed=0"], ["seed=1"]])) == []
 
 
-@pytest.mark.parametrize("override", ["hydra.sweep.dir=", "hydra.sweep.dir=null", "hydra.sweep.dir=''"])
+@pytest.mark.parametrize("override", ["hydra.sweep.dir=", "hydra.sweep.dir=''"])
 def test_the_folder_of_a_sweep_must_be_a_folder(override, refused):
     assert refused("seed=0,1", override) == ["hydra.sweep.dir must be a folder, or auto"]
 

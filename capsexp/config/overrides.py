@@ -37,6 +37,8 @@ def parse(arguments: Sequence[str]) -> tuple[Namespace, list[str], list[str]]:
     options = parser.parse_intermixed_args(list(arguments))
     if options.experimental_rerun is not None:
         raise UserError("--experimental-rerun is switched off: it loads a pickle; use run=DIR")
+    if options.config_path is not None:
+        raise UserError("--config-path is switched off: -cd DIR adds a folder of your own configs")
     if options.multirun and (options.cfg or options.info):
         raise UserError("--cfg and --info show one run: leave -m out")
     flags = list(arguments)
@@ -100,10 +102,8 @@ def unusable_values(override: Override) -> str:
     except (ValueError, ArithmeticError) as error:
         return first_line(error) if isinstance(error, ValueError) else "a range takes finite numbers"
     if not values:
-        options = group_options(override.key_or_group)
-        return (
-            f"no value fits; choose from {', '.join(options)}" if options else "the list of values is empty"
-        )
+        options = ", ".join(group_options(override.key_or_group))
+        return f"no option fits; choose from {options}" if options else "the list of values is empty"
     return f"more than {MOST_VALUES:,} values" if len(values) > MOST_VALUES else ""
 
 

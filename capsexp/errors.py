@@ -2,10 +2,13 @@
 
 import difflib
 import math
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard, get_args
+
+from capsexp.text import printable_lines
 
 
 class UserError(Exception):
@@ -87,12 +90,14 @@ def require_literal(allowed: Any, **values: object) -> None:
 def print_error(error: UserError) -> int:
     """Print each problem of a user error on stderr; return the exit code."""
     for problem in error.problems:
-        print(f"capsexp: {problem}", file=sys.stderr)
+        print(f"capsexp: {printable_lines(problem)}", file=sys.stderr)
     return error.exit_code
 
 
 def exit_code(error: BaseException) -> int:
     """Return the exit code of a process that this error ends; above 128 for Ctrl-C and signals."""
+    if isinstance(error, Stopped):
+        return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, SystemExit):
@@ -108,6 +113,18 @@ def is_interruption(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends the process where nothing needs to be saved.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
 
 
 class RunStopped(UserError):  # noqa: N818 - a signal or a stop, not always an error

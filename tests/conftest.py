@@ -23,8 +23,8 @@ from omegaconf import OmegaConf
 # Tests are many small operations: with more threads they wait for each other, most of all on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from capsexp.cli import entry as cli
 from capsexp.cli import jobs
-from capsexp.cli import main as cli
 from capsexp.config.build import build_components
 from capsexp.config.components import Components
 from capsexp.config.compose import compose, to_plain

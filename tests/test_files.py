@@ -83,5 +83,5 @@ def test_what_is_no_readable_file_is_an_error_at_once(tmp_path, kind):
         path.mkdir()
     elif kind == "too large":
         path.write_bytes(bytes(11))
-    with pytest.raises(OSError, match="regular|larger|directory|No such"):
+    with pytest.raises(OSError, match=r"regular|larger|directory|No such"):
         read_regular(path, limit=10)

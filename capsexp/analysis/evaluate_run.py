@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from capsexp.analysis.trained_run import TrainedRun
 from capsexp.config.components import Components
+from capsexp.terminal import Table, new_console
+from capsexp.text import printable
 
 
 def evaluate_run(components: Components, config: Mapping[str, Any]) -> dict[str, float]:
@@ -34,9 +33,9 @@ def evaluate_run(components: Components, config: Mapping[str, Any]) -> dict[str,
     table = Table(f"{split}, {batches.visited} images", weights)
     for name, value in metrics.items():
         table.add_row(name, f"{value:.6g}")
-    for caveat in run.dataset.caveats():
-        print(caveat)
-    Console().print(table)
+    for caveat in components.caveats():
+        print(printable(caveat))
+    new_console().print(table)
     with open(run.path / "evaluations.jsonl", "a") as file:
         line = {"split": split, "step": run.step.number, "config": config, **metrics}
         file.write(json.dumps(line) + "\n")

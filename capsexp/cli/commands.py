@@ -11,7 +11,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from capsexp.cli.jobs import call_hydra, evaluation_job, no_op, train_as_worker, training_job, validate
+from capsexp.cli.jobs import (
+    call_hydra,
+    evaluation_job,
+    no_op,
+    train_as_worker,
+    training_job,
+    validate,
+    validate_saved,
+)
 from capsexp.cli.sweep.job_process import JOB_VARIABLE, end_with_launcher
 from capsexp.cli.torchrun import is_distributed, processes
 from capsexp.config.compose import compose, conf_dir, option_names, to_plain
@@ -39,6 +47,10 @@ def train(arguments: Sequence[str]) -> int:
     composed = compose(options.config_name or "train", overrides, config_dir=options.config_dir)
     if options.cfg or options.info:
         return call_hydra([*flags, *overrides], "train", no_op)
+    if is_distributed():
+        from capsexp.cli.agreement import require_agreement
+
+        require_agreement(to_plain(composed), processes())
     components = validate(composed, overrides)
     components.dataset.require_files()
     if is_distributed():
@@ -58,7 +70,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     register_saved_config(overrides, command="eval", split="test", weights="best")
     composed = compose("eval_run", overrides, config_dir=options.config_dir)
     if not (options.cfg or options.info):
-        validate(composed, overrides)
+        validate_saved(composed, overrides)
     return call_hydra([*flags, *overrides], "eval_run", evaluation_job)
 
 
@@ -67,7 +79,8 @@ def predict(arguments: Sequence[str]) -> int:
     options, flags, rest = parse(arguments)
     files = [text for text in rest if "=" not in text or Path(text).exists()]
     overrides = [text for text in rest if text not in files]
-    register_saved_config(overrides, command="predict", top=3, weights="best", reconstructions=True)
+    extra: dict[str, Any] = {"top": 3, "weights": "best", "reconstructions": True, "output": None}
+    register_saved_config(overrides, command="predict", **extra)
     composed = compose("predict_run", overrides, config_dir=options.config_dir)
     if options.cfg or options.info:
         return call_hydra([*flags, *overrides], "predict_run", no_op)
@@ -75,8 +88,7 @@ def predict(arguments: Sequence[str]) -> int:
         raise UserError("capsexp predict needs images: capsexp predict run=DIR FILES")
     from capsexp.analysis.predict import predict
 
-    predict(validate(composed, overrides), to_plain(composed), files)
-    return 0
+    return predict(validate_saved(composed, overrides), to_plain(composed), files)
 
 
 def analyze(arguments: Sequence[str]) -> int:
@@ -88,7 +100,7 @@ def analyze(arguments: Sequence[str]) -> int:
     composed = compose("analyze_run", overrides, config_dir=options.config_dir)
     if options.cfg or options.info:
         return call_hydra([*flags, *overrides], "analyze_run", no_op)
-    components, plain = validate(composed, overrides), to_plain(composed)
+    components, plain = validate_saved(composed, overrides), to_plain(composed)
     from capsexp.analysis.analyze import analyze
     from capsexp.config.build import build_checked
 

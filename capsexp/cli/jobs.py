@@ -4,7 +4,7 @@ torch is imported only when work starts.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +16,19 @@ from omegaconf import DictConfig
 from capsexp.cli.torchrun import launcher, processes, report_once
 from capsexp.config.compose import VERSION_BASE, conf_dir, to_plain
 from capsexp.config.overrides import plugins
+from capsexp.config.paths import stored_form, with_absolute_paths
 from capsexp.config.settings import GROUPS, published
-from capsexp.errors import JobFailed, UserError, print_error
+from capsexp.errors import JobFailed, RunStopped, UserError, exit_code, print_error
+from capsexp.text import printable
 from capsexp.training.run_dir import RunDir
 
 if TYPE_CHECKING:
     from capsexp.config.components import Components
 
 # Hydra takes plugins only from the package hydra_plugins. This one adds the launcher of sweeps.
-sys.path.append(str(Path(__file__).with_name("sweep") / "_plugins"))
+_PLUGINS = str(Path(__file__).with_name("sweep") / "_plugins")
+if _PLUGINS not in sys.path:  # the process that started this one may have passed its path on
+    sys.path.append(_PLUGINS)
 
 _argv = tuple(sys.argv)  # as typed: `call_hydra` replaces it
 
@@ -46,10 +50,13 @@ def training_job(composed: DictConfig) -> float | None:
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     path = Path(HydraConfig.get().runtime.output_dir)
     if sweeping:
-        print(f"\njob {HydraConfig.get().job.num}: {' '.join(HydraConfig.get().overrides.task)}", flush=True)
+        print(
+            f"\njob {HydraConfig.get().job.num}: {printable(' '.join(HydraConfig.get().overrides.task))}",
+            flush=True,
+        )
     try:
         with report_once():  # inside the job, because Hydra adds a line to errors that leave it
-            _train_in(RunDir(path), composed)
+            _train_until_stopped(RunDir(path), composed)
     except UserError as error:
         code = print_error(error)
         if not sweeping or code > 128:  # a signal ends the whole sweep
@@ -58,28 +65,40 @@ def training_job(composed: DictConfig) -> float | None:
     return RunDir(path).best_accuracy()
 
 
+def _train_until_stopped(run: RunDir, composed: DictConfig) -> None:
+    try:
+        _train_in(run, composed)
+    except KeyboardInterrupt as interrupt:  # before the first step, or a second Ctrl-C
+        line = f"{interrupt or 'SIGINT'}: stopped; run the same command with run={run.path} to continue"
+        raise RunStopped(line, exit_code=exit_code(interrupt)) from None
+
+
 def _train_in(run: RunDir, composed: DictConfig) -> None:
     from capsexp.config.build import build_components
     from capsexp.training.memory import explain_out_of_memory
+    from capsexp.training.run_data import data_to_resume
     from capsexp.training.train import train
 
-    plain = to_plain(composed)
-    components = build_components(plain, plugins=plugins(HydraConfig.get().overrides.task))
+    plain = with_absolute_paths(to_plain(composed))
+    manifest = data_to_resume(plain, run.path)
+    components = build_components(plain, plugins=plugins(HydraConfig.get().overrides.task), manifest=manifest)
     with run.locked():
         finished = run.is_finished(plain)
         run.check_config(plain, resume=plain["resume"], command=typed_command())
         hydra_node = {"hydra": HydraConfig.get()}
-        run.write_composed(config=composed, hydra=hydra_node, overrides=HydraConfig.get().overrides.task)
+        stored = stored_form(composed, plain)
+        run.write_composed(config=stored, hydra=hydra_node, overrides=HydraConfig.get().overrides.task)
         processes().broadcast(lambda: None if finished else run.path)
         if finished:
             metrics = "  ".join(f"{name} {value:.4f}" for name, value in run.status()["results"].items())
-            print(f"{run.path} is complete: {metrics}")
+            print(f"{printable(run.path)} is complete: {metrics}")
             return
         choices = {group: HydraConfig.get().runtime.choices.get(group) for group in GROUPS}
         attempt = run.track_status({group: choice for group, choice in choices.items() if choice})
         with attempt, explain_out_of_memory(batch_size=components.trainer.batch_size):
             train(components, run, plain, processes())
-    print(f"run: {run.path}\ncurves: tensorboard --logdir {run.path}")
+    path = printable(run.path)
+    print(f"run: {path}\ncurves: tensorboard --logdir {path}")
 
 
 def train_as_worker(components: "Components", plain: dict[str, Any]) -> int:
@@ -97,11 +116,11 @@ def train_as_worker(components: "Components", plain: dict[str, Any]) -> int:
 def evaluation_job(composed: DictConfig) -> None:
     """Evaluate a run for `capsexp eval`."""
     from capsexp.analysis.evaluate_run import evaluate_run
-    from capsexp.config.build import build_components
+    from capsexp.analysis.run_components import run_components
 
     plain = to_plain(composed)
     try:
-        evaluate_run(build_components(plain, plugins=plugins(HydraConfig.get().overrides.task)), plain)
+        evaluate_run(run_components(plain, plugins=plugins(HydraConfig.get().overrides.task)), plain)
     except UserError as error:
         raise SystemExit(print_error(error)) from None
 
@@ -111,22 +130,38 @@ def no_op(composed: DictConfig) -> None:
 
 
 def validate(composed: DictConfig, overrides: Sequence[str]) -> "Components":
-    """Build the components of the run, its network on the meta device.
+    """Build the components of a run to train, its network on the meta device.
 
     Raises:
         UserError: every mistake in the config, before any work starts.
     """
+    from capsexp.config.build import build_components
+    from capsexp.training.run_data import data_to_resume
+
     plain = to_plain(composed)
+    run = plain.get("run")
+    manifest = data_to_resume(plain, Path(run) if isinstance(run, str) else None)
+    return _checked(plain, lambda: build_components(plain, plugins=plugins(overrides), manifest=manifest))
+
+
+def validate_saved(composed: DictConfig, overrides: Sequence[str]) -> "Components":
+    """Build the components of a trained run; like `validate`."""
+    from capsexp.analysis.run_components import run_components
+
+    plain = to_plain(composed)
+    return _checked(plain, lambda: run_components(plain, plugins=plugins(overrides)))
+
+
+def _checked(plain: Mapping[str, Any], build: "Callable[[], Components]") -> "Components":
+    """Build the components; add the mistakes in settings that no component has."""
     resume = plain.get("resume")
     problems = [] if resume in ("auto", "force") else [f"resume: must be 'auto' or 'force', got {resume!r}"]
     try:
         published(plain)
     except ValueError as error:
         problems.append(str(error))
-    from capsexp.config.build import build_components
-
     try:
-        components = build_components(plain, plugins=plugins(overrides))
+        components = build()
     except UserError as error:
         raise UserError(*problems, *error.problems) from None
     if problems:

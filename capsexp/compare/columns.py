@@ -1,6 +1,7 @@
 """The columns of a table of runs: which settings differ, and the title of each."""
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -131,6 +132,8 @@ def hashable(value: Any) -> Any:
     """Return a setting's value with lists and mappings made hashable."""
     if isinstance(value, Mapping):
         return frozenset((key, hashable(item)) for key, item in value.items())
+    if isinstance(value, float) and math.isnan(value):
+        return "nan"  # NaN differs even from itself
     return tuple(hashable(item) for item in value) if isinstance(value, list) else value
 
 

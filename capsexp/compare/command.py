@@ -11,6 +11,7 @@ from capsexp.compare.comparison import Comparison, compare
 from capsexp.compare.curves import TAGS, draw, learning_curves, mean_over_seeds
 from capsexp.errors import Notes, UserError
 from capsexp.files import require_figure_file
+from capsexp.text import printable
 
 ARGUMENTS = """\
 arguments:
@@ -52,7 +53,7 @@ def run(command: str, arguments: Sequence[str], *, heading: str, example: str) -
     except KeyboardInterrupt:
         return 130
     for line in notes.warnings:
-        print(f"capsexp: {line}", file=sys.stderr)
+        print(f"capsexp: {printable(line)}", file=sys.stderr)
     if notes.errors:
         raise UserError(*notes.errors)
     return 0
@@ -162,9 +163,9 @@ def _compare(options: argparse.Namespace, notes: Notes) -> None:
 
 def _plot(options: argparse.Namespace, comparison: Comparison, notes: Notes) -> None:
     tags = options.metric or TAGS
-    if curves := learning_curves(mean_over_seeds(comparison), tags, notes):
+    if curves := learning_curves(mean_over_seeds(comparison, notes), tags, notes):
         draw(curves, tags, options.plot)
-        print(f"curves: {options.plot}", file=sys.stderr)
+        print(f"curves: {printable(options.plot)}", file=sys.stderr)
 
 
 def _report(options: argparse.Namespace, notes: Notes) -> None:
@@ -179,7 +180,7 @@ def _report(options: argparse.Namespace, notes: Notes) -> None:
     if comparison.rows:
         write(file, comparison, options.metric or TAGS, notes)
         count = len(comparison.rows)
-        print(f"{file}: {count} run{'s' * (count != 1)}, {file.stat().st_size / 1e6:.1f} MB")
+        print(f"{printable(file)}: {count} run{'s' * (count != 1)}, {file.stat().st_size / 1e6:.1f} MB")
     else:
         notes.warning(f"no runs to show: {file} is not written")
 

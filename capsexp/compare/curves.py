@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from capsexp.compare import history
-from capsexp.compare.comparison import Comparison, Row, compare, row_label, spread
+from capsexp.compare.comparison import Comparison, compare, row_label
+from capsexp.compare.means import Row, spread
 from capsexp.compare.runs import Run
 from capsexp.errors import Notes
 from capsexp.files import write_atomic
@@ -65,15 +66,30 @@ def learning_curves(
     return [curve for curve in curves if any(curve.points.values())]
 
 
-def mean_over_seeds(comparison: Comparison) -> Comparison:
-    """Average the rows over their seeds, in the same order. A comparison with means stays as it is."""
+def mean_over_seeds(comparison: Comparison, notes: Notes) -> Comparison:
+    """Average the rows over their seeds, in the same order; runs that enter no mean get their own rows.
+
+    Args:
+        comparison: the table; one with means stays averaged over what it is.
+        notes: collects the runs that are left out because they repeat a seed.
+    """
     runs = [run for row in comparison.rows for run in row.runs]
-    if comparison.grouped_by or not any("seed" in run.settings for run in runs):
-        return comparison
-    position = {run.path: index for index, run in enumerate(runs)}
-    grouped = compare(runs, Notes(), group_by=["seed"])
-    rows = sorted(grouped.rows, key=lambda row: min(position[run.path] for run in row.runs))
-    return replace(grouped, rows=rows)
+    if not comparison.grouped_by:
+        if not any("seed" in run.settings for run in runs):
+            return comparison
+        position = {run.path: index for index, run in enumerate(runs)}
+        comparison = compare(runs, notes, group_by=["seed"])
+        rows = sorted(comparison.rows, key=lambda row: min(position[run.path] for run in row.runs))
+        comparison = replace(comparison, rows=rows)
+    return replace(comparison, rows=[part for row in comparison.rows for part in _divided(row)])
+
+
+def _divided(row: Row) -> list[Row]:
+    """Divide a row into the finished runs, whose curves are averaged, and each of the others."""
+    if len(row.runs) == 1:
+        return [row]
+    unfinished = [replace(row, runs=(run,), counted=()) for run in row.runs if run.status != "finished"]
+    return [replace(row, runs=row.counted), *unfinished] if row.counted else unfinished
 
 
 def colour(index: int) -> str:
@@ -118,8 +134,15 @@ def _draw_curve(axes: "Axes", points: Sequence[Point], colour: str, *, is_other:
 def _learning_curve(row: Row, comparison: Comparison, tags: Sequence[str], notes: Notes) -> Curve:
     values = [history.all_values(run.path, tags, notes) for run in row.runs]
     points = {tag: downsample(_means([series[tag] for series in values])) for tag in tags}
-    default = f"{len(row.runs)} runs" if len(row.runs) > 1 else row.runs[0].path.name
-    return Curve(row_label(row, comparison.columns) or default, row.runs, points)
+    return Curve(_label(row, comparison), row.runs, points)
+
+
+def _label(row: Row, comparison: Comparison) -> str:
+    name = row.runs[0].path.name
+    label = row_label(row, comparison.columns) or (f"{len(row.runs)} runs" if len(row.runs) > 1 else name)
+    if comparison.grouped_by and not row.counted:
+        label += f", {row.runs[0].status}" + f" ({name})" * (name not in label)
+    return label
 
 
 def _means(all_series: Iterable[history.Series]) -> list[Point]:

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from capsexp.compare.chart import chart
 from capsexp.compare.columns import Column, as_override, distinct_keys
-from capsexp.compare.comparison import Comparison, Row, Spread, row_label
+from capsexp.compare.comparison import Comparison, row_label
 from capsexp.compare.curves import COLOURS, Curve, colour, learning_curves, mean_over_seeds
+from capsexp.compare.means import Row, Spread
 from capsexp.compare.runs import Run
 from capsexp.compare.tables import ABSENT, cell_text, common_folder, is_numeric
 from capsexp.compare.templates import render
@@ -80,7 +81,7 @@ def write(file: Path, comparison: Comparison, tags: Sequence[str], notes: Notes)
         tags: of metrics.jsonl, to draw learning curves of.
         notes: collects unknown tags, and warnings about files.
     """
-    curves = learning_curves(mean_over_seeds(comparison), tags, notes)
+    curves = learning_curves(mean_over_seeds(comparison, notes), tags, notes)
     content = page(comparison, curves, tags, notes)
     write_atomic(file, lambda opened: opened.write(content.encode()))
 

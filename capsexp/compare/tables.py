@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from capsexp.compare import runs
 from capsexp.compare.columns import EPOCHS, ERROR, PAPER, RUN, STATUS, TOTAL, Column, as_override
-from capsexp.compare.comparison import Comparison, Row, Spread, compare
+from capsexp.compare.comparison import Comparison, compare
+from capsexp.compare.means import Row, Spread
 from capsexp.compare.runs import Run, newest_first
 from capsexp.errors import Notes, is_number
+from capsexp.terminal import Table, new_console
 from capsexp.training.progress import clock
 
 ABSENT = "–"  # noqa: RUF001
@@ -108,7 +108,7 @@ def print_table(table: Table, *, below: Sequence[str] = ()) -> None:
         below: a remark to print below each row; empty for none.
     """
     # rich ignores the width unless the height is set too, on terminals with few features.
-    console = Console(width=MAX_WIDTH, height=100, highlight=False, markup=False, emoji=False)
+    console = new_console(width=MAX_WIDTH, height=100)
     with console.capture() as captured:
         console.print(table)
     head, rule, *rows = (line.rstrip() for line in captured.get().splitlines() if line.strip())

@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from capsexp.data.dataset import Dataset
+    from capsexp.data.manifest import Manifest
     from capsexp.schedule import Schedule
 
 RUN_TIME = {"model": {"image_shape", "classes"}, "optimizer": {"params"}}  # known only when a run starts
+NOT_ARGUMENTS = ("_target_", "_partial_")
 REQUIRED_GROUPS = ("device", "trainer", "dataset", "loss", "optimizer", "model")
 
 
-def build_components(config: dict[str, Any], *, plugins: Sequence[str]) -> Components:
+def build_components(
+    config: dict[str, Any], *, plugins: Sequence[str], manifest: "Manifest | None" = None
+) -> Components:
     """Check a whole config and build the components of a run.
 
     The network and its optimizer are built once on the `meta` device, which costs no memory, so that
@@ -31,6 +35,7 @@ def build_components(config: dict[str, Any], *, plugins: Sequence[str]) -> Compo
     Args:
         config: plain values, as `capsexp.config.compose.to_plain` returns them.
         plugins: further packages that `_target_` may name, from this call's command line only.
+        manifest: the data of a run, whose dataset this is; None for a new run, and for other data.
 
     Raises:
         UserError: every problem, one line each.
@@ -41,7 +46,10 @@ def build_components(config: dict[str, Any], *, plugins: Sequence[str]) -> Compo
     for group in REQUIRED_GROUPS[:-1]:
         if not by_key[group]:
             try:
-                built[group] = build(config[group], at=group, plugins=plugins)
+                if group == "dataset" and manifest is not None:
+                    built[group] = build_stored(config[group], manifest, at=group, plugins=plugins)
+                else:
+                    built[group] = build(config[group], at=group, plugins=plugins)
             except UserError as error:
                 problems += error.problems
     problems += _label_problems(built)
@@ -99,7 +107,7 @@ def build(node: Any, *, at: str, plugins: Sequence[str] = (), **run_time: Any) -
         return [build(item, at=f"{at}[{place}]", plugins=plugins) for place, item in enumerate(node)]
     if not isinstance(node, dict):
         return node
-    keys = (key for key in node if key not in ("_target_", "_partial_"))
+    keys = (key for key in node if key not in NOT_ARGUMENTS)
     arguments = {key: build(node[key], at=f"{at}.{key}", plugins=plugins) for key in keys}
     if "_target_" not in node:
         return arguments
@@ -107,6 +115,20 @@ def build(node: Any, *, at: str, plugins: Sequence[str] = (), **run_time: Any) -
     if node.get("_partial_"):
         return functools.partial(construct, **arguments, **run_time)
     return construct(**arguments, **run_time)
+
+
+def build_stored(node: dict[str, Any], manifest: "Manifest", *, at: str, plugins: Sequence[str]) -> Any:
+    """Build the dataset of a run, and the source of a derived one, from its node and what the run stored."""
+    target = resolve(node["_target_"], plugins=plugins)
+    if not hasattr(target, "from_manifest"):  # a plugin's class that is no `Dataset`
+        return build(node, at=at, plugins=plugins)
+    arguments = {}
+    for key in (key for key in node if key not in NOT_ARGUMENTS):
+        if key == "source" and isinstance(node[key], dict):
+            arguments[key] = build_stored(node[key], manifest, at=f"{at}.{key}", plugins=plugins)
+        else:
+            arguments[key] = build(node[key], at=f"{at}.{key}", plugins=plugins)
+    return _with_key_in_errors(target.from_manifest, at)(manifest=manifest, **arguments)
 
 
 def _with_key_in_errors(target: Callable[..., Any], at: str) -> Callable[..., Any]:
@@ -122,7 +144,8 @@ def _with_key_in_errors(target: Callable[..., Any], at: str) -> Callable[..., An
         try:
             return target(*arguments, **keywords)
         except ValueError as error:
-            raise UserError(f"{at}: {error}") from error
+            problems = error.problems if isinstance(error, UserError) else [str(error)]
+            raise UserError(*(f"{at}: {problem}" for problem in problems)) from error
 
     return construct
 

@@ -1,5 +1,7 @@
 """Overrides (`KEY=VALUE`) as typed after a command: parse them, and read the values that they set."""
 
+import itertools
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +14,10 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from capsexp.errors import UserError
+from capsexp.errors import UserError, first_line
 
+MOST_VALUES = 10_000
+"""Values in one list of a sweep, at most: each is a job of seconds or more."""
 FAILURES = (HydraException, OmegaConfBaseException)
 
 
@@ -75,10 +79,32 @@ def parse_all(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
             override.config_loader = GlobalHydra.instance().config_loader()  # for glob(…)
             if not override.key_or_group:
                 raise HydraException("no key")
-            parsed.append(override)
+            if problem := unusable_values(override):
+                problems.append(f"{text}: {problem}")
+            else:
+                parsed.append(override)
         except FAILURES as error:
             problems.append(f"cannot read {text!r}: {one_line(error)}; an override has the form KEY=VALUE")
     return parsed, problems
+
+
+def unusable_values(override: Override) -> str:
+    """Return why no job can be made of the values that a sweep lists; empty if there is no reason."""
+    if not override.is_sweep_override():
+        return ""
+    if not override.is_discrete_sweep():
+        low, high = _ends(override)
+        return "" if -math.inf < low <= high < math.inf else "an interval goes from a number to a larger one"
+    try:
+        values = list(itertools.islice(override.sweep_string_iterator(), MOST_VALUES + 1))
+    except (ValueError, ArithmeticError) as error:
+        return first_line(error) if isinstance(error, ValueError) else "a range takes finite numbers"
+    if not values:
+        options = group_options(override.key_or_group)
+        return (
+            f"no value fits; choose from {', '.join(options)}" if options else "the list of values is empty"
+        )
+    return f"more than {MOST_VALUES:,} values" if len(values) > MOST_VALUES else ""
 
 
 def override_values(override: Override) -> list[Any]:

@@ -45,11 +45,20 @@ def to_unit(images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
     Raises:
         ValueError: the images are not uint8.
     """
+    require_bytes(images)
+    return images.to(torch.float32).div_(255)
+
+
+def require_bytes(images: Tensor) -> None:
+    """Refuse images that are not bytes: as bytes, floats in [0, 1] would be black.
+
+    Raises:
+        ValueError: the images are not uint8.
+    """
     if images.dtype != torch.uint8:
         raise ValueError(
             f"images must be uint8, got {dtype_name(images)}; convert floats in [0, 1] with as_uint8_images"
         )
-    return images.to(torch.float32).div_(255)
 
 
 def dtype_name(images: Tensor) -> str:

@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from capsexp.data.image_ops import crop_at, dtype_name, mirror, standardise, to_unit, uniform_per_image
+from capsexp.data.image_ops import (
+    crop_at,
+    dtype_name,
+    mirror,
+    require_bytes,
+    standardise,
+    to_unit,
+    uniform_per_image,
+)
 from capsexp.errors import require_at_least_1, require_literal
 
 Shape = tuple[int, int, int]
@@ -249,7 +257,12 @@ def as_uint8_images(images: Tensor | NDArray[Any], shape: Shape) -> UInt8[Tensor
 
 
 def resized(images: UInt8[Tensor, "N C H W"], size: tuple[int, int]) -> UInt8[Tensor, "N C h w"]:
-    """Resize images, antialiased."""
+    """Resize images, antialiased.
+
+    Raises:
+        ValueError: the images are not uint8.
+    """
+    require_bytes(images)
     result = F.interpolate(images.float(), size, mode="bilinear", antialias=True, align_corners=False)
     return result.round_().clamp_(0, 255).to(torch.uint8)
 

@@ -27,6 +27,9 @@ class PublishedDataset(Dataset):
 
     files: tuple[RemoteFile, ...]
     """The files to download, and the files on disk that they contain."""
+    test_count: int | None = None
+    """Number of test images, if all settings have the same."""
+    has_known_files = True
 
     def __init__(
         self, *, root: str, download: bool, preprocess: Preprocess, validation: int | float, split_seed: int
@@ -61,6 +64,15 @@ class PublishedDataset(Dataset):
     def problems(self) -> list[str]:
         """Return one line for every missing or damaged file."""
         return [problem for stored in self._stored_files() if (problem := self._problem(stored))]
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return the published checksum of each file: what is read has been verified."""
+        return {stored.name: stored.checksum for stored in self._stored_files()}
+
+    def check_test(self) -> int | None:
+        """Verify the files of the test split; see `Dataset`."""
+        self._verified("test")
+        return self.test_count
 
     def files_of(self, split: SplitName) -> list[StoredFile]:
         """Return the files that reading this split opens."""
@@ -100,6 +112,10 @@ class IdxDataset(PublishedDataset):
     """
 
     file_shape = (1, 28, 28)
+
+    def check_test(self) -> int:
+        """Verify the files of the test split, and return the number of its images."""
+        return len(read_label_file(str(self._verified("test")[f"{IDX_PREFIX['test']}labels-idx1-ubyte"])))
 
     def _needs(self, stored: StoredFile, split: SplitName) -> bool:
         return Path(stored.name).name.startswith(IDX_PREFIX[split])

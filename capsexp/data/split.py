@@ -1,5 +1,7 @@
 """Images with their labels, and how validation images are set aside."""
 
+import unicodedata
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -57,3 +59,41 @@ def stratified(labels: Int64[Tensor, " N"], *, share: float, seed: int) -> Bool[
         order = permutation(len(members), derive_seed(seed, "stratified", label))
         chosen[members[order[: max(1, round(share * len(members)))]]] = True
     return chosen
+
+
+def draw_by_name(
+    classes: Iterable[Sequence[str]], *, amount: int | float, seed: int, purpose: str
+) -> set[str]:
+    """Draw files by their own names, so that another file changes no draw.
+
+    Every file has a number in [0, 1) that depends only on its name, `seed` and `purpose`. A share draws the
+    files whose number is below it, and at least the lowest of all. A count draws the lowest numbers. The
+    highest number of each class is never drawn. So another file changes a draw only at these limits: if
+    nothing is below the share, if it gets the highest number of its class, or with a count.
+
+    Args:
+        classes: for each class the paths of its files, which contain the name of the class.
+        amount: a count >= 0, or a share in (0, 1), from which the share drawn differs at random.
+        seed: of the numbers.
+        purpose: name of the setting that asks for the draw; other purposes have other numbers.
+
+    Raises:
+        ValueError: `amount` leaves a class without a file.
+    """
+    allowed: list[tuple[float, str]] = []
+    for names in classes:
+        allowed += sorted((name_number(name, seed=seed, purpose=purpose), name) for name in names)[:-1]
+    allowed.sort()
+    below = sum(number < amount for number, _ in allowed)
+    count = amount if isinstance(amount, int) else max(1, below)
+    if count > len(allowed):
+        raise ValueError(
+            f"{purpose} must leave an image of every class to train on: got {amount}, and at most "
+            f"{len(allowed)} images can be drawn"
+        )
+    return {name for _, name in allowed[:count]}
+
+
+def name_number(name: str, *, seed: int, purpose: str) -> float:
+    """Return a number in [0, 1), a function of a file's name in Unicode's composed form and the seed."""
+    return derive_seed(seed, purpose, unicodedata.normalize("NFC", name)) / 2**63

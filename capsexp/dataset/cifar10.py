@@ -36,6 +36,7 @@ class CIFAR10(PublishedDataset):
         "truck",
     )
     file_shape = (3, 32, 32)
+    test_count = 10_000
     files = (
         RemoteFile(
             "cifar-10-python.tar.gz",

@@ -10,6 +10,8 @@ TEST_SHARE = 0.2
 TEST_SEED = 0
 """Fixed: the test split is the same in every run and for every setting."""
 
+TEST_COUNT = 359
+
 
 class Digits(Dataset):
     """1,438 training and 359 test images in 10 classes; a fixed fifth of each class is the test split."""
@@ -17,6 +19,10 @@ class Digits(Dataset):
     name = "digits"
     classes = tuple("0123456789")
     file_shape = (1, 8, 8)
+
+    def check_test(self) -> int:
+        """Return the number of test images."""
+        return TEST_COUNT
 
     def _load(self, split: SplitName) -> Split:
         digits = load_digits()

@@ -72,6 +72,13 @@ class MNISTAffine(PlacedDataset):
             preprocess=preprocess,
         )
 
+    def check_test(self) -> int | None:
+        """Check the source's test images, and return the number of their transforms."""
+        count = self.source.check_test()
+        if count is None or self.test_pictures == "expanded":
+            return count
+        return count * self.transforms
+
     def _affine(self) -> Split:
         images, labels = self.source.read("test")
         rounds = [

@@ -71,6 +71,11 @@ class MultiMNIST(DerivedDataset):
         training, validation = self.source.read_training()
         return self._on_canvas(training), self._on_canvas(validation)
 
+    def check_test(self) -> int | None:
+        """Check the source's test images, and return the number of test pairs."""
+        count = self.source.check_test()
+        return None if count is None else count * self.test_partners
+
     def familiar(self) -> Split | None:
         """Read the source's familiar test images, if any; single images on the canvas."""
         split = self.source.familiar()

@@ -11,7 +11,7 @@ from jaxtyping import Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capsexp.data.cache import cached, file_fingerprint
+from capsexp.data.cache import cached, content_fingerprint, file_fingerprint
 from capsexp.data.download import Progress, RemoteFile, StoredFile, digest
 from capsexp.data.norb_file import check_values, open_norb
 from capsexp.data.preprocess import RESIZE_CHUNK, Preprocess
@@ -170,6 +170,17 @@ class SmallNORB(PublishedDataset):
         """
         _, factors = self._annotations(split)
         return factors[self._rows(split, factors)]
+
+    def check_test(self) -> int:
+        """Verify labels and factors of the test split, open its images, and return their number."""
+        self._full_size_images("test")
+        return len(self.factors("test"))
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return the checksums of labels and factors, and fingerprints of the images, which may be a copy."""
+        images = {self.root / FOLDER / _name(split, "dat") for split in STEM}
+        present = [path for path in images if path.is_file()]
+        return super().fingerprints() | {FOLDER + path.name: content_fingerprint(path) for path in present}
 
     def prepare(self, progress: Progress) -> None:
         """Download missing files, then write the cache of resized images.

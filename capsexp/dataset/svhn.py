@@ -21,6 +21,7 @@ class SVHN(PublishedDataset):
     name = "svhn"
     classes = tuple("0123456789")
     file_shape = (3, 32, 32)
+    test_count = 26_032
     files = (
         _file("train_32x32.mat", "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8"),
         _file("test_32x32.mat", "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b"),

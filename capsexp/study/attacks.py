@@ -22,7 +22,8 @@ Attack = Literal["fgsm", "bim", "pgd"]
 Objective = Literal["own", "difference"]
 NOTE = (
     "A loss is flat where its margin is met. There fgsm and bim change nothing, so their accuracy does not "
-    "show robustness. worst: correct under every attack of this study of this radius or a smaller one."
+    "show robustness. worst: correct under every untargeted attack of this study of this radius or a smaller "
+    "one; examples made on another network do not count."
 )
 
 
@@ -30,8 +31,8 @@ class Attacks:
     """Accuracy under FGSM, BIM and PGD by the radius of the attack, and success of targeted attacks.
 
     Section 6 of Hinton et al., "Matrix capsules with EM routing" (ICLR 2018), figures 3 and B.3.
-    Differs from it in: PGD, and the worst of all attacks, because of flat losses; pixels stay in [0, 1] with
-    `clip`. The paper gives neither the unit of epsilon nor BIM's steps.
+    Differs from it in: PGD, and the worst of the untargeted attacks, because of flat losses; pixels stay in
+    [0, 1] with `clip`. The paper gives neither the unit of epsilon nor BIM's steps.
 
     As in the paper, the success of targeted attacks is the share of all images that are classified as the
     target, averaged over all classes, the label included: 1 / J without an attack. The same over wrong
@@ -157,9 +158,9 @@ class Attacks:
         results.add_gradient("difference", attacker.input_gradient(batch, objective="difference"))
         results.add_untargeted(attacker, self.attacks, batch, radii, broken, gradient)
         if self.targeted:
-            results.add_targeted(attacker, self.targeted, batch, targeted_radii, broken, len(run.classes))
+            results.add_targeted(attacker, self.targeted, batch, targeted_radii, len(run.classes))
         if source is not None:
-            results.add_transfer(source, attacker, _transferable(self.attacks), batch, radii, broken)
+            results.add_transfer(source, attacker, _transferable(self.attacks), batch, radii)
         results.add_worst(broken, self.epsilons)
 
     def _numbers(self, run: TrainedRun, results: Results) -> dict[str, Any]:

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int64
-from rich.table import Table
 from torch import Tensor
 
 from capsexp.analysis.findings import Findings
 from capsexp.analysis.trained_run import TrainedRun
 from capsexp.dataset.smallnorb import FACTORS, FAMILIAR, SmallNORB
 from capsexp.errors import UserError
+from capsexp.terminal import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

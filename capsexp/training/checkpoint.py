@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import torch
 
+from capsexp.documents import read_json
 from capsexp.errors import UserError, first_line
 from capsexp.files import write_atomic
 
@@ -156,12 +157,14 @@ def _check_manifest(path: Path) -> None:
     if not path.exists():
         raise CheckpointError(_describe_missing(path))
     try:
-        manifest = json.loads(manifest_path.read_text())
+        manifest = read_json(manifest_path)
         size, sha256 = manifest["size"], manifest["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(
             f"{path}: refused, its checksum {manifest_path.name} is missing or unreadable"
         ) from None
+    if not path.is_file():
+        raise CheckpointError(f"{path}: refused, it is not a regular file")
     if path.stat().st_size != size:
         raise CheckpointError(f"{path}: refused, it has {path.stat().st_size} bytes instead of {size}")
     if _sha256(path) != sha256:

@@ -2,6 +2,7 @@
 
 .hydra/config.yaml  overrides.yaml   the config as composed, and the overrides as typed
 resolved_config.yaml                 the same config with every interpolation resolved
+data.json                            classes, and the files or checksums of every split: capsexp.data.manifest
 command.txt   env.json  dirty.patch  the command; versions, commit, machine; uncommitted changes
 status.json                          running | completed | failed | interrupted, step, total, heartbeat, best,
                                      steps_per_epoch, seconds of work, results or error,
@@ -26,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from yaml import YAMLError  # type: ignore[import-untyped]
 
-from capsexp.config.saved import parse_saved
+from capsexp.config.paths import with_absolute_paths
+from capsexp.config.saved import LARGEST_CONFIG, parse_overrides, parse_saved
 from capsexp.config.settings import comparable, differences
 from capsexp.errors import UserError, exit_code, is_interruption
-from capsexp.files import is_locked, locked, write_atomic
+from capsexp.files import is_locked, locked, read_regular, write_atomic
 
 LOCK = "run.lock"
 CARRIED_OVER = ("started", "resumes", "step", "total", "steps_per_epoch", "best")
@@ -91,7 +92,7 @@ class RunDir:
             saved = parse_saved((self.path / "resolved_config.yaml").read_bytes())
         except OSError:
             return False
-        return comparable(saved) == comparable(config)
+        return _settings(saved) == _settings(config)
 
     @contextlib.contextmanager
     def track_status(self, choices: Mapping[str, str]) -> Iterator[None]:
@@ -129,7 +130,7 @@ class RunDir:
         stored = self.path / "resolved_config.yaml"
         changes: list[str] = []
         if stored.exists():
-            changes = list(differences(comparable(parse_saved(stored.read_bytes())), comparable(config)))
+            changes = list(differences(_settings(parse_saved(stored.read_bytes())), _settings(config)))
         if changes and resume != "force":
             hint = "choose another run=DIR, or pass resume=force"
             raise UserError(*changes, f"{self.path} holds a run with another config: {hint}")
@@ -187,10 +188,11 @@ class RunDir:
     def overrides(self) -> list[str]:
         """Return the overrides that the run was started with, without `run=`; empty if unknown."""
         try:
-            stored = OmegaConf.to_container(OmegaConf.load(self.path / ".hydra" / "overrides.yaml"))
-        except (OSError, ValueError, YAMLError):
+            overrides = parse_overrides(
+                read_regular(self.path / ".hydra" / "overrides.yaml", limit=LARGEST_CONFIG)
+            )
+        except (OSError, ValueError):
             return []
-        overrides = [str(override) for override in stored] if isinstance(stored, list) else []
         return [override for override in overrides if not override.startswith("run=")]
 
     def log_resume(
@@ -225,6 +227,11 @@ class RunDir:
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         if self._writes:
             write_atomic(self.path / name, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings to compare; earlier versions stored paths as typed."""
+    return comparable(with_absolute_paths(config))
 
 
 def _git_state(folder: Path) -> tuple[str | None, str]:

@@ -16,6 +16,8 @@ class Splits(NamedTuple):
     validation: Batches | None
     familiar: Batches | None
     """Familiar test images, if the accuracy on them ends the training."""
+    test_count: int | None
+    """Test images; None if there is no test, or if the dataset does not know their number yet."""
 
     @property
     def has_validation(self) -> bool:
@@ -24,7 +26,7 @@ class Splits(NamedTuple):
 
 
 def read_splits(components: Components) -> Splits:
-    """Read the training and validation images.
+    """Read the training and validation images, and check the files of the test split.
 
     Raises:
         UserError: the images whose accuracy ends the training do not exist.
@@ -38,6 +40,7 @@ def read_splits(components: Components) -> Splits:
         components.batches(training, limit=settings.limit_train_batches, training=True),
         components.batches(validation, limit=settings.limit_eval_batches) if validation.size > 0 else None,
         familiar_batches(components),
+        components.dataset.check_test() if settings.test != "none" else None,
     )
     stops_on_validation = settings.stop_accuracy is not None and settings.stop_on == "validation"
     if stops_on_validation and splits.validation is None:

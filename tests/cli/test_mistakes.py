@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from capsexp.cli import main as cli
+from capsexp.cli import entry as cli
 
 
 @pytest.mark.parametrize(

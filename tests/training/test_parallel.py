@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from capsexp.cli import main as cli
+from capsexp.cli import entry as cli
 from capsexp.cli import torchrun
 from capsexp.errors import UserError
 from capsexp.training.parallel import SINGLE, ProcessGroup, check

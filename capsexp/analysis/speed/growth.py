@@ -4,13 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from capsexp.analysis.speed.bench import NETWORK, processor, variants_of
 from capsexp.analysis.speed.measure import changed, in_process
 from capsexp.errors import UserError
 from capsexp.files import require_figure_file
+from capsexp.terminal import Table, new_console
 
 BATCHES = (8, 16, 32, 64, 128)
 ITERATIONS = (1, 2, 3, 4, 5)
@@ -38,7 +36,7 @@ def growth(config: Config, file: Path, *, plugins: Sequence[str]) -> None:
     if len(names) < 2:
         raise UserError("growth: this routing has one implementation only, so there is nothing to compare")
     require_figure_file(file, option="growth")
-    console = Console(soft_wrap=True)
+    console = new_console(soft_wrap=True)
     table = Table("axis", "value", *(f"{name}, {unit}" for name in names for unit in ("s/step", "MiB")))
     measured: dict[str, list[tuple[int | float, Measurements]]] = {}
     for axis, points in axes(config).items():

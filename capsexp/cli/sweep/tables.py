@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from capsexp.cli.jobs import validate
 from capsexp.config.compose import compose, searching
 from capsexp.config.overrides import override_values, parse_all, value
-from capsexp.config.sweeps import swept_variants
+from capsexp.config.sweeps import data_variants, list_problems, swept_variants
 from capsexp.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ def expand_tables(overrides: Sequence[str], *, config_dir: str | None) -> tuple[
         for override in parse_all(overrides)[0]:
             if override.key_or_group == "experiment" and not override.is_delete():
                 names = [str(name) for name in override_values(override)]
+                if len({*names}) < len(names):  # `check_sweep` reports it
+                    break
                 rows = list(dict.fromkeys(row for name in names for row in _table_rows(name) or [name]))
                 if rows != names:
                     expanded = f"{override.get_key_element()}={','.join(rows)}"
@@ -45,7 +47,7 @@ def expand_tables(overrides: Sequence[str], *, config_dir: str | None) -> tuple[
 
 def check_sweep(
     name: str, overrides: Sequence[str], *, rows: Sequence[str], config_dir: str | None
-) -> "tuple[DictConfig, Components]":
+) -> "list[tuple[DictConfig, Components]]":
     """Compose and check the jobs of a sweep, varying one value at a time.
 
     Args:
@@ -55,7 +57,7 @@ def check_sweep(
         config_dir: see `compose`.
 
     Returns:
-        Config and components of the first job.
+        Config and components of each job that was checked; the first job comes first.
 
     Raises:
         UserError: overrides of settings in which the rows of a table differ; else every error in any job.
@@ -76,9 +78,53 @@ def check_sweep(
     check(overrides, rows[0] if rows else "", sweep=True)
     for variant in swept_variants(overrides, config_dir=config_dir):
         check(variant, str(value(variant, "experiment")), sweep=False)
-    if rows_with:
-        raise UserError(*(_name_rows(problem, affected, rows) for problem, affected in rows_with.items()))
-    return checked[0]
+    problems = list(list_problems(overrides, config_dir=config_dir, searches=_searches(checked, overrides)))
+    problems += [_name_rows(problem, affected, rows) for problem, affected in rows_with.items()]
+    if problems:
+        raise UserError(*problems)
+    return checked
+
+
+def searches(composed: DictConfig) -> bool:
+    """Return whether a search, such as optuna's, chooses the values of the jobs."""
+    return bool(composed.hydra.runtime.choices["hydra/sweeper"] != "basic")
+
+
+def require_data(
+    checked: "Sequence[tuple[DictConfig, Components]]",
+    name: str,
+    overrides: Sequence[str],
+    *,
+    config_dir: str | None,
+) -> None:
+    """Look for the data of all jobs.
+
+    Args:
+        checked: as `check_sweep` returns it.
+        name: of the root config.
+        overrides: as `expand_tables` returns them.
+        config_dir: see `compose`.
+
+    Raises:
+        UserError: all data that are missing, each with what helps.
+    """
+    datasets = [components.dataset for _, components in checked]
+    for variant in data_variants(overrides, config_dir=config_dir):
+        composed = compose(name, variant, config_dir=config_dir)
+        datasets.append(validate(composed, overrides).dataset)
+    problems: dict[str, None] = {}
+    for dataset in datasets:
+        try:
+            dataset.require_files()
+        except UserError as error:
+            problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise UserError(*problems)
+
+
+def _searches(checked: "Sequence[tuple[DictConfig, Components]]", overrides: Sequence[str]) -> bool:
+    """Return `searches` of the first job, or as far as the command line shows if there is none."""
+    return searches(checked[0][0]) if checked else value(overrides, "hydra/sweeper") not in (None, "basic")
 
 
 def _table_rows(name: str) -> list[str]:

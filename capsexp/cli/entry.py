@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from capsexp.cli.torchrun import is_distributed, run_distributed
-from capsexp.errors import UserError, nearest, print_error
+from capsexp.errors import UserError, exit_code, nearest, print_error
+from capsexp.text import prepare_streams
 
 
 class Command(NamedTuple):
@@ -108,22 +109,23 @@ COMMANDS = {
         {"data_root": "folder of all datasets ($CAPSEXP_DATA or ~/.cache/capsexp)"},
     ),
 }
+WRITING = ("train", "eval", "predict", "analyze", "report", "data", "bench")  # their work is more than output
 OTHER_HELP = ("train", "runs", "compare", "report")  # commands whose help Hydra or argparse prints
 
 
 def main() -> int:
-    """Run the command line of the console script and of `python -m capsexp`; return the exit code."""
+    """Run the command line; return the exit code. `capsexp.cli.main` calls this in a process of its own."""
     # Bugs keep their whole traceback; a UserError prints one line per problem.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    prepare_streams()
     try:
         if is_distributed():
             return run_distributed(lambda: dispatch(sys.argv[1:]))
         return dispatch(sys.argv[1:])
     except UserError as error:
         return print_error(error)
-    except BrokenPipeError:  # `capsexp … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except KeyboardInterrupt as interrupt:
+        return exit_code(interrupt)
 
 
 def dispatch(arguments: Sequence[str]) -> int:

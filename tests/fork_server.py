@@ -1,11 +1,11 @@
-"""Start `python -m capsexp` by forking a process that has imported torch and Hydra: 0.2 s instead of 3 s.
+"""Start commands of capsexp by forking a process that has imported torch and Hydra: 0.3 s instead of 3 s.
 
-`install` makes `subprocess.Popen` do so for commands `[sys.executable, "-m", "capsexp", …]`, in the tests and
-in the processes that are started so, such as the jobs of a sweep. They are processes like others, each with
-its own id, folder, environment, files and session, and signals reach them. They import capsexp themselves, so
-PYTHONPATH, and what capsexp reads at import, have their effect. Other commands start in the usual way; so do
-commands with `NO_FORK` in their environment, or with another value of a variable that Python or torch reads
-when it starts.
+`install` makes `subprocess.Popen` do so for `python -m capsexp`, and for `python -P -c` with a program that
+imports capsexp.cli, as the jobs of a sweep are started; in the tests and in the forked processes. They are
+processes like others, each with its own id, folder, environment, files and session, and signals reach them.
+They import capsexp themselves, so PYTHONPATH, and what capsexp reads at import, have their effect. Other
+commands start in the usual way; so do commands with `NO_FORK` in their environment, or with another value of a
+variable that Python or torch reads when it starts.
 
 As a program, this file is the server: `python fork_server.py SOCKET` serves until its stdin closes.
 """
@@ -26,12 +26,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 
 NO_FORK = "CAPSEXP_NO_FORK"
 # Variables that Python or a library reads when it starts, except those that `become` applies.
 READ_AT_START = ("PYTHON", "LD_", "LC_", "LANG", "OMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_")
 READ_AT_START += ("MALLOC_", "TORCH_", "TRITON_", "JAXTYPING_")
-READ_LATER = ("PYTHONPATH", "PYTHONUNBUFFERED", "TORCH_EXTENSIONS_DIR")
+READ_LATER = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", "TORCH_EXTENSIONS_DIR")
 # What takes long to import. Nothing here starts a thread; nothing here is part of capsexp.
 PRELOADED = (
     *("torch", "torch.utils.tensorboard", "torch._dynamo", "torch.library"),
@@ -108,10 +109,11 @@ def install():
 
 
 def is_command(arguments):
-    """Return whether these are the arguments of `python -m capsexp`, perhaps with -P."""
-    if isinstance(arguments, str | bytes | os.PathLike):
+    """Return whether these are the arguments of a command of capsexp."""
+    if isinstance(arguments, str | bytes | os.PathLike) or arguments[0] != PYTHON:
         return False
-    return [argument for argument in arguments[:4] if argument != "-P"][:3] == [PYTHON, "-m", "capsexp"]
+    module = [argument for argument in arguments[1:4] if argument != "-P"][:2] == ["-m", "capsexp"]
+    return module or ([*arguments[1:3]] == ["-P", "-c"] and "from capsexp.cli" in arguments[3])
 
 
 def server_address():
@@ -232,11 +234,10 @@ def become(request, files):
     os.environ.clear()
     os.environ.update(request["environment"])
     time.tzset()
-    own = [] if "-P" in request["options"][:2] else [request["folder"]]
+    safe = "-P" in request["options"][:2] or os.environ.get("PYTHONSAFEPATH")
+    own = [] if safe else [request["folder"]]
     sys.path[:0] = [*own, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     importlib.invalidate_caches()
-    name = request["options"].index("capsexp")
-    sys.argv = ["capsexp", *request["options"][name + 1 :]]
     if os.environ.get("PYTHONUNBUFFERED"):
         sys.stdout, sys.stderr = (
             io.TextIOWrapper(
@@ -253,6 +254,19 @@ def become(request, files):
     install()
 
 
+def run(options):
+    """Run the module or the program of the interpreter's options."""
+    if options[0] == "-P":
+        options = options[1:]
+    sys.argv = ["-c", *options[2:]]
+    if options[0] == "-m":
+        runpy.run_module("capsexp", run_name="__main__", alter_sys=True)
+    else:
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(options[1], vars(sys.modules["__main__"]))
+
+
 if __name__ == "__main__":
-    become(*serve(sys.argv[1]))
-    runpy.run_module("capsexp", run_name="__main__", alter_sys=True)
+    asked, streams = serve(sys.argv[1])
+    become(asked, streams)
+    run(asked["options"])

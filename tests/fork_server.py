@@ -1,11 +1,11 @@
 """Start commands of capsexp by forking a process that has imported torch and Hydra: 0.3 s instead of 3 s.
 
-`install` makes `subprocess.Popen` do so for `python -m capsexp`, and for `python -P -c` with a program that
-imports capsexp.cli, as the jobs of a sweep are started; in the tests and in the forked processes. They are
-processes like others, each with its own id, folder, environment, files and session, and signals reach them.
-They import capsexp themselves, so PYTHONPATH, and what capsexp reads at import, have their effect. Other
-commands start in the usual way; so do commands with `NO_FORK` in their environment, or with another value of a
-variable that Python or torch reads when it starts.
+`install` makes `subprocess.Popen` do so, in the tests and in the forked processes: for `python -m capsexp`,
+for `python -P -c` with a program that imports capsexp.cli, as the jobs of a sweep are started, and for files of
+this folder. They are processes like others, each with its own id, folder, environment, files and session, and
+signals reach them. They import capsexp themselves, so PYTHONPATH, and what capsexp reads at import, have their
+effect. Other commands start in the usual way; so do commands with `NO_FORK` in their environment, or with
+another value of a variable that Python or torch reads when it starts.
 
 As a program, this file is the server: `python fork_server.py SOCKET` serves until its stdin closes.
 """
@@ -40,6 +40,7 @@ PRELOADED = (
     *("rich.live", "rich.table", "jinja2", "sklearn.datasets", "scipy.io", "scipy.stats"),
 )
 PYTHON = sys.executable
+HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
 SystemPopen = subprocess.Popen
 
 
@@ -112,8 +113,9 @@ def is_command(arguments):
     """Return whether these are the arguments of a command of capsexp."""
     if isinstance(arguments, str | bytes | os.PathLike) or arguments[0] != PYTHON:
         return False
-    module = [argument for argument in arguments[1:4] if argument != "-P"][:2] == ["-m", "capsexp"]
-    return module or ([*arguments[1:3]] == ["-P", "-c"] and "from capsexp.cli" in arguments[3])
+    arguments = [os.fspath(argument) for argument in arguments if argument != "-P"]
+    is_job = arguments[1] == "-c" and "from capsexp.cli" in arguments[2]
+    return arguments[1:3] == ["-m", "capsexp"] or is_job or arguments[1].startswith(HERE)
 
 
 def server_address():
@@ -140,7 +142,7 @@ def script():
     """Return the text of an executable that does the same as `python -m capsexp`."""
     return f"""#!{PYTHON} -IS
 import sys
-sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r})
+sys.path.insert(0, {HERE!r})
 import fork_server
 fork_server.Popen.address = {server_address()!r}
 sys.exit(fork_server.Popen([fork_server.PYTHON, "-P", "-m", "capsexp", *sys.argv[1:]]).wait())
@@ -261,6 +263,10 @@ def run(options):
     sys.argv = ["-c", *options[2:]]
     if options[0] == "-m":
         runpy.run_module("capsexp", run_name="__main__", alter_sys=True)
+    elif options[0] != "-c":
+        sys.argv = options
+        sys.path.insert(0, os.path.dirname(options[0]))
+        runpy.run_path(options[0], run_name="__main__")
     else:
         sys.modules["__main__"] = types.ModuleType("__main__")
         exec(options[1], vars(sys.modules["__main__"]))

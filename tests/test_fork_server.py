@@ -52,7 +52,7 @@ def test_a_forked_process_has_its_own_folder_environment_files_and_session(new_s
     assert code == 7
     assert f"{tmp_path} ['run', 'a=b'] é None ['{tmp_path}', " in output.decode()
     assert f" {new_session} ['0', '1', '2', " in output.decode()
-    assert errors.startswith(b"b'typed' 0 <function default_int_handler")
+    assert errors.startswith(b"b'typed' 0 <built-in function default_")
     if not new_session:
         assert (code, output, errors) == start(forked=False)
 

@@ -16,7 +16,7 @@ from capsexp.analysis.trained_run import TrainedRun
 from capsexp.config.components import Components
 from capsexp.data.dataset import Dataset
 from capsexp.data.decode import BY_ITSELF, Reading, decode
-from capsexp.data.preprocess import resized
+from capsexp.data.image_ops import resized
 from capsexp.data.threads import refuse, try_files
 from capsexp.errors import UserError, print_error
 from capsexp.text import printable

@@ -87,8 +87,11 @@ def predict(arguments: Sequence[str]) -> int:
     if not files:
         raise UserError("capsexp predict needs images: capsexp predict run=DIR FILES")
     from capsexp.analysis.predict import predict
+    from capsexp.training.memory import explain_out_of_memory
 
-    return predict(validate_saved(composed, overrides), to_plain(composed), files)
+    components, plain = validate_saved(composed, overrides), to_plain(composed)
+    with explain_out_of_memory(components, plain, training=False):
+        return predict(components, plain, files)
 
 
 def analyze(arguments: Sequence[str]) -> int:
@@ -103,10 +106,13 @@ def analyze(arguments: Sequence[str]) -> int:
     components, plain = validate_saved(composed, overrides), to_plain(composed)
     from capsexp.analysis.analyze import analyze
     from capsexp.config.build import build_checked
+    from capsexp.training.memory import explain_out_of_memory
 
     packages = plugins(overrides)
     study = build_checked(plain["study"], at="study", plugins=packages)
-    analyze(study, composed.hydra.runtime.choices["study"], components, plain, plugins=packages)
+    name = composed.hydra.runtime.choices["study"]
+    with explain_out_of_memory(components, plain, training=False):
+        analyze(study, name, components, plain, plugins=packages)
     return 0
 
 
@@ -122,15 +128,18 @@ def bench(arguments: Sequence[str]) -> int:
     composed = compose(options.config_name or "train", overrides, config_dir=options.config_dir)
     if options.cfg or options.info:
         return call_hydra([*flags, *overrides], "train", no_op)
-    validate(composed, overrides)
-    if file is not None:
-        from capsexp.analysis.speed.growth import growth
+    components, plain = validate(composed, overrides), to_plain(composed)
+    from capsexp.training.memory import explain_out_of_memory
 
-        growth(to_plain(composed), Path(str(file)), plugins=plugins(overrides))
-        return 0
-    from capsexp.analysis.speed.bench import bench
+    with explain_out_of_memory(components, plain, training=True):
+        if file is not None:
+            from capsexp.analysis.speed.growth import growth
 
-    bench(to_plain(composed), plugins=plugins(overrides), compiled=compiled)
+            growth(plain, Path(str(file)), plugins=plugins(overrides))
+        else:
+            from capsexp.analysis.speed.bench import bench
+
+            bench(plain, plugins=plugins(overrides), compiled=compiled)
     return 0
 
 

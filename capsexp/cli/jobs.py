@@ -17,7 +17,8 @@ from capsexp.cli.torchrun import launcher, processes, report_once
 from capsexp.config.compose import VERSION_BASE, conf_dir, to_plain
 from capsexp.config.overrides import plugins
 from capsexp.config.paths import stored_form, with_absolute_paths
-from capsexp.config.settings import GROUPS, published
+from capsexp.config.settings import GROUPS
+from capsexp.config.values import root_problems
 from capsexp.errors import JobFailed, RunStopped, UserError, exit_code, print_error
 from capsexp.text import printable
 from capsexp.training.run_dir import RunDir
@@ -77,6 +78,7 @@ def _train_in(run: RunDir, composed: DictConfig) -> None:
     from capsexp.config.build import build_components
     from capsexp.training.memory import explain_out_of_memory
     from capsexp.training.run_data import data_to_resume
+    from capsexp.training.start import require_resumable
     from capsexp.training.train import train
 
     plain = with_absolute_paths(to_plain(composed))
@@ -84,18 +86,22 @@ def _train_in(run: RunDir, composed: DictConfig) -> None:
     components = build_components(plain, plugins=plugins(HydraConfig.get().overrides.task), manifest=manifest)
     with run.locked():
         finished = run.is_finished(plain)
+        if plain["resume"] == "force" and not finished:
+            require_resumable(components, run.checkpoints)
         run.check_config(plain, resume=plain["resume"], command=typed_command())
         hydra_node = {"hydra": HydraConfig.get()}
         stored = stored_form(composed, plain)
         run.write_composed(config=stored, hydra=hydra_node, overrides=HydraConfig.get().overrides.task)
         processes().broadcast(lambda: None if finished else run.path)
         if finished:
-            metrics = "  ".join(f"{name} {value:.4f}" for name, value in run.status()["results"].items())
+            metrics = "  ".join(
+                f"{name} {value:.4f}" for name, value in run.status().get("results", {}).items()
+            )
             print(f"{printable(run.path)} is complete: {metrics}")
             return
         choices = {group: HydraConfig.get().runtime.choices.get(group) for group in GROUPS}
         attempt = run.track_status({group: choice for group, choice in choices.items() if choice})
-        with attempt, explain_out_of_memory(batch_size=components.trainer.batch_size):
+        with attempt, explain_out_of_memory(components, plain, training=True):
             train(components, run, plain, processes())
     path = printable(run.path)
     print(f"run: {path}\ncurves: tensorboard --logdir {path}")
@@ -108,7 +114,7 @@ def train_as_worker(components: "Components", plain: dict[str, Any]) -> int:
 
     path = processes().broadcast(lambda: None)
     if path is not None:
-        with explain_out_of_memory(batch_size=components.trainer.batch_size):
+        with explain_out_of_memory(components, plain, training=True):
             train(components, RunDir(path, writes=False), plain, processes())
     return 0
 
@@ -117,10 +123,13 @@ def evaluation_job(composed: DictConfig) -> None:
     """Evaluate a run for `capsexp eval`."""
     from capsexp.analysis.evaluate_run import evaluate_run
     from capsexp.analysis.run_components import run_components
+    from capsexp.training.memory import explain_out_of_memory
 
     plain = to_plain(composed)
     try:
-        evaluate_run(run_components(plain, plugins=plugins(HydraConfig.get().overrides.task)), plain)
+        components = run_components(plain, plugins=plugins(HydraConfig.get().overrides.task))
+        with explain_out_of_memory(components, plain, training=False):
+            evaluate_run(components, plain)
     except UserError as error:
         raise SystemExit(print_error(error)) from None
 
@@ -154,12 +163,7 @@ def validate_saved(composed: DictConfig, overrides: Sequence[str]) -> "Component
 
 def _checked(plain: Mapping[str, Any], build: "Callable[[], Components]") -> "Components":
     """Build the components; add the mistakes in settings that no component has."""
-    resume = plain.get("resume")
-    problems = [] if resume in ("auto", "force") else [f"resume: must be 'auto' or 'force', got {resume!r}"]
-    try:
-        published(plain)
-    except ValueError as error:
-        problems.append(str(error))
+    problems = [line for line in root_problems(plain) if not line.startswith("seed:")]  # the build says that
     try:
         components = build()
     except UserError as error:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from capsexp.data.batches import Batches, BatchOptions
-from capsexp.data.download import Progress
+from capsexp.data.checked_files import Progress
 from capsexp.data.manifest import SPLITS, ListedSplit, Manifest, digest_of
 from capsexp.data.preprocess import Preprocess, Shape
-from capsexp.data.split import Split, SplitName, split_validation
-from capsexp.errors import DataError
+from capsexp.data.split import Split, SplitName, split_validation, validation_size
+from capsexp.errors import DataError, refuse, require_seed
 
 OTHER_DATA = (
     "restore the data that the run was trained with; only `capsexp train … resume=force` continues it with "
@@ -48,6 +48,8 @@ class Dataset(ABC):
     """Channels, height, width of the images on disk."""
     labels_per_image: int = 1
     """Classes that each image of `batches` shows."""
+    training_size: int | None = None
+    """Images that `validation` is taken from; None where only the files tell."""
     folder: Path | None = None
     """Where the files are; None for a dataset without files."""
     stored: Manifest | None = None
@@ -59,7 +61,12 @@ class Dataset(ABC):
 
     def __init__(self, *, preprocess: Preprocess, validation: int | float, split_seed: int) -> None:
         self.preprocess = preprocess
-        self.validation = _check_validation(validation)
+        if not (validation >= 0 if isinstance(validation, int) else 0 < validation < 1):
+            refuse(f"validation must be an integer >= 0 or a share in (0, 1), got {validation!r}")
+        elif self.training_size is not None:
+            validation_size(validation, self.training_size)
+        require_seed(split_seed=split_seed)
+        self.validation = validation
         self.split_seed = split_seed
         self._digests: dict[str, str] = {}
         self.raw_shape = preprocess.resized_shape(self.file_shape)
@@ -157,11 +164,15 @@ class Dataset(ABC):
         """Return the names of the missing files; empty for a dataset without files."""
         return []
 
+    def damaged_files(self) -> list[str]:
+        """Return the names of the files that `prepare` would replace. Reads all files."""
+        return []
+
     def require_files(self) -> None:  # noqa: B027 - most datasets have no files
         """Raise an error if files are missing; do nothing for a dataset without files."""
 
     def prepare(self, progress: Progress) -> None:  # noqa: B027 - most datasets have no files
-        """Download missing files; do nothing for a dataset without files."""
+        """Download missing and damaged files; do nothing for a dataset without files."""
 
     def problems(self) -> list[str]:
         """Return one line for every missing or damaged file. Reads all files."""
@@ -178,9 +189,3 @@ class Dataset(ABC):
     @abstractmethod
     def _load(self, split: SplitName) -> Split:
         """Check the files of a split and return its images at the size that they have on disk."""
-
-
-def _check_validation(validation: int | float) -> int | float:
-    if not (validation >= 0 if isinstance(validation, int) else 0 < validation < 1):
-        raise ValueError(f"validation must be an integer >= 0 or a share in (0, 1), got {validation!r}")
-    return validation

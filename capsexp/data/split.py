@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
 from capsexp.data.seeds import derive_seed, permutation
+from capsexp.errors import DataError
 
 SplitName = Literal["train", "test"]
 
@@ -42,13 +43,23 @@ def split_validation(split: Split, *, count: int | float, seed: int) -> tuple[Sp
         The remaining training images and the validation images, both in their original order.
 
     Raises:
-        ValueError: nothing would be left to train on.
+        DataError: nothing would be left to train on.
     """
-    size = max(1, round(count * split.size)) if isinstance(count, float) else count
-    if not 0 <= size < split.size:
-        raise ValueError(f"validation must leave an image to train on: got {count} of {split.size}")
+    size = validation_size(count, split.size)
     order = permutation(split.size, derive_seed(seed, "validation"))
     return split.take(order[size:].sort().values), split.take(order[:size].sort().values)
+
+
+def validation_size(count: int | float, size: int) -> int:
+    """Return how many of `size` training images are set aside for validation; see `split_validation`.
+
+    Raises:
+        DataError: nothing would be left to train on.
+    """
+    number = max(1, round(count * size)) if isinstance(count, float) else count
+    if not 0 <= number < size:
+        raise DataError(f"validation must leave an image to train on, got {count} of {size}")
+    return number
 
 
 def stratified(labels: Int64[Tensor, " N"], *, share: float, seed: int) -> Bool[Tensor, " N"]:

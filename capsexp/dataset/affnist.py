@@ -13,13 +13,13 @@ from scipy.io import loadmat
 from torch import Tensor
 
 from capsexp.data.cache import content_fingerprint
+from capsexp.data.checked_files import Progress, digest
 from capsexp.data.dataset import Dataset
-from capsexp.data.download import Progress, digest
 from capsexp.data.manifest import SPLITS, ListedSplit, Manifest
 from capsexp.data.placed import PlacedDataset
 from capsexp.data.preprocess import Preprocess
 from capsexp.data.split import Split
-from capsexp.errors import DataError, first_line
+from capsexp.errors import DataError, first_line, refuse
 
 URL = "https://www.cs.toronto.edu/~tijmen/affNIST/32x/apply_affine/test.mat.zip"
 FILE = "affNIST/test.mat"
@@ -61,7 +61,7 @@ class AffNIST(PlacedDataset):
         preprocess: Preprocess,
     ) -> None:
         if source.raw_shape[0] != 1 or len(source.classes) != 10:
-            raise ValueError(
+            refuse(
                 f"source must have grayscale images in 10 classes, got {source.raw_shape[0]} channels and "
                 f"{len(source.classes)} classes"
             )

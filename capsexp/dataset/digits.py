@@ -17,6 +17,7 @@ class Digits(Dataset):
     """1,438 training and 359 test images in 10 classes; a fixed fifth of each class is the test split."""
 
     name = "digits"
+    training_size = 1_438
     classes = tuple("0123456789")
     file_shape = (1, 8, 8)
 

@@ -3,7 +3,7 @@
 import torch
 from torchvision import datasets
 
-from capsexp.data.download import RemoteFile, StoredFile
+from capsexp.data.checked_files import RemoteFile, StoredFile
 from capsexp.data.published import PublishedDataset
 from capsexp.data.split import Split, SplitName
 
@@ -19,6 +19,7 @@ class SVHN(PublishedDataset):
     """73,257 training and 26,032 test images in 10 classes, without the extra training images."""
 
     name = "svhn"
+    training_size = 73_257
     classes = tuple("0123456789")
     file_shape = (3, 32, 32)
     test_count = 26_032

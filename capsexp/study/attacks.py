@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,7 +16,15 @@ from capsexp.analysis.attack.units import Units, radii_of, scale_of
 from capsexp.analysis.findings import Findings
 from capsexp.analysis.trained_run import TrainedRun
 from capsexp.capsules import Batch
-from capsexp.errors import UserError, require_at_least_1, require_literal, require_positive
+from capsexp.errors import (
+    UserError,
+    is_number,
+    refuse,
+    require_at_least_1,
+    require_literal,
+    require_positive,
+    require_seed,
+)
 
 Attack = Literal["fgsm", "bim", "pgd"]
 Objective = Literal["own", "difference"]
@@ -86,14 +94,15 @@ class Attacks:
         for objective in objectives:
             require_literal(Objective, objectives=objective)
         if not attacks:
-            raise ValueError("attacks must name at least one of fgsm, bim, pgd")
+            refuse("attacks must name at least one of fgsm, bim, pgd")
         if "pgd" in (*attacks, *targeted) and not objectives:
-            raise ValueError("objectives must name own, difference or both for pgd")
+            refuse("objectives must name own, difference or both for pgd")
         _check_rising(epsilons=epsilons, targeted_epsilons=targeted_epsilons, shown=shown)
         require_at_least_1(steps=steps, pgd_steps=pgd_steps, restarts=restarts, pictures=pictures)
         require_positive(pgd_step_size=pgd_step_size)
+        require_seed(seed=seed)
         if source is not None and not _transferable(attacks):
-            raise ValueError("source needs fgsm or bim among the attacks")
+            refuse("source needs fgsm or bim among the attacks")
         _check_paper(paper or {})
         self.attacks, self.targeted = attacks, targeted
         self.epsilons, self.targeted_epsilons, self.shown = epsilons, targeted_epsilons, shown
@@ -233,15 +242,29 @@ def _check_rising(**lists: Sequence[int | float]) -> None:
     for name, epsilons in lists.items():
         rising = all(epsilon < following for epsilon, following in pairwise(epsilons))
         if not epsilons or epsilons[0] < 0 or not rising:
-            raise ValueError(f"{name} must rise from 0 or more, got {list(epsilons)}")
+            refuse(f"{name} must rise from 0 or more, got {list(epsilons)}")
 
 
 def _check_paper(paper: Mapping[str, Any]) -> None:
-    for kind in paper.keys() - {"dataset"}:
-        for network in paper[kind].keys() - {"epsilons"}:
-            for attack, values in paper[kind][network].items():
-                if len(values) != len(paper[kind]["epsilons"]):
-                    raise ValueError(
+    if paper and not isinstance(paper.get("dataset"), str):
+        refuse(f"paper.dataset must be the name of a dataset, got {paper.get('dataset')!r}")
+    for kind in sorted(paper.keys() - {"dataset"}):
+        curves = paper[kind]
+        epsilons = curves.get("epsilons") if isinstance(curves, Mapping) else None
+        if not _are_numbers(epsilons):
+            refuse(f"paper.{kind} must have epsilons, a list of numbers, got {curves!r}")
+            continue
+        for network in sorted(curves.keys() - {"epsilons"}):
+            if not isinstance(curves[network], Mapping):
+                refuse(f"paper.{kind}.{network} must have a list for each attack, got {curves[network]!r}")
+                continue
+            for attack, values in curves[network].items():
+                if not _are_numbers(values) or len(values) != len(epsilons):
+                    refuse(
                         f"paper.{kind}.{network}.{attack} must have a number for each of its "
-                        f"{len(paper[kind]['epsilons'])} epsilons, got {len(values)}"
+                        f"{len(epsilons)} epsilons, got {values!r}"
                     )
+
+
+def _are_numbers(values: Any) -> TypeGuard[list[int | float]]:
+    return isinstance(values, list) and bool(values) and all(map(is_number, values))

@@ -21,7 +21,7 @@ from rich.live import Live
 from capsexp.cli.sweep.folder import Sweep, job_labels, jobs_table
 from capsexp.cli.sweep.job_process import JOB_VARIABLE
 from capsexp.config.compose import to_plain
-from capsexp.config.overrides import quoted
+from capsexp.config.typed_paths import quoted
 from capsexp.errors import JobFailed, RunStopped
 from capsexp.training.run_dir import RunDir
 from capsexp.training.stop_signal import StopSignal

@@ -70,5 +70,7 @@ def test_a_count_is_exact_and_larger_counts_contain_smaller_ones(amount):
 
 @pytest.mark.parametrize(("classes", "amount"), [([10, 11], 20), ([1, 1], 1), ([1, 1], 0.5)])
 def test_a_draw_that_leaves_a_class_empty_is_refused(classes, amount):
-    with pytest.raises(ValueError, match=rf"validation must leave an image of every class .*: got {amount}"):
+    with pytest.raises(
+        ValueError, match=rf"validation must leave an image of every class .*, got {amount}: at most"
+    ):
         draw(*(names(str(size), size) for size in classes), amount=amount, purpose="validation")

@@ -163,7 +163,7 @@ def age(run: Run) -> str | None:
 def shown_columns(comparison: Comparison) -> list[Column]:
     """Return the columns for people: the first settings, and no run directories if rows are means."""
     settings = [column for column in comparison.columns if column.is_setting]
-    hidden = {*settings[MAX_SETTINGS:], *([RUN] if comparison.grouped_by else [])} - {comparison.order}
+    hidden = {*settings[MAX_SETTINGS:]} - {comparison.order} | {*([RUN] if comparison.grouped_by else [])}
     return [column for column in comparison.columns if column not in hidden]
 
 

@@ -47,11 +47,8 @@ def run(command: str, arguments: Sequence[str], *, heading: str, example: str) -
     """
     parser = _parser(command, heading, example)
     notes = Notes()
-    try:
-        options = parser.parse_intermixed_args(list(arguments))
-        {"runs": _runs, "compare": _compare, "report": _report}[command](options, notes)
-    except KeyboardInterrupt:
-        return 130
+    options = parser.parse_intermixed_args(list(arguments))
+    {"runs": _runs, "compare": _compare, "report": _report}[command](options, notes)
     for line in notes.warnings:
         print(f"capsexp: {printable(line)}", file=sys.stderr)
     if notes.errors:

@@ -302,3 +302,13 @@ def test_overrides_that_are_no_list_are_unknown(content, tmp_path):
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "overrides.yaml").write_bytes(content)
     assert RunDir(tmp_path).overrides() == []
+
+
+@pytest.mark.parametrize("target", saved.ADDED_KEYS)
+def test_an_added_key_has_the_value_of_conf_in_the_config_of_an_earlier_run(target):
+    name = target.split(".")[-2]
+    today = to_plain(compose("train", [f"dataset={name}", "dataset.path=x"], config_dir=None))
+    earlier = json.loads(json.dumps(today))
+    for key in saved.ADDED_KEYS[target]:
+        del earlier["dataset"][key]
+    assert parse_saved(json.dumps(earlier).encode()) == today

@@ -2,6 +2,6 @@
 
 import sys
 
-from capsexp.cli.main import main
+from capsexp.cli import main
 
 sys.exit(main())

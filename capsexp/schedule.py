@@ -6,7 +6,9 @@ reconstruction, a margin, an inverse temperature. A schedule keeps no state, so 
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from capsexp.errors import describe, is_in, is_number, refuse, require_finite, require_in, require_positive
 
 
 class Step(NamedTuple):
@@ -18,12 +20,18 @@ class Step(NamedTuple):
 
 Schedule = Callable[[Step], int | float]
 
+SAMPLES = tuple(
+    Step(number, 2**30) for number in sorted({0, *(2**power for power in range(31)), *range(0, 2**30, 2**24)})
+)
+"""Steps of a long run: dense at the start, for ramps of a number of steps, and even over the whole."""
+
 
 class Constant:
     """The same value at every step."""
 
     def __init__(self, *, value: int | float) -> None:
-        self.value = _finite("value", float(value))
+        require_finite(value=value)
+        self.value = float(value)
 
     def __call__(self, step: Step) -> int | float:
         """Value at a step."""
@@ -39,12 +47,11 @@ class Exponential:
     def __init__(
         self, *, start: int | float, decay: int | float, every: int | float, minimum: int | float
     ) -> None:
-        if not 0 < decay <= 1:
-            raise ValueError(f"decay must be in (0, 1], got {decay}")
-        if not every > 0:
-            raise ValueError(f"every must be > 0 steps, got {every}")
-        if not _finite("start", start) >= minimum:
-            raise ValueError(f"start must be >= minimum ({minimum}), got {start}")
+        require_in("(0, 1]", decay=decay)
+        require_positive(every=every)
+        require_finite(start=start, minimum=minimum)
+        if start < minimum:
+            refuse(f"start must be >= minimum ({minimum}), got {start}")
         self.start, self.decay, self.every, self.minimum = start, decay, every, minimum
 
     def __call__(self, step: Step) -> int | float:
@@ -63,7 +70,8 @@ class Linear:
     """
 
     def __init__(self, *, start: int | float, end: int | float, steps: int | float) -> None:
-        self.start, self.end = _finite("start", start), _finite("end", end)
+        require_finite(start=start, end=end)
+        self.start, self.end = start, end
         self.steps = _ramp_length(steps)
 
     def __call__(self, step: Step) -> int | float:
@@ -75,7 +83,8 @@ class Cosine:
     """From `start` to `end` along half a cosine over `steps` steps (as in `Linear`), then constant."""
 
     def __init__(self, *, start: int | float, end: int | float, steps: int | float) -> None:
-        self.start, self.end = _finite("start", start), _finite("end", end)
+        require_finite(start=start, end=end)
+        self.start, self.end = start, end
         self.steps = _ramp_length(steps)
 
     def __call__(self, step: Step) -> int | float:
@@ -91,7 +100,8 @@ class Sigmoid:
     """
 
     def __init__(self, *, start: int | float, end: int | float, steps: int | float) -> None:
-        self.start, self.end = _finite("start", start), _finite("end", end)
+        require_finite(start=start, end=end)
+        self.start, self.end = start, end
         self.steps = _ramp_length(steps)
 
     def __call__(self, step: Step) -> int | float:
@@ -103,9 +113,9 @@ class Saturating:
     """`limit * (1 - decay ** (step + 1))`: rises toward `limit`, slower and slower."""
 
     def __init__(self, *, limit: int | float, decay: int | float) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {decay}")
-        self.limit, self.decay = _finite("limit", limit), decay
+        require_in("[0, 1)", decay=decay)
+        require_finite(limit=limit)
+        self.limit, self.decay = limit, decay
 
     def __call__(self, step: Step) -> int | float:
         """Value at a step."""
@@ -129,17 +139,53 @@ def as_schedule(value: Schedule | int | float) -> Schedule:
     return value if callable(value) else Constant(value=value)
 
 
-def _finite(name: str, value: int | float) -> int | float:
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
+def schedule_in(interval: str, **named: Schedule | int | float) -> Schedule:
+    """Return the one argument as a schedule, after a check of its values over any run.
+
+    Args:
+        interval: of the values, such as "(0, 1]"; "(0, inf)" and "[0, inf)" for no upper end.
+        named: the argument by its name.
+
+    Raises:
+        ValueError: a number, or a value of a schedule, is outside the interval.
+    """
+    ((name, value),) = named.items()
+    if not callable(value):
+        require_in(interval, **{name: value})
+        return as_schedule(value)
+    for step in SAMPLES:
+        at = _value_at(value, step)
+        if not is_number(at):
+            refuse(f"{name} must be a number or a schedule, got a {type(value).__name__}")
+            break
+        if not is_in(interval, at):
+            refuse(f"{name} must be {describe(interval)}, got {at:g} at step {step.number} of {step.total}")
+            break
     return value
+
+
+def require_some_positive(**named: Schedule) -> None:
+    """Check a schedule that may be 0 for a while, such as a learning rate: not at every step.
+
+    Raises:
+        ValueError: it is 0 at every step.
+    """
+    ((name, schedule),) = named.items()
+    values = [_value_at(schedule, step) for step in SAMPLES]
+    if all(value == 0 for value in values):
+        refuse(f"{name} must be > 0, got 0" + " at every step" * (not isinstance(schedule, Constant)))
+
+
+def _value_at(schedule: Schedule, step: Step) -> Any:
+    try:
+        return schedule(step)
+    except Exception:  # any callable can stand here in a config, such as a layer
+        return None
 
 
 def _ramp_length(steps: int | float) -> int | float:
     if isinstance(steps, bool) or not steps > 0 or (isinstance(steps, float) and steps > 1):
-        raise ValueError(
-            f"steps must be an integer >= 1 (steps) or a fraction in (0, 1] of the run, got {steps}"
-        )
+        refuse(f"steps must be an integer >= 1 (steps) or a fraction in (0, 1] of the run, got {steps}")
     return steps
 
 

@@ -53,7 +53,7 @@ def test_the_api_page_documents_exactly_the_public_names():
     assert documented == set(capsexp.__all__)
 
 
-@pytest.mark.parametrize("code", ["import capsexp", "from capsexp.cli.main import main; main()"])
+@pytest.mark.parametrize("code", ["import capsexp", "from capsexp.cli import main; main()"])
 def test_the_package_and_the_help_of_the_command_start_without_torch(code):
     code = f"import sys; sys.argv = ['capsexp', '--help']; {code}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,7 +9,17 @@ import pytest
 import capsexp
 
 PACKAGE = Path(capsexp.__file__).parent
-GROUND = {"capsules", "errors", "files", "locks", "schedule"}  # modules that every room may import
+GROUND = {
+    "capsules",
+    "child",
+    "documents",
+    "errors",
+    "files",
+    "locks",
+    "schedule",
+    "terminal",
+    "text",
+}  # modules that every room may import
 # `protocols` are the types in routing/__init__: what a layer may expect of the routing that it is given.
 ROOMS = {
     "ops": set(),
@@ -26,7 +36,7 @@ ROOMS = {
     "compare": {"config", "training"},
     "cli": {"data", "config", "training", "analysis", "study", "compare", "ops"},
 }
-WITHOUT_TORCH = {"compare", "config", "errors", "files", "locks"}
+WITHOUT_TORCH = {"compare", "config", "documents", "errors", "files", "locks", "terminal", "text"}
 FREE = {"__init__", "__main__"}  # the public names, and `python -m capsexp`
 
 
@@ -96,7 +106,7 @@ def test_the_table_has_every_room_and_no_circle():
     ("code", "names"),
     [
         ("import capsexp.data.split as s, os", {"capsexp.data.split", "os"}),
-        ("def f():\n    from capsexp.cli import main", {"capsexp.cli.main"}),
+        ("def f():\n    from capsexp.cli import entry", {"capsexp.cli.entry"}),
         ("if TYPE_CHECKING:\n    import torch\nelse:\n    import os", {"os"}),
         ("if typing.TYPE_CHECKING:\n    import torch", set()),
         ("try:\n    import torch\nexcept ImportError:\n    pass", {"torch"}),

@@ -144,11 +144,11 @@ def test_a_constant_is_finite(value):
     [
         ({"decay": 0}, r"decay must be in \(0, 1\], got 0"),
         ({"decay": 1.5}, r"decay must be in \(0, 1\], got 1.5"),
-        ({"every": 0}, "every must be > 0 steps, got 0"),
-        ({"every": -1}, "every must be > 0 steps, got -1"),
-        ({"every": math.nan}, "every must be > 0 steps, got nan"),
+        ({"every": 0}, "every must be > 0, got 0"),
+        ({"every": -1}, "every must be > 0, got -1"),
+        ({"every": math.nan}, "every must be > 0, got nan"),
         ({"start": 1e-7}, "start must be >= minimum"),
-        ({"minimum": math.nan}, "start must be >= minimum"),
+        ({"minimum": math.nan}, "minimum must be finite, got nan"),
         ({"start": math.inf}, "start must be finite, got inf"),
     ],
 )

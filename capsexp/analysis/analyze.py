@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from capsexp.analysis.findings import Findings
 from capsexp.analysis.trained_run import TrainedRun
 from capsexp.config.components import Components
 from capsexp.errors import is_number
 from capsexp.files import own_folder, require_writable, write_atomic
+from capsexp.terminal import new_console
+from capsexp.text import printable
 from capsexp.training.events import EventFile
 from capsexp.training.run_dir import RunDir
 
@@ -60,16 +60,16 @@ def analyze(
     )
     findings = study(run)
     _save_figures(directory.figures, findings)
-    caveats = components.dataset.caveats()
+    caveats = components.caveats()
     header = {"study": settings["study"], "step": run.step.number, "limit": limit, "remarks": caveats}
     file = _save_numbers(run.path / "studies", name, {**header, **findings.numbers})
     _to_tensorboard(run.path / "tb", name, findings, run.step.number)
     for caveat in caveats:
-        print(caveat)
+        print(printable(caveat))
     if findings.table is not None:
-        Console().print(findings.table)
+        new_console().print(findings.table)
     scalars = _scalars(findings.numbers).items()
-    print("  ".join([str(file), *(f"{key} {value:.4g}" for key, value in scalars)]))
+    print(printable("  ".join([str(file), *(f"{key} {value:.4g}" for key, value in scalars)])))
     return findings
 
 
@@ -78,7 +78,7 @@ def _save_figures(folder: Path, findings: Findings) -> None:
     for title, figure in findings.figures.items():
         file = folder / f"{title}.png"
         write_atomic(file, functools.partial(figure.savefig, format="png", dpi=130))
-        print(file)
+        print(printable(file))
 
 
 def _save_numbers(folder: Path, name: str, numbers: Mapping[str, Any]) -> Path:

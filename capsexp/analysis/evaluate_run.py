@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from capsexp.analysis.trained_run import TrainedRun
 from capsexp.config.components import Components
 from capsexp.files import WriteError, append_line
+from capsexp.terminal import Table, new_console
+from capsexp.text import printable
 from capsexp.training.run_dir import RunDir
 
 EVALUATIONS = "evaluations.jsonl"
@@ -40,12 +39,12 @@ def evaluate_run(components: Components, config: Mapping[str, Any]) -> dict[str,
     table = Table(f"{split}, {batches.visited} images", weights)
     for name, value in metrics.items():
         table.add_row(name, f"{value:.6g}")
-    for caveat in run.dataset.caveats():
-        print(caveat)
-    Console().print(table)
+    for caveat in components.caveats():
+        print(printable(caveat))
+    new_console().print(table)
     line = {"split": split, "step": run.step.number, "config": config, **metrics}
     try:
         append_line(run.path / EVALUATIONS, json.dumps(line))
     except WriteError as error:  # the metrics are printed above
-        print(f"capsexp: not stored: {error}", file=sys.stderr)
+        print(f"capsexp: not stored: {printable(str(error))}", file=sys.stderr)
     return metrics

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from rich.table import Table
 from torch import Tensor
 
 from capsexp.data.image_ops import displayable
+from capsexp.terminal import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

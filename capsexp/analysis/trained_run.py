@@ -13,8 +13,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from capsexp.analysis.predictions import Predictions, predict_images
+from capsexp.analysis.run_components import run_components
 from capsexp.capsules import Batch, Output
-from capsexp.config.build import build_components
 from capsexp.config.components import Components
 from capsexp.config.saved import load_saved_config
 from capsexp.data.batches import Batches
@@ -22,9 +22,12 @@ from capsexp.data.dataset import Dataset
 from capsexp.data.seeds import epoch_order
 from capsexp.data.split import Split
 from capsexp.errors import UserError
+from capsexp.routing import advance
 from capsexp.schedule import Step
+from capsexp.terminal import as_markup
 from capsexp.training import checkpoint
 from capsexp.training.evaluate import evaluate, inference
+from capsexp.training.run_dir import RunDir
 from capsexp.training.saved_state import restore_weights, saved_position, trained_weights
 
 SPLITS = ("test", "familiar", "validation", "train")
@@ -103,7 +106,7 @@ class TrainedRun:
         config = load_saved_config(folder)
         if device is not None:
             config["device"] = {**config.get("device", {}), "name": device}
-        components = build_components(config, plugins=plugins)
+        components = run_components(config, plugins=plugins)
         return cls.restore(components, folder, weights=weights, config=config, plugins=plugins)
 
     @classmethod
@@ -196,7 +199,7 @@ class TrainedRun:
             UserError: no such run, or it cannot be loaded.
         """
         config = load_saved_config(Path(path))
-        components = build_components(config, plugins=self._plugins)._replace(device=self.components.device)
+        components = run_components(config, plugins=self._plugins)._replace(device=self.components.device)
         return TrainedRun.restore(
             components, Path(path), weights="best", config=config, limit=self.limit, plugins=self._plugins
         )
@@ -207,7 +210,9 @@ class TrainedRun:
         batches = self.in_batches(split)
         # Without a terminal, a bar would leave an empty line for each pass over the images.
         silent = not get_console().is_terminal
-        yield from track(batches.in_order(), description, total=len(batches), transient=True, disable=silent)
+        yield from track(
+            batches.in_order(), as_markup(description), total=len(batches), transient=True, disable=silent
+        )
 
     def in_batches(self, split: Split) -> Batches:
         """Return a split, or the sample of it that the limit allows, on the run's device."""
@@ -268,7 +273,7 @@ class TrainedRun:
 
 
 def load_model(components: Components, path: Path, *, weights: str | int) -> tuple[nn.Module, Step]:
-    """Return a trained network on its device, and the step of its weights.
+    """Return a trained network on its device, and the step of its weights, where all its schedules stand.
 
     Args:
         components: what `capsexp.config.build.build_components` returned.
@@ -284,7 +289,9 @@ def load_model(components: Components, path: Path, *, weights: str | int) -> tup
     with torch.random.fork_rng(devices=()):  # a new network draws its initial weights
         model = components.new_model()
     restore_weights(model, trained_weights(saved), origin=str(path))
-    return components.device.place(model).eval(), saved_position(saved)
+    position = saved_position(saved, recorded=RunDir(path).status().get("total"))
+    advance(model, position)
+    return components.device.place(model).eval(), position
 
 
 def _sample(size: int, limit: int | None) -> Int64[Tensor, " N"]:

@@ -6,12 +6,11 @@ import platform
 from collections.abc import Mapping
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from capsexp.data.dataset import Dataset
 from capsexp.data.prepare import list_datasets
 from capsexp.ops.kernels.compiled import compiler, library_path
+from capsexp.terminal import Table, new_console
 from capsexp.training.device import available, best, has_tunable_allocator
 from capsexp.training.environment import PACKAGES
 
@@ -21,7 +20,7 @@ def report(datasets: Mapping[str, Dataset]) -> None:
     table = Table("component", "found", "use")
     for row in (*_versions(), *_devices(), _compiler(), _library(), _allocator(), *_data(datasets)):
         table.add_row(*row)
-    Console().print(table)
+    new_console().print(table)
 
 
 def _versions() -> list[tuple[str, str, str]]:

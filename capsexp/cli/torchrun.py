@@ -15,20 +15,25 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from capsexp.errors import RunStopped, UserError, exit_code, print_error
+from capsexp.errors import RunStopped, UserError, exit_code, first_line, print_error
 
 if TYPE_CHECKING:
     from capsexp.training.parallel import ProcessGroup
 
 VARIABLES = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
-PATIENCE = timedelta(minutes=10)  # to wait for the exit code of another process: rank 0 may have to save
+PATIENCE = timedelta(minutes=10)  # to wait for another process: rank 0 may have to save before it ends
 
 _store: Any = None  # key-value store that the processes share; None for a single process
 
 
 def is_distributed() -> bool:
     """Return whether torchrun, or a launcher that sets the same variables, started several processes."""
-    return {*VARIABLES} <= {*os.environ} and int(os.environ["WORLD_SIZE"]) > 1
+    if not {*VARIABLES} <= {*os.environ}:
+        return False
+    wrong = [f"{name}={os.environ[name]}" for name in VARIABLES if not os.environ[name].isdecimal()]
+    if wrong:
+        raise UserError(f"{', '.join(wrong)}: torchrun sets a whole number; unset it to train in one process")
+    return int(os.environ["WORLD_SIZE"]) > 1
 
 
 def processes() -> "ProcessGroup":
@@ -77,18 +82,45 @@ def _join() -> None:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    store, rank, size = next(iter(rendezvous("env://")))
+    with _reaching_the_others():
+        store, rank, size = next(iter(rendezvous("env://", timeout=PATIENCE)))
     # Gloo beside NCCL: data in CPU memory need not pass through the accelerator.
     backend = "cpu:gloo,cuda:nccl" if is_available() and dist.is_nccl_available() else "gloo"
     # A restart by torchrun finds the store of the earlier attempt, with the addresses of dead processes.
     _store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group(backend, store=_store, rank=rank, world_size=size)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun counts by itself, and anew after a loss
+        _check_number(rank, size)
+    with _reaching_the_others():
+        dist.init_process_group(backend, store=_store, rank=rank, world_size=size)
     if rank == 0:
         # torchrun sends SIGTERM when another process has ended. Rank 0 still has to record how the run
         # ended, and notices the loss by itself. While it trains, `StopSignal` handles the signal.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler would wait for the end of an exchange
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open as long as the process
+
+
+@contextlib.contextmanager
+def _reaching_the_others() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:  # no answer, no address
+        raise UserError(f"cannot reach the other processes of this run: {first_line(error)}") from None
+
+
+def _check_number(rank: int, size: int) -> None:
+    """Check that all processes count the same number of processes, and that each has a rank of its own.
+
+    Raises:
+        UserError: they do not.
+    """
+    sizes = {int(_store.compare_set("size", "", str(size))), size}
+    if len(sizes) > 1:
+        numbers = " and ".join(map(str, sorted(sizes)))
+        raise UserError(f"the processes of this run differ in WORLD_SIZE, their number: {numbers}")
+    if _store.add(f"rank {rank}", 1) > 1:
+        raise UserError(f"two processes of this run have RANK={rank}")
 
 
 def _end(error: BaseException) -> NoReturn:
@@ -100,7 +132,10 @@ def _end(error: BaseException) -> NoReturn:
         pass
     elif _reports(error):
         sys.stderr = sys.__stderr__
-        print_error(error) if isinstance(error, UserError) else traceback.print_exception(error)
+        if isinstance(error, UserError):
+            print_error(error)
+        elif not isinstance(error, KeyboardInterrupt):
+            traceback.print_exception(error)
         with contextlib.suppress(RuntimeError):
             _store.set("exit code", str(code))
     else:

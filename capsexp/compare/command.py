@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from capsexp.compare import selection, tables
+from capsexp.compare import layout, selection, tables
 from capsexp.compare.comparison import Comparison, compare
 from capsexp.compare.curves import TAGS, draw, learning_curves, mean_over_seeds
 from capsexp.errors import Notes, UserError
-from capsexp.files import require_figure_file
+from capsexp.files import require_figure_file, require_output
+from capsexp.text import printable
 
 ARGUMENTS = """\
 arguments:
@@ -46,13 +47,10 @@ def run(command: str, arguments: Sequence[str], *, heading: str, example: str) -
     """
     parser = _parser(command, heading, example)
     notes = Notes()
-    try:
-        options = parser.parse_intermixed_args(list(arguments))
-        {"runs": _runs, "compare": _compare, "report": _report}[command](options, notes)
-    except KeyboardInterrupt:
-        return 130
+    options = parser.parse_intermixed_args(list(arguments))
+    {"runs": _runs, "compare": _compare, "report": _report}[command](options, notes)
     for line in notes.warnings:
-        print(f"capsexp: {line}", file=sys.stderr)
+        print(f"capsexp: {printable(line)}", file=sys.stderr)
     if notes.errors:
         raise UserError(*notes.errors)
     return 0
@@ -153,7 +151,7 @@ def _compare(options: argparse.Namespace, notes: Notes) -> None:
     comparison = _comparison(options, notes, group_by=options.group_by)
     forms = {"csv": tables.csv_text, "md": tables.markdown, "json": tables.json_text}
     if options.form:
-        tables.write_stdout(forms[options.form](comparison))
+        layout.write_stdout(forms[options.form](comparison))
     else:
         tables.print_comparison(comparison)
     if options.plot:
@@ -162,9 +160,9 @@ def _compare(options: argparse.Namespace, notes: Notes) -> None:
 
 def _plot(options: argparse.Namespace, comparison: Comparison, notes: Notes) -> None:
     tags = options.metric or TAGS
-    if curves := learning_curves(mean_over_seeds(comparison), tags, notes):
+    if curves := learning_curves(mean_over_seeds(comparison, notes), tags, notes):
         draw(curves, tags, options.plot)
-        print(f"curves: {options.plot}", file=sys.stderr)
+        print(f"curves: {printable(options.plot)}", file=sys.stderr)
 
 
 def _report(options: argparse.Namespace, notes: Notes) -> None:
@@ -173,13 +171,14 @@ def _report(options: argparse.Namespace, notes: Notes) -> None:
         raise UserError(f"--output: {file} is a folder")
     if not file.absolute().parent.is_dir():
         raise UserError(f"--output: no such folder: {file.parent}")
+    require_output(file)
     from capsexp.compare.report import write  # imports jinja2, which no other command needs
 
     comparison = _comparison(options, notes)
     if comparison.rows:
-        write(file, comparison, options.metric or TAGS, notes)
+        size = write(file, comparison, options.metric or TAGS, notes)
         count = len(comparison.rows)
-        print(f"{file}: {count} run{'s' * (count != 1)}, {file.stat().st_size / 1e6:.1f} MB")
+        print(f"{printable(file)}: {count} run{'s' * (count != 1)}, {size / 1e6:.1f} MB")
     else:
         notes.warning(f"no runs to show: {file} is not written")
 

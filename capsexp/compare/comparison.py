@@ -20,35 +20,15 @@ from capsexp.compare.columns import (
     as_override,
     distinct_keys,
     full_key,
-    hashable,
     metric_columns,
     setting_columns,
     short_titles,
 )
-from capsexp.compare.runs import Run, count_statuses
+from capsexp.compare.means import Row, Spread, grouped
+from capsexp.compare.runs import Run
 from capsexp.errors import Notes, UserError, is_number
 
 UNSUCCESSFUL = ("failed", "died")
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and standard deviation of a metric over several runs, or as a paper gives them."""
-
-    mean: float
-    sd: float | None
-    """Sample standard deviation; None for a single run."""
-    n: int | None
-    """Number of runs that have the metric; None for a paper's."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A run, or several runs that differ only in the settings that are averaged over."""
-
-    runs: tuple[Run, ...]
-    cells: Mapping[str, Any]
-    """By column name; missing values have no entry."""
 
 
 @dataclass(frozen=True)
@@ -97,16 +77,17 @@ def compare(
         columns.insert(len(settings), order)
     rows = [Row((run,), _cells(run, last_values)) for run in runs]
     if averaged:
-        rows = _grouped(rows, columns)
+        rows, columns = grouped(rows, columns, averaged, notes)
     descending = order.higher_is_better if descending is None else descending
     return Comparison(columns, _sorted(rows, order, descending), order, descending, tuple(averaged))
 
 
-def beside_paper(runs: Sequence[Run], *, recipes: Sequence[str]) -> Comparison:
+def beside_paper(runs: Sequence[Run], notes: Notes, *, recipes: Sequence[str]) -> Comparison:
     """Build a table of our test errors beside the papers'. Each recipe is a row, averaged over seeds.
 
     Args:
         runs: the runs.
+        notes: collects the runs that enter no mean because they repeat a seed.
         recipes: names of experiments, in the order of the rows. A recipe whose runs differ in a setting
             other than the seed gets a row for each value.
     """
@@ -116,18 +97,9 @@ def beside_paper(runs: Sequence[Run], *, recipes: Sequence[str]) -> Comparison:
     }
     metrics = [column for column in metric_columns(runs) if column not in (METRICS[0], METRICS[1])]
     columns = [Column("experiment", "recipe"), *settings.values(), *metrics, STATUS, RUN]
-    rows = _grouped([Row((run,), _cells(run, {})) for group in by_recipe for run in group], columns)
+    rows = [Row((run,), _cells(run, {})) for group in by_recipe for run in group]
+    rows, columns = grouped(rows, columns, ["seed"], notes)
     return Comparison(columns, rows, RUN, descending=False, grouped_by=("seed",))
-
-
-def spread(values: Sequence[int | float]) -> Spread:
-    """Return mean and sample standard deviation."""
-    add = math.fsum if all(map(math.isfinite, values)) else sum  # fsum raises on infinities of both signs
-    mean = add(values) / len(values)
-    if len(values) == 1:
-        return Spread(mean, None, 1)
-    variance = add((value - mean) * (value - mean) for value in values) / (len(values) - 1)
-    return Spread(mean, math.sqrt(variance), len(values))
 
 
 def row_label(row: Row, columns: Iterable[Column]) -> str:
@@ -198,29 +170,6 @@ def _cells(run: Run, last_values: Mapping[str, Mapping[Path, float]]) -> dict[st
     tags = {tag: by_run[run.path] for tag, by_run in last_values.items() if run.path in by_run}
     identity = {STATUS.name: run.status, RUN.name: str(run.path)}
     return {**run.choices, **run.settings, **metrics, **tags, **identity}
-
-
-def _grouped(rows: Iterable[Row], columns: Sequence[Column]) -> list[Row]:
-    settings = [column.name for column in columns if column.is_setting]
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        key = frozenset((name, hashable(row.cells[name])) for name in settings if name in row.cells)
-        groups.setdefault(key, []).append(row)
-    return [_mean_row(group, settings, columns) for group in groups.values()]
-
-
-def _mean_row(rows: Sequence[Row], settings: Iterable[str], columns: Iterable[Column]) -> Row:
-    runs = tuple(run for row in rows for run in row.runs)
-    cells = {name: rows[0].cells[name] for name in settings if name in rows[0].cells}
-    for column in columns:
-        values = [row.cells[column.name] for row in rows if column.name in row.cells]
-        if column == PAPER and len({*values}) == 1:
-            cells[column.name] = values[0]
-        elif column.is_metric and column != PAPER and values:
-            cells[column.name] = spread(values)
-    cells[STATUS.name] = count_statuses([run.status for run in runs])
-    cells[RUN.name] = [str(run.path) for run in runs]
-    return Row(runs, cells)
 
 
 def _sorted(rows: Iterable[Row], column: Column, descending: bool) -> list[Row]:

@@ -1,27 +1,38 @@
 """Read a run's metrics.jsonl. Only lines that contain a requested tag are parsed."""
 
 import json
+import math
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from capsexp.compare.runs import Run, get_number
+from capsexp.compare.fields import get_count, get_number
+from capsexp.compare.runs import Run
+from capsexp.documents import damage, parse_json
 from capsexp.errors import Notes, nearest
+from capsexp.files import read_regular
 
 NOT_TAGS = {"step", "epoch"}
+LONGEST_LINE = 2**16
+"""Bytes of the longest line that is parsed."""
+MAX_VALUES = 2000
+"""Values of a tag that curves are drawn from; from longer logs every k-th value is taken."""
+MAX_SEARCHED = 100
+"""Runs whose tags are listed for a message."""
 Series = dict[int, float]
 """A metric by step, in the order of the steps."""
 
 
 def all_values(run: Path, tags: Collection[str], notes: Notes) -> dict[str, Series]:
-    """Return all values of some tags; a tag that the run lacks gets an empty series."""
-    series: dict[str, Series] = {tag: {} for tag in tags}
-    for entry in _entries(_lines(run, notes), tags, run, notes):
-        for tag in tags:
-            if (value := get_number(entry, tag)) is not None:
-                series[tag][entry["step"]] = value
-    return {tag: dict(sorted(values.items())) for tag, values in series.items()}
+    """Return the values of some tags; a tag that the run lacks gets an empty series.
+
+    Of a tag with more than `MAX_VALUES` values, every k-th and the last are returned. k is a power of two, so
+    that the steps of runs of different lengths coincide.
+    """
+    lines = _lines(run, notes)
+    return {tag: _series(lines, tag, run, notes) for tag in tags}
 
 
 def last_values(run: Path, tags: Collection[str], notes: Notes) -> dict[str, float]:
@@ -46,21 +57,35 @@ def logged_tags(run: Path) -> set[str]:
 
 def unknown_tag(tag: str, runs: Iterable[Run]) -> str:
     """Return the message for a tag that no run has, with the nearest one that exists."""
-    known = {name for run in runs for name in logged_tags(run.path)}
+    known = {name for run in islice(runs, MAX_SEARCHED) for name in logged_tags(run.path)}
     return f"no run has the metric {tag!r}{nearest(tag, known)}"
+
+
+def _series(lines: Sequence[bytes], tag: str, run: Path, notes: Notes) -> Series:
+    lines = [line for line in lines if _needle(tag) in line]
+    interval = 1 << max(0, math.ceil(math.log2(len(lines) / MAX_VALUES))) if lines else 1
+    chosen = lines[interval - 1 :: interval]
+    if len(lines) % interval:
+        chosen.append(lines[-1])
+    values = ((entry["step"], get_number(entry, tag)) for entry in _entries(chosen, [tag], run, notes))
+    return dict(sorted((step, value) for step, value in values if value is not None))
+
+
+def _needle(tag: str) -> bytes:
+    return json.dumps(tag).encode()
 
 
 def _lines(run: Path, notes: Notes) -> list[bytes]:
     """Return the lines that look complete."""
     file = run / "metrics.jsonl"
     try:
-        lines = file.read_bytes().split(b"\n")
+        lines = read_regular(file).split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:
-        notes.warning(str(error))
+        notes.warning(f"{file} cannot be read: {damage(error)}")
         return []
-    last, complete = lines.pop(), [line for line in lines if line[:1] == b"{" and line[-1:] == b"}"]
+    last, complete = lines.pop(), [line for line in lines if _looks_complete(line)]
     if last:
         notes.warning(f"{file}: ignored the incomplete last line")
     if len(complete) < len(lines):
@@ -68,19 +93,23 @@ def _lines(run: Path, notes: Notes) -> list[bytes]:
     return complete
 
 
+def _looks_complete(line: bytes) -> bool:
+    return line[:1] == b"{" and line[-1:] == b"}" and len(line) <= LONGEST_LINE
+
+
 def _entries(
     lines: Iterable[bytes], tags: Collection[str], run: Path, notes: Notes
 ) -> Iterator[dict[str, Any]]:
     """Parse the lines that contain any of these tags."""
-    needles = [f'"{tag}"'.encode() for tag in tags]
+    needles = [_needle(tag) for tag in tags]
     for line in lines:
         if not any(needle in line for needle in needles):
             continue
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
         except ValueError:
             entry = None
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+        if isinstance(entry, dict) and get_count(entry, "step") is not None:
             yield entry
         else:
             _warn_of_damage(run, notes)

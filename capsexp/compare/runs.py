@@ -1,23 +1,28 @@
-"""Find the runs below a directory and read their files."""
+"""Read the files of runs."""
 
 import importlib.metadata
-import json
-import os
-import re
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from capsexp.compare.fields import Fields, Files
+from capsexp.compare.index import MIN_RUNS, Index, signature
 from capsexp.config.saved import parse_saved
 from capsexp.config.settings import Published, comparable, published
-from capsexp.errors import Notes, is_number
+from capsexp.documents import LARGEST, damage, parse_json
+from capsexp.errors import Notes
+from capsexp.files import read_regular
 from capsexp.training.run_dir import RunDir
 
 DISPLAYED = {"completed": "finished"}  # statuses of status.json that users see under another name
 STATUSES = ("running", "finished", "failed", "interrupted", "died", "unknown")
+MAX_SETTINGS = 1000  # of a run
+MAX_VERSIONS = 5  # of capsexp, in messages
+LARGEST_TEXT = 2**20  # bytes of command.txt
 HEARTBEAT_TIMEOUT = 600.0  # seconds; a run on another machine that is silent for longer has died
 
 
@@ -53,79 +58,87 @@ class Run:
     """The version of capsexp that wrote the run."""
 
 
-def default_root() -> Path:
-    """Return $CAPSEXP_OUTPUTS, or `outputs` if it is not set."""
-    return Path(os.environ.get("CAPSEXP_OUTPUTS", "outputs"))
-
-
-def find(root: Path, notes: Notes) -> Iterator[Path]:
-    """Yield the run directories at or below a folder. Does not descend into run directories."""
-    visited = {os.path.realpath(root)}
-    walk = os.walk(root, followlinks=True, onerror=lambda error: notes.warning(str(error)))
-    for folder, folders, files in walk:
-        if not {"status.json", "resolved_config.yaml"}.isdisjoint(files):
-            yield Path(folder)
-            folders.clear()
-        real = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
-        new = [name for name in folders if not name.startswith(".") and real[name] not in visited]
-        folders[:] = sorted(new, key=_natural_key)
-        visited |= {real[name] for name in folders}
-
-
-def find_all(roots: Iterable[Path], notes: Notes) -> list[Path]:
-    """Return the run directories at or below some folders, each once. A folder without runs is an error."""
-    found: dict[str, Path] = {}
-    for root in roots:
-        paths = list(find(root, notes)) if root.is_dir() else []
-        for path in paths:
-            found.setdefault(os.path.realpath(path), path)
-        if not root.exists():
-            notes.error(f"{root}: no such directory")
-        elif not root.is_dir():
-            notes.error(f"{root} is a file, not a run directory")
-        elif not paths and (root / "sweep.json").exists():
-            notes.warning(f"{root}: this sweep has no runs yet")
-        elif not paths:
-            notes.error(f"{root}: no runs at or below this folder")
-    return list(found.values())
-
-
 def read_all(paths: Iterable[Path], notes: Notes) -> list[Run]:
     """Read runs. Warn about runs that another version of capsexp wrote."""
-    runs = [read(path, notes) for path in paths]
+    paths = list(paths)
+    counts = Counter(path.parent for path in paths)
+    indexes = {folder: Index(folder) for folder, count in counts.items() if count >= MIN_RUNS}
+    runs = [_read_indexed(path, indexes.get(path.parent), notes) for path in paths]
+    for folder, index in indexes.items():
+        index.write({path.name for path in paths if path.parent == folder})
     own = importlib.metadata.version("capsexp")
-    others = [run.version for run in runs if run.version not in (own, None)]
-    for version in sorted(set(map(str, others))):
-        count = f"{others.count(version)} of {len(runs)} runs"
-        notes.warning(f"{count} were written by capsexp {version}, this is {own}: they may lack settings")
+    others = Counter(run.version for run in runs if run.version not in (own, None))
+    for version, count in sorted(others.items())[:MAX_VERSIONS]:
+        line = f"{count} of {len(runs)} runs were written by capsexp {version}"
+        notes.warning(f"{line}, this is {own}: they may lack settings")
+    if len(others) > MAX_VERSIONS:
+        notes.warning(f"other runs were written by {len(others) - MAX_VERSIONS} more versions of capsexp")
     return runs
+
+
+def _read_indexed(path: Path, index: Index | None, notes: Notes) -> Run:
+    """Read one run; its files only if the index does not know them."""
+    before = (
+        None if index is None else signature(path)
+    )  # before the files are read: they may change meanwhile
+    if index is None or before is None:
+        return read(path, notes)
+    if (files := index.get(path.name, before)) is None:
+        own = Notes()
+        files = read_files(path, own)
+        for line in own.warnings:
+            notes.warning(line)
+        if not own.warnings:
+            index.add(path.name, before, files)
+    return run_of(path, files, notes)
 
 
 def read(path: Path, notes: Notes) -> Run:
     """Read one run."""
+    return run_of(path, read_files(path, notes), notes)
+
+
+def read_files(path: Path, notes: Notes) -> Files:
+    """Read the files of a run that tables show."""
     status = read_status(path, notes)
-    config = _mapping(path / "resolved_config.yaml", parse_saved, notes)
-    environment = _mapping(path / "env.json", json.loads, notes) or {}
-    results = _section(status, "results")
-    best = get_number(_section(status, "best"), "accuracy")
-    version = _section(environment, "versions").get("capsexp")
-    return Run(
-        path=path,
-        status=status["status"],
-        started=get_number(status, "started"),
-        seconds=get_number(status, "seconds"),
-        step=_get_int(status, "step"),
-        total=_get_int(status, "total"),
-        epochs=_epochs(_get_int(status, "step"), _get_int(status, "steps_per_epoch")),
-        best=get_number(results, "validation/best_accuracy") if best is None else best,
-        test=get_number(results, "test/accuracy"),
-        paper=_published(path, config or {}, notes),
-        choices={str(group): str(choice) for group, choice in _section(status, "choices").items()},
-        settings=comparable(config or {}),
+    config = _mapping(path / "resolved_config.yaml", parse_saved, notes) or {}
+    environment = Fields(_mapping(path / "env.json", parse_json, notes) or {})
+    version = environment.section("versions").name("capsexp")
+    _warn_of_values(path / "env.json", environment, notes)
+    return Files(
+        status=status,
+        settings=_settings(path, config, notes),
+        paper=_published(path, config, notes),
         command=_read_text(path / "command.txt", notes),
-        error=str(status.get("error") or ""),
-        version=None if version is None else str(version),
+        version=version,
     )
+
+
+def run_of(path: Path, files: Files, notes: Notes) -> Run:
+    """Return the run of a directory whose files have been read."""
+    status = Fields(files.status)
+    results, best = status.section("results"), status.section("best")
+    step, steps_per_epoch = status.count("step"), status.count("steps_per_epoch")
+    accuracy = best.accuracy("accuracy")
+    run = Run(
+        path=path,
+        status=files.status["status"],
+        started=status.time("started"),
+        seconds=status.time("seconds"),
+        step=step,
+        total=status.count("total"),
+        epochs=step / steps_per_epoch if step is not None and steps_per_epoch else None,
+        best=results.accuracy("validation/best_accuracy") if accuracy is None else accuracy,
+        test=results.accuracy("test/accuracy"),
+        paper=files.paper,
+        choices=status.section("choices").names(),
+        settings=files.settings,
+        command=files.command,
+        error=status.text("error"),
+        version=files.version,
+    )
+    _warn_of_values(path / "status.json", status, notes)
+    return run
 
 
 def read_status(path: Path, notes: Notes) -> dict[str, Any]:
@@ -134,10 +147,10 @@ def read_status(path: Path, notes: Notes) -> dict[str, Any]:
     A `running` run whose process is gone is returned as `died`.
     """
     file = path / "status.json"
-    content = _mapping(file, json.loads, notes)
+    content = _mapping(file, parse_json, notes)
     if content and content.get("status") == "running" and not _is_alive(path, content):
         # Read again: the run may have ended since the first read.
-        content = _mapping(file, json.loads, notes)
+        content = _mapping(file, parse_json, notes)
         if content and content.get("status") == "running":
             content["status"] = "died"
     if content is None:
@@ -158,64 +171,53 @@ def count_statuses(statuses: Sequence[str]) -> str:
     return ", ".join(f"{statuses.count(status)} {status}" for status in STATUSES if status in statuses)
 
 
-def get_number(node: Mapping[str, Any], key: str) -> float | None:
-    """Return a number from a file's content; None if it is missing or not a number."""
-    value = node.get(key)
-    return float(value) if is_number(value) else None
-
-
-def _natural_key(name: str) -> list[Any]:
-    """Return a sort key that puts 10 after 9."""
-    return [int(text) if index % 2 else text for index, text in enumerate(re.split(r"(\d+)", name))]
-
-
 def _is_alive(path: Path, status: Mapping[str, Any]) -> bool:
     if status.get("host") == socket.gethostname():
         return RunDir(path).is_locked()
-    return time.time() - (get_number(status, "heartbeat") or 0) < HEARTBEAT_TIMEOUT
+    heartbeat = Fields(status).time("heartbeat")
+    return time.time() - (heartbeat or 0) < HEARTBEAT_TIMEOUT
 
 
-def _mapping(file: Path, load: Callable[[bytes], Any], notes: Notes) -> dict[str, Any] | None:
+def _mapping(file: Path, parse: Callable[[bytes], Any], notes: Notes) -> dict[str, Any] | None:
     """Return the keys and values in a file: empty without the file, None if it cannot be read."""
     try:
-        found = load(file.read_bytes())
+        found = parse(read_regular(file, limit=LARGEST))
         if not isinstance(found, dict):
             raise ValueError("it holds no keys")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        notes.warning(f"{file} cannot be read: {' '.join(str(error).split())}")
+    except (OSError, ValueError) as error:
+        notes.warning(f"{file} cannot be read: {damage(error)}")
         return None
     return found
+
+
+def _warn_of_values(file: Path, fields: Fields, notes: Notes) -> None:
+    if fields.wrong:
+        notes.warning(f"{file}: ignored values that cannot be right: {', '.join(fields.wrong)}")
+
+
+def _settings(path: Path, config: Mapping[str, Any], notes: Notes) -> dict[str, Any]:
+    settings = comparable(config)
+    if len(settings) > MAX_SETTINGS:
+        notes.warning(f"{path}/resolved_config.yaml is not used: it has {len(settings)} settings")
+        return {}
+    return settings
 
 
 def _published(path: Path, config: Mapping[str, Any], notes: Notes) -> Published | None:
     try:
         return published(config)
     except ValueError as error:
-        notes.warning(f"{path}: {error}")
+        notes.warning(f"{path}: {damage(error)}")
         return None
-
-
-def _epochs(step: int | None, steps_per_epoch: int | None) -> float | None:
-    return step / steps_per_epoch if step is not None and steps_per_epoch else None
 
 
 def _read_text(file: Path, notes: Notes) -> str:
     try:
-        return file.read_text(errors="replace").strip()
+        return read_regular(file, limit=LARGEST_TEXT).decode(errors="replace").strip()
     except FileNotFoundError:
         return ""
     except OSError as error:
-        notes.warning(str(error))
+        notes.warning(f"{file} cannot be read: {damage(error)}")
         return ""
-
-
-def _section(node: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = node.get(key)
-    return value if isinstance(value, Mapping) else {}
-
-
-def _get_int(node: Mapping[str, Any], key: str) -> int | None:
-    value = node.get(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None

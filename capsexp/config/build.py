@@ -6,23 +6,30 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from capsexp.config.components import Components
+from capsexp.config.kinds import require_kind
 from capsexp.config.settings import without_routing_copy
-from capsexp.config.signature import fits, signature_problems
+from capsexp.config.signature import object_problems, signature_problems
 from capsexp.config.targets import resolve
-from capsexp.errors import UserError
+from capsexp.config.trial import optimizer_problems
+from capsexp.config.values import leaf_problems, root_problems
+from capsexp.errors import DataError, UserError, collecting, first_line, is_number
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
     from capsexp.data.dataset import Dataset
+    from capsexp.data.manifest import Manifest
     from capsexp.schedule import Schedule
 
 RUN_TIME = {"model": {"image_shape", "classes"}, "optimizer": {"params"}}  # known only when a run starts
+NOT_ARGUMENTS = ("_target_", "_partial_")
 REQUIRED_GROUPS = ("device", "trainer", "dataset", "loss", "optimizer", "model")
 
 
-def build_components(config: dict[str, Any], *, plugins: Sequence[str]) -> Components:
+def build_components(
+    config: dict[str, Any], *, plugins: Sequence[str], manifest: "Manifest | None" = None
+) -> Components:
     """Check a whole config and build the components of a run.
 
     The network and its optimizer are built once on the `meta` device, which costs no memory, so that
@@ -31,6 +38,7 @@ def build_components(config: dict[str, Any], *, plugins: Sequence[str]) -> Compo
     Args:
         config: plain values, as `capsexp.config.compose.to_plain` returns them.
         plugins: further packages that `_target_` may name, from this call's command line only.
+        manifest: the data of a run, whose dataset this is; None for a new run, and for other data.
 
     Raises:
         UserError: every problem, one line each.
@@ -41,7 +49,11 @@ def build_components(config: dict[str, Any], *, plugins: Sequence[str]) -> Compo
     for group in REQUIRED_GROUPS[:-1]:
         if not by_key[group]:
             try:
-                built[group] = build(config[group], at=group, plugins=plugins)
+                if group == "dataset" and manifest is not None:
+                    built[group] = build_stored(config[group], manifest, at=group, plugins=plugins)
+                else:
+                    built[group] = build(config[group], at=group, plugins=plugins)
+                require_kind(group, built[group])
             except UserError as error:
                 problems += error.problems
     problems += _label_problems(built)
@@ -49,8 +61,8 @@ def build_components(config: dict[str, Any], *, plugins: Sequence[str]) -> Compo
     if "optimizer" in built:
         try:
             new_optimizer, learning_rate = _split_learning_rate(built["optimizer"])
-        except ValueError as error:
-            problems.append(f"optimizer.lr: {error}")
+        except UserError as error:
+            problems += error.problems
             del built["optimizer"]
     new_model: Callable[[], nn.Module] = _not_built
     if "dataset" in built and not by_key["model"] and not by_key.get("routing"):
@@ -99,14 +111,32 @@ def build(node: Any, *, at: str, plugins: Sequence[str] = (), **run_time: Any) -
         return [build(item, at=f"{at}[{place}]", plugins=plugins) for place, item in enumerate(node)]
     if not isinstance(node, dict):
         return node
-    keys = (key for key in node if key not in ("_target_", "_partial_"))
+    keys = (key for key in node if key not in NOT_ARGUMENTS)
     arguments = {key: build(node[key], at=f"{at}.{key}", plugins=plugins) for key in keys}
     if "_target_" not in node:
         return arguments
-    construct = _with_key_in_errors(resolve(node["_target_"], plugins=plugins), at)
+    target = resolve(node["_target_"], plugins=plugins)
+    nodes = {key: arguments[key] for key in arguments if isinstance(node[key], dict)}
+    if problems := list(object_problems(target, nodes, at)):
+        raise UserError(*problems)
+    construct = _with_key_in_errors(target, at)
     if node.get("_partial_"):
         return functools.partial(construct, **arguments, **run_time)
     return construct(**arguments, **run_time)
+
+
+def build_stored(node: dict[str, Any], manifest: "Manifest", *, at: str, plugins: Sequence[str]) -> Any:
+    """Build the dataset of a run, and the source of a derived one, from its node and what the run stored."""
+    target = resolve(node["_target_"], plugins=plugins)
+    if not hasattr(target, "from_manifest"):  # a plugin's class that is no `Dataset`
+        return build(node, at=at, plugins=plugins)
+    arguments = {}
+    for key in (key for key in node if key not in NOT_ARGUMENTS):
+        if key == "source" and isinstance(node[key], dict):
+            arguments[key] = build_stored(node[key], manifest, at=f"{at}.{key}", plugins=plugins)
+        else:
+            arguments[key] = build(node[key], at=f"{at}.{key}", plugins=plugins)
+    return _with_key_in_errors(target.from_manifest, at)(manifest=manifest, **arguments)
 
 
 def _with_key_in_errors(target: Callable[..., Any], at: str) -> Callable[..., Any]:
@@ -119,12 +149,29 @@ def _with_key_in_errors(target: Callable[..., Any], at: str) -> Callable[..., An
             signature.bind(*arguments, **keywords)
         except TypeError as error:  # a partial's arguments are complete only here
             raise UserError(f"{at}: {target.__name__}: {error}") from error
-        try:
-            return target(*arguments, **keywords)
-        except ValueError as error:
-            raise UserError(f"{at}: {error}") from error
+        return _report_all(lambda: target(*arguments, **keywords), at)
 
     return construct
+
+
+def _report_all(construct: Callable[[], Any], at: str) -> Any:
+    """Construct a component; all of its problems become one UserError."""
+    inner: list[str] = []  # of components inside it, which begin with their own keys
+    built, cause = None, None
+    with collecting() as problems:
+        try:
+            built = construct()
+        except DataError as error:
+            problems += error.problems
+        except UserError as error:
+            inner += error.problems
+        except (ValueError, OverflowError) as error:
+            cause = error
+            if not problems:  # else it may follow from them
+                problems.append(first_line(error))
+    if problems or inner:
+        raise UserError(*(f"{at}: {problem}" for problem in problems), *inner) from cause
+    return built
 
 
 def _static_problems(config: dict[str, Any], plugins: Sequence[str]) -> dict[str, list[str]]:
@@ -132,9 +179,8 @@ def _static_problems(config: dict[str, Any], plugins: Sequence[str]) -> dict[str
     by_key = {key: list(_node_problems(node, key, plugins)) for key, node in config.items()}
     for group in REQUIRED_GROUPS:
         by_key[group] = [*_group_problems(config.get(group), group), *by_key.get(group, [])]
-    seed, model = config.get("seed"), config.get("model")
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        by_key["seed"] = [f"seed: must be an integer >= 0, got {seed!r}"]
+    model = config.get("model")
+    by_key["seed"] = list(root_problems({"seed": config.get("seed")}))
     if config.get("routing") is not None and isinstance(model, dict):
         if "routing" not in model:
             by_key["routing"] = [
@@ -155,8 +201,14 @@ def _group_problems(node: Any, group: str) -> Iterator[str]:
         yield f"{group}: nothing is chosen; choose with {group}=OPTION"
     elif bool(node.get("_partial_")) is not (group == "optimizer"):
         yield f"{group}._partial_: must be {str(group == 'optimizer').lower()} for this group"
-    elif group == "optimizer" and not fits(node.get("lr"), float):
+    elif group == "optimizer" and not _is_rate(node.get("lr")):
         yield f"optimizer.lr: must be a number or a schedule, got {node.get('lr')!r}"
+    elif group == "optimizer":
+        yield from leaf_problems(node["lr"], "optimizer.lr")
+
+
+def _is_rate(value: Any) -> bool:
+    return is_number(value) or (isinstance(value, dict) and "_target_" in value)
 
 
 def _node_problems(node: Any, at: str, plugins: Sequence[str]) -> Iterator[str]:
@@ -169,6 +221,8 @@ def _node_problems(node: Any, at: str, plugins: Sequence[str]) -> Iterator[str]:
         yield from _node_problems(value, f"{at}.{key}", plugins)
     if "_target_" not in node:
         return
+    if not isinstance(node.get("_partial_", False), bool):
+        yield f"{at}._partial_: must be true or false, got {node['_partial_']!r}"
     try:
         target = resolve(node["_target_"], plugins=plugins)
     except UserError as error:
@@ -199,12 +253,23 @@ def _label_problems(built: dict[str, Any]) -> Iterator[str]:
 def _split_learning_rate(
     optimizer: "functools.partial[Optimizer]",
 ) -> "tuple[Callable[..., Optimizer], Schedule]":
-    """Return the optimizer without its `lr`, which the loop sets at every step, and `lr` as a schedule."""
-    from capsexp.schedule import as_schedule
+    """Return the optimizer without its `lr`, which the loop sets at every step, and `lr` as a schedule.
+
+    Raises:
+        UserError: settings with which no network can learn.
+    """
+    from capsexp.schedule import require_some_positive, schedule_in
 
     keywords = dict(optimizer.keywords)
-    learning_rate = as_schedule(keywords.pop("lr"))
-    return functools.partial(optimizer.func, **keywords), learning_rate
+    rate = keywords.pop("lr")
+    new_optimizer = functools.partial(optimizer.func, **keywords)
+    with collecting() as problems:
+        rate = schedule_in("[0, inf)", lr=rate)
+        require_some_positive(lr=rate)
+    problems += optimizer_problems(new_optimizer)
+    if problems:
+        raise UserError(*(f"optimizer: {problem.removeprefix('optimizer: ')}" for problem in problems))
+    return new_optimizer, rate
 
 
 def _build_model(config: dict[str, Any], dataset: "Dataset", plugins: Sequence[str]) -> "nn.Module":
@@ -228,10 +293,13 @@ def _meta_problems(
     try:
         with torch.device("meta"):
             model = new_model()
+        require_kind("model", model)
         if new_optimizer is not None:
             new_optimizer(model.parameters(), lr=learning_rate(Step(0, 1)))
     except UserError as error:
         yield from error.problems
+    except RuntimeError as error:  # of torch, about sizes
+        yield f"model: {first_line(error)}"
 
 
 def _not_built(*arguments: Any, **keywords: Any) -> Any:

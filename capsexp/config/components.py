@@ -29,6 +29,12 @@ class Components(NamedTuple):
     new_optimizer: "Callable[..., torch.optim.Optimizer]"
     """Takes the parameters and `lr`."""
     learning_rate: Schedule
+    remarks: tuple[str, ...] = ()
+    """Lines about the data of a trained run, for the user."""
+
+    def caveats(self) -> list[str]:
+        """Return lines to print beside every metric. Call it after reading."""
+        return [*self.remarks, *self.dataset.caveats()]
 
     def batches(self, split: "Split", *, limit: int | None, training: bool = False) -> "Batches":
         """Return a split in batches on the run's device."""

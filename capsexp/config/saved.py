@@ -1,5 +1,6 @@
 """The saved config of a run directory: read it, and make it available to Hydra like conf/."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,15 @@ from capsexp.config.compose import to_plain
 from capsexp.config.overrides import value
 from capsexp.config.settings import GROUPS
 from capsexp.config.stored import without_resolvers
+from capsexp.documents import damage
 from capsexp.errors import UserError
 from capsexp.files import read_regular
 
+LARGEST_CONFIG = 2**20  # bytes
+LARGEST_EXPANSION = 20_000  # values
+LARGEST_INTEGER = 256  # bits
+DEEPEST = 64  # levels
+PLAIN = (str, int, float, type(None))  # True and False are ints
 STORED = "stored"  # option of every group that a saved config holds
 
 # Names that runs of earlier versions have in their config.
@@ -36,6 +43,9 @@ RENAMED_VALUES = {  # by the new name of the key
     "dataset.preprocess.contrast_mean": {"picture": "image"},
     "dataset.source.preprocess.contrast_mean": {"picture": "image"},
 }
+ADDED_KEYS = {  # by class: keys that configs of earlier versions lack, with the values of conf/
+    "capsexp.dataset.image_folder.ImageFolder": {"background": "auto", "white_level": None},
+}
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -48,28 +58,104 @@ def parse_saved(text: bytes) -> dict[str, Any]:
     """Parse a config that a run saved, under the names of this version; interpolations stay as they are.
 
     Raises:
-        ValueError: this is not the YAML of a config.
+        ValueError: this is not the YAML of a config, or it is too large, too deep, or holds other values than
+            a config can.
     """
-    try:
-        config = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
+    config = _construct(text)
     if not isinstance(config, dict):
         raise ValueError("it holds no keys")
     return _with_renamed_keys(_with_renamed_targets({str(key): value for key, value in config.items()}))
 
 
-def _with_renamed_targets(node: Any) -> Any:
+def parse_overrides(text: bytes) -> list[str]:
+    """Parse the list of overrides that a run saved.
+
+    Raises:
+        ValueError: this is not the YAML of a list.
+    """
+    overrides = _construct(text)
+    if not isinstance(overrides, list):
+        raise ValueError("it holds no list")
+    return [str(override) for override in overrides]
+
+
+def _construct(text: bytes) -> Any:
+    """Return the content of a YAML text.
+
+    Raises:
+        ValueError: it is no YAML, is too large, or its aliases make it much larger than the text.
+    """
+    if len(text) > LARGEST_CONFIG:
+        raise ValueError(f"it is larger than {LARGEST_CONFIG} bytes")
+    try:
+        return _load(text)
+    # The constructors of PyYAML let errors of Python out: `!!bool x` is a KeyError.
+    except (yaml.YAMLError, RecursionError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def _load(text: bytes) -> Any:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if b"&" in text and _expanded_size(node, {}) > LARGEST_EXPANSION:
+            raise ValueError(f"its aliases (*NAME) stand for more than {LARGEST_EXPANSION} values")
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
+    """Return the number of values below a YAML node when every alias is replaced by what it stands for.
+
+    Args:
+        node: the node; an alias is the node that it stands for.
+        sizes: by the identity of nodes seen before; None while a node is being counted.
+
+    Raises:
+        ValueError: an alias stands for a value that contains it.
+    """
+    if id(node) in sizes:
+        size = sizes[id(node)]
+        if size is None:
+            raise ValueError("an alias (*NAME) stands for a value that contains it")
+        return size
+    sizes[id(node)] = None
+    children = node.value if isinstance(node, yaml.CollectionNode) else []
+    pairs = (child if isinstance(child, tuple) else (child,) for child in children)
+    size = 1 + sum(_expanded_size(child, sizes) for pair in pairs for child in pair)
+    sizes[id(node)] = size
+    return size
+
+
+def _with_renamed_targets(node: Any, depth: int = 0) -> Any:
+    if depth > DEEPEST:
+        raise ValueError(f"it is nested more than {DEEPEST} levels deep")
     if isinstance(node, list):
-        return [_with_renamed_targets(item) for item in node]
+        return [_with_renamed_targets(item, depth + 1) for item in node]
     if not isinstance(node, dict):
-        return node
-    node = {key: _with_renamed_targets(value) for key, value in node.items()}
+        return _plain(node)
+    node = {_plain(key): _with_renamed_targets(value, depth + 1) for key, value in node.items()}
     target = node.get("_target_")
     for old, new in RENAMED_TARGETS.items():
         if isinstance(target, str) and target.startswith(old):
             node["_target_"] = new + target.removeprefix(old)
+    for key, added in ADDED_KEYS.get(str(target), {}).items():
+        node.setdefault(key, added)
     return node
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that a config can hold.
+
+    Raises:
+        ValueError: a date, a set or bytes, which YAML has too, or an integer of thousands of digits.
+    """
+    if not isinstance(value, PLAIN):
+        raise ValueError(f"it holds a value of the type {type(value).__name__}")
+    if isinstance(value, int) and value.bit_length() > LARGEST_INTEGER:
+        raise ValueError(f"it holds an integer of more than {LARGEST_INTEGER} bits")
+    return value
 
 
 def _with_renamed_keys(node: Any, prefix: str = "") -> Any:
@@ -144,17 +230,24 @@ def _read(run: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{run} is not a run directory: there is no {path}")
     try:
-        composed = parse_saved(path.read_bytes())
+        composed = parse_saved(read_regular(path, limit=LARGEST_CONFIG))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    return without_resolvers(composed, _read_resolved(run))
+        raise UserError(f"{path} cannot be read: {damage(error)}") from None
+    return _with_present_data_root(without_resolvers(composed, _read_resolved(run)))
 
 
 def _read_resolved(run: Path) -> dict[str, Any]:
     try:
-        return parse_saved(read_regular(run / "resolved_config.yaml"))
+        return parse_saved(read_regular(run / "resolved_config.yaml", limit=LARGEST_CONFIG))
     except (OSError, ValueError):  # an old run may have none
         return {}
+
+
+def _with_present_data_root(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config with CAPSEXP_DATA for a data root that does not exist, as on another machine."""
+    stored, here = config.get("data_root"), os.environ.get("CAPSEXP_DATA")
+    is_here = not isinstance(stored, str) or "${" in stored or os.path.isdir(stored)
+    return config if is_here or not here else {**config, "data_root": here}
 
 
 def _divide(saved: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -41,7 +41,7 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
 
     `model.routing` is in it although it is mostly a copy: directories and resumed runs go by this.
     """
-    return dict(_leaves({key: value for key, value in config.items() if key not in NOT_COMPARED}))
+    return dict(leaves({key: value for key, value in config.items() if key not in NOT_COMPARED}))
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,9 +90,10 @@ def _is_percent(value: Any) -> bool:
     return is_number(value) and 0 <= value <= 100
 
 
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the value of every setting but the folders of datasets."""
     for key, value in node.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         elif f"{prefix}{key}" not in ROOTS:
             yield f"{prefix}{key}", value

@@ -11,7 +11,7 @@ from jaxtyping import Float64, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from capsexp.data.image_ops import crop_at
+from capsexp.data.image_ops import crop_at, require_bytes
 from capsexp.errors import DataError
 
 CHUNK = 512
@@ -41,7 +41,11 @@ def apply_affine(
     """Transform images about their centers, bilinearly, on a canvas large enough for all results.
 
     The canvas is the image with equal margins, so an identity matrix keeps the pixels exactly.
+
+    Raises:
+        ValueError: the images are not uint8.
     """
+    require_bytes(images)
     height, width = images.shape[2:]
     half = torch.tensor([width, height], dtype=torch.float64) / 2
     # Bilinear interpolation spreads the outermost ink by half a pixel.

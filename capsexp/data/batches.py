@@ -9,6 +9,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from capsexp.capsules import Batch
+from capsexp.data.image_ops import require_bytes
 from capsexp.data.preprocess import Preprocess, Preprocessed
 from capsexp.data.seeds import derive_seed, epoch_order
 from capsexp.data.split import Split
@@ -37,7 +38,7 @@ class Batches:
         limit: largest number of batches per epoch; None for all.
 
     Raises:
-        ValueError: no images, or `batch_size` or `limit` below 1.
+        ValueError: no images, images that are not uint8, or `batch_size` or `limit` below 1.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Batches:
     ) -> None:
         if split.size == 0:
             raise ValueError("split must have >= 1 image, got 0")
+        require_bytes(split.images)
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         if limit is not None and limit < 1:

@@ -45,10 +45,20 @@ def file_fingerprint(path: Path) -> str:
     replacement that preserves the time.
     """
     stat = path.stat()
-    digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    return _sampled(path, stat.st_size, f"{stat.st_size} {stat.st_mtime_ns}")
+
+
+def content_fingerprint(path: Path) -> str:
+    """Return a hash of size and samples of a file: the same for a copy, and quick for a huge file."""
+    size = path.stat().st_size
+    return f"sampled:{_sampled(path, size, str(size))}"
+
+
+def _sampled(path: Path, size: int, start: str) -> str:
+    digest = hashlib.sha256(start.encode())
     with path.open("rb") as file:
         for sample in range(SAMPLES):
-            file.seek(stat.st_size * sample // SAMPLES)
+            file.seek(size * sample // SAMPLES)
             digest.update(file.read(SAMPLE_SIZE))
     return digest.hexdigest()
 

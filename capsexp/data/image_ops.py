@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def crop_at(
@@ -45,11 +46,31 @@ def to_unit(images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
     Raises:
         ValueError: the images are not uint8.
     """
+    require_bytes(images)
+    return images.to(torch.float32).div_(255)
+
+
+def require_bytes(images: Tensor) -> None:
+    """Refuse images that are not bytes: as bytes, floats in [0, 1] would be black.
+
+    Raises:
+        ValueError: the images are not uint8.
+    """
     if images.dtype != torch.uint8:
         raise ValueError(
             f"images must be uint8, got {dtype_name(images)}; convert floats in [0, 1] with as_uint8_images"
         )
-    return images.to(torch.float32).div_(255)
+
+
+def resized(images: UInt8[Tensor, "N C H W"], size: tuple[int, int]) -> UInt8[Tensor, "N C h w"]:
+    """Resize images, antialiased.
+
+    Raises:
+        ValueError: the images are not uint8.
+    """
+    require_bytes(images)
+    result = F.interpolate(images.float(), size, mode="bilinear", antialias=True, align_corners=False)
+    return result.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def dtype_name(images: Tensor) -> str:

@@ -12,6 +12,7 @@ from capsexp.data.image_ops import crop_at
 from capsexp.data.preprocess import Preprocess
 from capsexp.data.seeds import derive_seed
 from capsexp.data.split import Split, SplitName
+from capsexp.errors import refuse, require_seed
 
 
 class PlacedDataset(DerivedDataset):
@@ -42,20 +43,21 @@ class PlacedDataset(DerivedDataset):
         test_pictures: Literal["affine", "expanded"],
         preprocess: Preprocess,
     ) -> None:
+        require_seed(placement_seed=placement_seed)
         channels, height, width = source.raw_shape
         self.margin = (canvas - height) // 2
         if height != width or self.margin < 0 or (canvas - height) % 2:
-            raise ValueError(
+            refuse(
                 f"canvas must be the side of the source's square images ({height}x{width}) plus an even "
                 f"number of pixels, got {canvas}"
             )
         if preprocess.resize is not None:
-            raise ValueError(
+            refuse(
                 "preprocess.resize must be null: resize images before placing them, with "
                 "source.preprocess.resize"
             )
         if preprocess.shift > self.margin:
-            raise ValueError(
+            refuse(
                 f"preprocess.shift must be <= {self.margin}, the margin of {height}x{width} images on a "
                 f"canvas of {canvas}x{canvas}, got {preprocess.shift}"
             )

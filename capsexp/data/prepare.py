@@ -4,14 +4,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.progress import Progress as Bars
 from rich.progress import TaskID
-from rich.table import Table
 
+from capsexp.data.checked_files import Progress
 from capsexp.data.dataset import Dataset
-from capsexp.data.download import Progress
 from capsexp.errors import DataError
+from capsexp.terminal import Table, as_markup, new_console
+from capsexp.text import printable
 
 PrintLine = Callable[[str], None]
 
@@ -41,31 +41,34 @@ def print_list(datasets: Mapping[str, Dataset]) -> None:
     table = Table("dataset", "state", "MB on disk", "folder")
     for row in list_datasets(datasets):
         table.add_row(row.name, row.state, f"{row.size / 1e6:.0f}", str(row.folder or ""))
-    Console().print(table)
+    new_console().print(table)
 
 
 def run_action(action: str, datasets: Mapping[str, Dataset]) -> int:
     """Run `prepare` or `verify` for several datasets. Return 0 if all are as published, otherwise 1."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = new_console(soft_wrap=True)
     with Bars(console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
 
         def progress(activity: str, done: int, total: int) -> None:
             if activity not in tasks:
-                tasks[activity] = bars.add_task(activity)
+                tasks[activity] = bars.add_task(as_markup(activity))
             bars.update(tasks[activity], completed=done, total=total or None)
 
+        def print_line(line: str) -> None:
+            console.print(printable(line))
+
         codes = [
-            prepare(dataset, print_line=console.print, progress=progress)
+            prepare(dataset, print_line=print_line, progress=progress)
             if action == "prepare"
-            else verify(dataset, print_line=console.print)
+            else verify(dataset, print_line=print_line)
             for dataset in datasets.values()
         ]
     return max(codes, default=0)
 
 
 def prepare(dataset: Dataset, *, print_line: PrintLine, progress: Progress) -> int:
-    """Download missing files, write caches of resized images, then verify everything.
+    """Download missing and damaged files, write caches of resized images, then verify everything.
 
     Args:
         dataset: the dataset.
@@ -75,8 +78,11 @@ def prepare(dataset: Dataset, *, print_line: PrintLine, progress: Progress) -> i
     Returns:
         Exit code: 0 if the dataset is as published, 1 after printing the problems.
     """
-    if missing := dataset.missing_files():
+    missing, damaged = dataset.missing_files(), dataset.damaged_files()
+    if missing:
         print_line(f"{dataset.name}: getting {', '.join(missing)} in {dataset.folder}")
+    if damaged:
+        print_line(f"{dataset.name}: replacing {', '.join(damaged)}: not the published files")
     try:
         dataset.prepare(progress)
     except DataError as error:
@@ -96,6 +102,8 @@ def verify(dataset: Dataset, *, print_line: PrintLine) -> int:
         Exit code: 0 without problems, otherwise 1.
     """
     problems = dataset.problems()
+    for note in dataset.notes():
+        print_line(note)
     for problem in problems:
         print_line(f"{dataset.name}: {problem}")
     if not problems:

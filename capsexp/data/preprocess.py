@@ -14,8 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from capsexp.data.image_ops import crop_at, dtype_name, mirror, standardise, to_unit, uniform_per_image
-from capsexp.errors import require_at_least_1, require_literal
+from capsexp.data.image_ops import (
+    crop_at,
+    dtype_name,
+    mirror,
+    resized,
+    standardise,
+    to_unit,
+    uniform_per_image,
+)
+from capsexp.errors import refuse, require_at_least_1, require_literal, require_not_negative
 
 Shape = tuple[int, int, int]
 """Channels, height, width."""
@@ -89,13 +97,12 @@ class Preprocess:
         test_crops: int,
     ) -> None:
         require_at_least_1(crop=crop)
-        if shift < 0:
-            raise ValueError(f"shift must be >= 0, got {shift}")
+        require_not_negative(shift=shift)
         if standardise is not None:
             require_literal(Standardise, standardise=standardise)
         require_literal(ContrastMean, contrast_mean=contrast_mean)
         if isinstance(test_crops, bool) or test_crops not in (1, 13):
-            raise ValueError(f"test_crops must be 1 or 13, got {test_crops!r}")
+            refuse(f"test_crops must be 1 or 13, got {test_crops!r}")
         self.resize = _parse_size(resize)
         self.shift, self.crop, self.flip = shift, crop, flip
         self.standardise = standardise
@@ -120,14 +127,14 @@ class Preprocess:
         """
         channels, height, width = self.resized_shape(shape)
         if self.crop is not None and self.crop > min(height, width):
-            raise ValueError(f"crop must be <= the image's {height}x{width}, got {self.crop}")
+            refuse(f"crop must be <= the image's {height}x{width}, got {self.crop}")
         if self.test_crops > 1 and (self.crop is None or self.crop + 2 * LARGEST_OFFSET > min(height, width)):
-            raise ValueError(
+            refuse(
                 f"test_crops {self.test_crops} needs a crop with {LARGEST_OFFSET} pixels of the image's "
                 f"{height}x{width} on each side, got crop {self.crop}"
             )
         if self.shift >= min(height, width):
-            raise ValueError(f"shift must be < the image's {height}x{width}, got {self.shift}")
+            refuse(f"shift must be < the image's {height}x{width}, got {self.shift}")
         return (channels, self.crop or height, self.crop or width)
 
     def resize_all(self, images: UInt8[Tensor, "N C H W"]) -> UInt8[Tensor, "N C h w"]:
@@ -248,12 +255,6 @@ def as_uint8_images(images: Tensor | NDArray[Any], shape: Shape) -> UInt8[Tensor
     return batch.float().mul(255).round_().to(torch.uint8)
 
 
-def resized(images: UInt8[Tensor, "N C H W"], size: tuple[int, int]) -> UInt8[Tensor, "N C h w"]:
-    """Resize images, antialiased."""
-    result = F.interpolate(images.float(), size, mode="bilinear", antialias=True, align_corners=False)
-    return result.round_().clamp_(0, 255).to(torch.uint8)
-
-
 def _as_batch(images: Tensor, shape: Shape) -> Tensor:
     """Add the batch axis, and the channel axis of images with one channel, where they are missing."""
     batch = images
@@ -273,9 +274,9 @@ def _parse_size(resize: int | Sequence[int] | None) -> tuple[int, int] | None:
         return None
     sides = [resize, resize] if isinstance(resize, int) else list(resize)
     if len(sides) != 2:
-        raise ValueError(f"resize must be null, an integer or [height, width], got {resize!r}")
+        refuse(f"resize must be null, an integer or [height, width], got {resize!r}")
     if min(sides) < 1:
-        raise ValueError(f"resize must be >= 1 pixel, got {resize!r}")
+        refuse(f"resize must be >= 1 pixel, got {resize!r}")
     return (sides[0], sides[1])
 
 
@@ -284,7 +285,7 @@ def _scale_brightness(brightness: int | float, *, deviations: bool) -> float:
     largest, scale = (LARGEST_BRIGHTNESS, 1) if deviations else (255, 255)
     if not 0 <= brightness <= largest:
         unit = " standard deviations with standardise: first" if deviations else ""
-        raise ValueError(f"brightness must be in [0, {largest}]{unit}, got {brightness!r}")
+        refuse(f"brightness must be in [0, {largest}]{unit}, got {brightness!r}")
     return brightness / scale
 
 
@@ -292,7 +293,5 @@ def _parse_contrast(contrast: Sequence[int | float] | None) -> tuple[float, floa
     if contrast is None:
         return None
     if len(contrast) != 2 or not 0 <= contrast[0] <= contrast[1] < float("inf"):
-        raise ValueError(
-            f"contrast must be null or [lowest, highest] with 0 <= lowest <= highest, got {contrast!r}"
-        )
+        refuse(f"contrast must be null or [lowest, highest] with 0 <= lowest <= highest, got {contrast!r}")
     return (float(contrast[0]), float(contrast[1]))

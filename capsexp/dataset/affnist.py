@@ -1,5 +1,7 @@
 """affNIST: MNIST at random positions for training, affine transforms of it to test; 40x40, grayscale."""
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,12 +12,14 @@ from numpy.typing import NDArray
 from scipy.io import loadmat
 from torch import Tensor
 
+from capsexp.data.cache import content_fingerprint
+from capsexp.data.checked_files import Progress, digest
 from capsexp.data.dataset import Dataset
-from capsexp.data.download import Progress, digest
+from capsexp.data.manifest import SPLITS, ListedSplit, Manifest
 from capsexp.data.placed import PlacedDataset
 from capsexp.data.preprocess import Preprocess
 from capsexp.data.split import Split
-from capsexp.errors import DataError, first_line
+from capsexp.errors import DataError, first_line, refuse
 
 URL = "https://www.cs.toronto.edu/~tijmen/affNIST/32x/apply_affine/test.mat.zip"
 FILE = "affNIST/test.mat"
@@ -57,7 +61,7 @@ class AffNIST(PlacedDataset):
         preprocess: Preprocess,
     ) -> None:
         if source.raw_shape[0] != 1 or len(source.classes) != 10:
-            raise ValueError(
+            refuse(
                 f"source must have grayscale images in 10 classes, got {source.raw_shape[0]} channels and "
                 f"{len(source.classes)} classes"
             )
@@ -109,6 +113,31 @@ class AffNIST(PlacedDataset):
             return self.source.caveats()
         line = f"{self.name}: no checksum of {FILE} is published; only its structure was checked"
         return [*self.source.caveats(), line]
+
+    def manifest(self, splits: Sequence[ListedSplit] = SPLITS) -> Manifest:
+        """Return what a run stores of the source's data, and a fingerprint of the file of test images."""
+        manifest = super().manifest(splits)
+        if self.test_pictures == "expanded" or not self.path.is_file():
+            return manifest
+        fingerprints = {**manifest.fingerprints, FILE: content_fingerprint(self.path)}
+        return dataclasses.replace(manifest, fingerprints=fingerprints)
+
+    def require_stored(self, splits: Sequence[ListedSplit]) -> None:
+        """Check that the file of test images still is that of the run.
+
+        Raises:
+            DataError: it is another file.
+        """
+        if "test" in splits and self.stored is not None:
+            Dataset.require_stored(self, splits)
+
+    def check_test(self) -> int | None:
+        """Check the structure of the file of test images, and return their number."""
+        count = self.source.check_test()
+        if self.test_pictures == "expanded":
+            return count
+        self.require_files()
+        return len(read_columns(self.path, pixels=self.canvas**2, count=self.transforms * self.originals)[1])
 
     def _file_problems(self) -> list[str]:
         if not self.path.is_file():

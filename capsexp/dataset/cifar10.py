@@ -3,7 +3,7 @@
 import torch
 from torchvision import datasets
 
-from capsexp.data.download import RemoteFile, StoredFile
+from capsexp.data.checked_files import RemoteFile, StoredFile
 from capsexp.data.published import PublishedDataset
 from capsexp.data.split import Split, SplitName
 
@@ -23,6 +23,7 @@ class CIFAR10(PublishedDataset):
     """50,000 training and 10,000 test images in 10 classes."""
 
     name = "cifar10"
+    training_size = 50_000
     classes = (
         "airplane",
         "automobile",
@@ -36,6 +37,7 @@ class CIFAR10(PublishedDataset):
         "truck",
     )
     file_shape = (3, 32, 32)
+    test_count = 10_000
     files = (
         RemoteFile(
             "cifar-10-python.tar.gz",

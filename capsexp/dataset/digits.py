@@ -10,13 +10,20 @@ TEST_SHARE = 0.2
 TEST_SEED = 0
 """Fixed: the test split is the same in every run and for every setting."""
 
+TEST_COUNT = 359
+
 
 class Digits(Dataset):
     """1,438 training and 359 test images in 10 classes; a fixed fifth of each class is the test split."""
 
     name = "digits"
+    training_size = 1_438
     classes = tuple("0123456789")
     file_shape = (1, 8, 8)
+
+    def check_test(self) -> int:
+        """Return the number of test images."""
+        return TEST_COUNT
 
     def _load(self, split: SplitName) -> Split:
         digits = load_digits()

@@ -1,6 +1,6 @@
 """Fashion-MNIST: articles of clothing, 28x28, grayscale."""
 
-from capsexp.data.download import RemoteFile, StoredFile
+from capsexp.data.checked_files import RemoteFile, StoredFile
 from capsexp.data.published import IdxDataset
 
 URL = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
@@ -17,6 +17,7 @@ class FashionMNIST(IdxDataset):
     """60,000 training and 10,000 test images in 10 classes."""
 
     name = "fashion_mnist"
+    training_size = 60_000
     classes = (
         "T-shirt/top",
         "Trouser",

@@ -1,68 +1,61 @@
 """A user's own images: one folder per class."""
 
-from collections.abc import Sequence
+import dataclasses
+import weakref
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import UInt8
-from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from capsexp.data.dataset import Dataset
+from capsexp.data.decode import Reading
+from capsexp.data.find_images import BackgroundChoice, Draws, FoundImages, find_images
+from capsexp.data.image_files import a_few
+from capsexp.data.image_manifest import added_files, classes_now, found_in, listed_now
+from capsexp.data.image_reader import ReadImages, read_images
+from capsexp.data.image_survey import LOST
+from capsexp.data.manifest import SPLITS, ListedSplit, Manifest
 from capsexp.data.preprocess import Preprocess
-from capsexp.data.split import Split, SplitName, stratified
-from capsexp.errors import DataError
-
-GRAY_MODES = {"1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I"}
-COLOR_MODES = {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
-CAMERA_FORMATS = {"JPEG", "MPO", "TIFF", "WEBP"}
-"""Formats whose EXIF orientation is applied. A PNG may have EXIF data after its pixels."""
-
-ORIENTATION = 0x0112
-"""EXIF tag; the values 5 … 8 swap height and width."""
-
-
-class ImageFile(NamedTuple):
-    """An image file and its label."""
-
-    path: str
-    label: int
-
-
-class _Header(NamedTuple):
-    path: str
-    is_gray: bool
-    height: int
-    width: int
+from capsexp.data.split import Split, SplitName
+from capsexp.data.threads import refuse
+from capsexp.errors import DataError, require_literal, require_positive
 
 
 class ImageFolder(Dataset):
     """Images whose size, channels and classes are read from the files.
 
-    Either `path/train/CLASS/…` and `path/test/CLASS/…`, or `path/CLASS/…`, of which a share of each class
-    is set aside for testing. Folders inside a class folder belong to that class. Files without the suffix of
-    an image and names that start with a dot are skipped. Classes are in alphabetical order.
+    Either `path/train/CLASS/…` with `path/test/CLASS/…` or `path/validation/CLASS/…` or both, under any of
+    their usual names, or `path/CLASS/…`. Images for a split without a folder are drawn from the training
+    images, each by its own name, so that added images move no others. Folders inside a class folder belong to
+    that class. Hidden files and folders are skipped, and files without the ending of an image are counted.
+    Classes are in alphabetical order.
 
-    One channel if every image is grayscale, otherwise three. 16 bits are cut to their upper 8; palettes
-    become colors; transparent areas become white; the EXIF orientation of a photograph is applied.
+    One channel if every image is grayscale, otherwise three. Gray of more than 8 bits is scaled by one value
+    for all images; palettes become colors; transparent areas become white, or black if images would lose
+    their contrast; the EXIF orientation of a photograph is applied; of an animation the first frame is read.
 
     Args:
         path: the folder (`~` is expanded).
-        test_share: share of each class set aside for testing, in (0, 1), if there is no `test` folder.
-        test_seed: chooses which ones.
+        test_share: share of each class drawn for testing, in (0, 1), if there is no folder of test images.
+        test_seed: chooses which.
+        background: what is behind transparent pixels; `auto` is white, or black if images lose their contrast
+            on white.
+        white_level: the value of white in images of 16 or 32 bits and in floating point; None: the smallest
+            of 1, 255, 1023, 4095, 16383, 65535 (…) that no image exceeds.
         preprocess: see `Dataset`. Images of different sizes need its `resize`.
-        validation: see `Dataset`.
+        validation: see `Dataset`; if there is a folder of validation images, only whether it is 0 matters.
         split_seed: see `Dataset`.
 
     Raises:
         DataError: the folder, a class or an image is not as described.
-        ValueError: `test_share` is out of range.
+        ValueError: a setting is out of range.
     """
 
     name = "image_folder"
+    folder: Path
+    has_known_files = lists_files = True
 
     def __init__(
         self,
@@ -70,151 +63,205 @@ class ImageFolder(Dataset):
         path: str,
         test_share: float,
         test_seed: int,
+        background: BackgroundChoice,
+        white_level: int | float | None,
         preprocess: Preprocess,
         validation: int | float,
         split_seed: int,
     ) -> None:
         if not 0 < test_share < 1:
             raise ValueError(f"test_share must be in (0, 1), got {test_share}")
-        self.folder = Path(path).expanduser()
-        self.classes, self.image_files = _find(self.folder, test_share, test_seed)
-        headers = [_header(file.path) for files in self.image_files.values() for file in files]
-        channels = 1 if all(header.is_gray for header in headers) else 3
-        self.file_shape = (channels, *(preprocess.resize or _common_size(headers)))
+        if not path.strip():
+            raise ValueError("path must name a folder, got an empty text")
+        require_literal(BackgroundChoice, background=background)
+        require_positive(white_level=white_level)
+        folder = Path(path).expanduser()
+        found = find_images(
+            folder,
+            Draws(test_share, test_seed, validation, split_seed),
+            resize=preprocess.resize,
+            background=background,
+            white_level=white_level,
+        )
+        self._use(folder, found, preprocess=preprocess, validation=validation, split_seed=split_seed)
+
+    @classmethod
+    def from_manifest(cls, *, manifest: Manifest, **settings: Any) -> "ImageFolder":
+        """Return the dataset of a run: with the classes and the files that it stored; see `Dataset`."""
+        dataset = cls.__new__(cls)
+        dataset.stored = manifest
+        names = ("preprocess", "validation", "split_seed")
+        folder = Path(settings["path"]).expanduser()
+        dataset._use(folder, found_in(manifest), **{name: settings[name] for name in names})
+        return dataset
+
+    def _use(
+        self,
+        folder: Path,
+        found: FoundImages,
+        *,
+        preprocess: Preprocess,
+        validation: int | float,
+        split_seed: int,
+    ) -> None:
+        self.folder, self.found = folder, found
+        self.classes = found.classes
+        self.file_shape = (found.file_shape[0], *(preprocess.resize or found.file_shape[1:]))
         super().__init__(preprocess=preprocess, validation=validation, split_seed=split_seed)
+        self._seen = _seen_before(self)
+
+    def manifest(self, splits: Sequence[ListedSplit] = SPLITS) -> Manifest:
+        """Return the files of some splits with their checksums, and the classes, as they are now."""
+        files = listed_now(self.folder, self.found.files, splits)
+        all_there = all(len(files[split]) == len(self.found.files.get(split, ())) for split in splits)
+        return dataclasses.replace(
+            super().manifest(splits),
+            classes=self.classes if all_there else classes_now(self.folder) or self.classes,
+            file_shape=self.found.file_shape,
+            reading=self.reading._asdict(),
+            files=files,
+        )
+
+    def caveats(self) -> list[str]:
+        """Return a line if the folder has images that the run does not know."""
+        added = added_files(self.folder, self.found.files) if self.stored is not None else []
+        if not added:
+            return []
+        count = "1 image was" if len(added) == 1 else f"{len(added)} images were"
+        return [f"{self.name}: {count} added to {self.folder} later and not used: {a_few(added)}"]
+
+    def require_files(self) -> None:
+        """Decode every image of every split, and keep those to train on until they are read.
+
+        Raises:
+            DataError: a line for each image that cannot be decoded; or no image has any contrast.
+        """
+        self.require_stored(SPLITS)
+        self._look_at("train", "validation", "test")
 
     def problems(self) -> list[str]:
-        """Return one line for every image that cannot be decoded."""
-        problems = []
-        for file in (file for files in self.image_files.values() for file in files):
-            try:
-                decode(file.path, self.file_shape[0])
-            except DataError as error:
-                problems.append(str(error))
-        return problems
+        """Return one line for every image that cannot be decoded, or one if no image has any contrast."""
+        try:
+            self.require_files()
+        except DataError as error:
+            return [problem.removeprefix(f"{self.name}: ") for problem in error.problems]
+        return []
+
+    def read_training(self) -> tuple[Split, Split]:
+        """Read the training images and the validation images.
+
+        Raises:
+            DataError: a line for each image that cannot be decoded; or no image has any contrast.
+        """
+        self.require_stored(("train", "validation"))
+        self._look_at("train", "validation")
+        return self._read("train"), self._read("validation")
+
+    @property
+    def reading(self) -> Reading:
+        """How the images become bytes; `capsexp predict` reads others in the same way."""
+        return self.found.reading
+
+    def check_test(self) -> int:
+        """Decode the test images, unless that is done already, and return their number.
+
+        Raises:
+            DataError: a line for each image that cannot be decoded.
+        """
+        self.require_stored(("test",))
+        self._look_at("test")
+        return len(self.found.files["test"])
+
+    def notes(self) -> list[str]:
+        """Return lines about how the folder is read, and about images that a check has found strange."""
+        return [f"{self.name}: {line}" for line in (*self.found.notes, *self._seen.notes())]
 
     def _load(self, split: SplitName) -> Split:
-        files = self.image_files[split]
-        # Resized one by one: the dataset at its size on disk may not fit into memory, or into one tensor.
-        images = [self.preprocess.resize_all(decode(file.path, self.file_shape[0])[None]) for file in files]
-        return Split(torch.cat(images), torch.tensor([file.label for file in files]))
+        return self._read(split)
 
-
-def _find(
-    folder: Path, test_share: float, test_seed: int
-) -> tuple[tuple[str, ...], dict[SplitName, list[ImageFile]]]:
-    """Find the classes and the image files of each split."""
-    if not folder.is_dir():
-        kind = "is not a folder" if folder.exists() else "does not exist"
-        raise DataError(f"image_folder: path {folder} {kind}; it must hold one folder of images per class")
-    train, test = folder / "train", folder / "test"
-    if train.is_dir() != test.is_dir():
-        present, missing = (train, test) if train.is_dir() else (test, train)
-        raise DataError(
-            f"image_folder: {present} exists but {missing} does not; add it, or use {folder}/CLASS/…"
-        )
-    if not train.is_dir():
-        index = _index(folder)
-        return tuple(index), _split_files(_scan(folder, index), index, test_share, test_seed)
-    index = _index(train)
-    if unknown := set(_class_names(test)) - set(index):
-        raise DataError(
-            f"image_folder: {test} has classes that {train} does not have: {', '.join(sorted(unknown))}"
-        )
-    test_index = {name: index[name] for name in _class_names(test)}
-    return tuple(index), {"train": _scan(train, index), "test": _scan(test, test_index)}
-
-
-def _class_names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _index(folder: Path) -> dict[str, int]:
-    """Return the label of each class."""
-    names = _class_names(folder)
-    if len(names) < 2:
-        content = f"only the class {names[0]}" if names else "no class folder"
-        raise DataError(
-            f"image_folder: {folder} has {content}; at least two are needed, one folder per class"
-        )
-    return {name: label for label, name in enumerate(names)}
-
-
-def _scan(folder: Path, index: dict[str, int]) -> list[ImageFile]:
-    items = make_dataset(str(folder), index, extensions=IMG_EXTENSIONS, allow_empty=True)
-    files = [ImageFile(*item) for item in items if not Path(item[0]).name.startswith(".")]
-    filled = {file.label for file in files}
-    if empty := [str(folder / name) for name, label in index.items() if label not in filled]:
-        raise DataError(
-            f"image_folder: no images in {', '.join(empty)} (looked for {', '.join(IMG_EXTENSIONS)})"
-        )
-    return files
-
-
-def _split_files(
-    files: list[ImageFile], index: dict[str, int], share: float, seed: int
-) -> dict[SplitName, list[ImageFile]]:
-    labels = torch.tensor([file.label for file in files])
-    chosen = stratified(labels, share=share, seed=seed)
-    for name, label in index.items():
-        if bool(chosen[labels == label].all()):
+    def _look_at(self, *splits: ListedSplit) -> None:
+        """Decode the splits that were not decoded before."""
+        problems = []
+        for split in splits:
+            if split not in self._seen.plain:
+                result = self._decode(split, keep=split != "test")
+                problems += result.problems
+                if result.problems:
+                    continue
+                self._seen.plain[split] = result.plain
+                self._seen.contrast = max(self._seen.contrast, result.contrast)
+                self._seen.digests[split] = result.digests
+                if split != "test":
+                    self._seen.images[split] = result.images
+        refuse(problems)
+        plain = {path: color for split in splits for path, color in self._seen.plain[split].items()}
+        count = sum(len(self.found.files[split]) for split in splits)
+        if "train" in splits and len(plain) == count and len(set(plain.values())) == 1:
+            color = "; ".join([f"color {next(iter(plain.values()))}", *self.found.notes])
             raise DataError(
-                f"image_folder: a test share of {share} leaves no image of the class {name} for training"
+                f"image_folder: no image in {self.folder} has any contrast: all pixels of all {count} images "
+                f"have the {color}"
             )
-    splits: dict[SplitName, list[ImageFile]] = {"train": [], "test": []}
-    for file, is_test in zip(files, chosen.tolist(), strict=True):
-        splits["test" if is_test else "train"].append(file)
-    return splits
+
+    def _read(self, split: ListedSplit) -> Split:
+        images = self._seen.images.pop(split, None)
+        if images is None:
+            result = self._decode(split, keep=True)
+            refuse(result.problems)
+            images = result.images
+        return Split(
+            images, torch.tensor([file.label for file in self.found.files[split]], dtype=torch.int64)
+        )
+
+    def _decode(self, split: ListedSplit, *, keep: bool) -> ReadImages:
+        paths = [str(self.folder / file.path) for file in self.found.files[split]]
+        return read_images(paths, self.raw_shape, self.found.reading, self.preprocess, keep=keep)
 
 
-def _header(path: str) -> _Header:
-    """Read size and mode from the header, without the pixels."""
-    try:
-        with Image.open(path) as image:
-            (width, height), mode = image.size, image.mode
-            if image.format in CAMERA_FORMATS and image.getexif().get(ORIENTATION, 1) >= 5:
-                width, height = height, width
-    except Exception as error:  # PIL raises many types of errors for a file that it cannot read
-        raise DataError(f"image_folder: {path} cannot be read as an image: {error}") from error
-    if mode not in GRAY_MODES | COLOR_MODES:
-        raise DataError(f"image_folder: {path} has pixels of mode {mode}; convert it to 8 or 16 bits")
-    return _Header(path, mode in GRAY_MODES, height, width)
+class _Seen:
+    """What was seen of a folder's images."""
 
+    def __init__(self) -> None:
+        self.plain: dict[ListedSplit, dict[str, tuple[int, ...]]] = {}
+        """The images of one color, of each split that was decoded."""
+        self.contrast = 0
+        """The largest difference of two bytes of one channel in one image."""
+        self.digests: dict[ListedSplit, dict[bytes, str]] = {}
+        """The other images, by a hash of their pixels."""
+        self.images: dict[ListedSplit, Tensor] = {}
+        """Decoded images that are still to be read. Each split is taken out once, to save memory."""
 
-def _common_size(headers: Sequence[_Header]) -> tuple[int, int]:
-    first = headers[0]
-    for header in headers:
-        if (header.height, header.width) != (first.height, first.width):
-            raise DataError(
-                f"image_folder: images differ in size (height x width): {first.path} is "
-                f"{first.height}x{first.width}, {header.path} is {header.height}x{header.width}; "
-                "set dataset.preprocess.resize=[HEIGHT,WIDTH]"
+    def notes(self) -> list[str]:
+        """Return lines about images without contrast, and about copies in two splits."""
+        plain = [path for split in self.plain.values() for path in split]
+        lines = [f"images that show only one color: {len(plain)} ({a_few(plain)})"] if plain else []
+        if self.plain and self.contrast < LOST:
+            lines.append(
+                f"images have little contrast: no two pixels of one differ by more than {self.contrast}"
             )
-    return (first.height, first.width)
+        return lines + self._copies()
+
+    def _copies(self) -> list[str]:
+        """Return a line about test and validation images that are training images, too."""
+        train = self.digests.get("train", {})
+        others = [self.digests[split] for split in self.digests if split != "train"]
+        paths = [other[digest] for other in others for digest in other if digest in train]
+        text = (
+            f"images for validation or testing that are training images, too: {len(paths)} ({a_few(paths)})"
+        )
+        return [text] if paths else []
 
 
-def decode(path: str, channels: int) -> UInt8[Tensor, "C H W"]:
-    """Read an image file as bytes with 1 or 3 channels, converted as described in `ImageFolder`.
-
-    Raises:
-        DataError: the file cannot be decoded.
-    """
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image) if image.format in CAMERA_FORMATS else image
-            pixels = np.array(_convert(upright, channels))
-    except Exception as error:  # PIL raises many types of errors for a file that it cannot decode
-        raise DataError(f"{path} is damaged and cannot be decoded: {error}") from error
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
+_SEEN: "weakref.WeakValueDictionary[Hashable, _Seen]" = weakref.WeakValueDictionary()
+"""A command builds its dataset twice, for the checks and for the run: images are decoded once for both."""
 
 
-def _convert(image: Image.Image, channels: int) -> Image.Image:
-    """Convert an image to bytes with 1 or 3 channels."""
-    if image.mode.startswith("I"):
-        upper = np.asarray(image).astype(np.int64) >> 8
-        image = Image.fromarray(upper.clip(0, 255).astype(np.uint8))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(background, image)
-    return image.convert("L" if channels == 1 else "RGB")
+def _seen_before(dataset: ImageFolder) -> _Seen:
+    """Return what another object for the same, unchanged files has seen, or nothing."""
+    found = dataset.found
+    files = tuple((split, tuple(files)) for split, files in found.files.items())
+    key = (str(dataset.folder), files, found.reading, dataset.raw_shape)
+    seen = _SEEN.get(key)
+    if seen is None:
+        seen = _SEEN[key] = _Seen()
+    return seen

@@ -1,6 +1,6 @@
 """MNIST: handwritten digits, 28x28, grayscale."""
 
-from capsexp.data.download import RemoteFile, StoredFile
+from capsexp.data.checked_files import RemoteFile, StoredFile
 from capsexp.data.published import IdxDataset
 
 URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -16,6 +16,7 @@ class MNIST(IdxDataset):
     """60,000 training and 10,000 test images in 10 classes."""
 
     name = "mnist"
+    training_size = 60_000
     classes = tuple("0123456789")
     files = (
         _file(

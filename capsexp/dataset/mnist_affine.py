@@ -1,6 +1,7 @@
 """MNIST at random positions, tested on affine transforms computed here."""
 
 from collections.abc import Sequence
+from math import inf
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from capsexp.data.placed import PlacedDataset
 from capsexp.data.preprocess import Preprocess
 from capsexp.data.seeds import derive_seed
 from capsexp.data.split import Split
-from capsexp.errors import require_at_least_1
+from capsexp.errors import refuse, require_at_least_1, require_not_negative, require_seed
 
 
 class MNISTAffine(PlacedDataset):
@@ -57,11 +58,11 @@ class MNISTAffine(PlacedDataset):
     ) -> None:
         require_at_least_1(transforms=transforms)
         if not 0 <= rotation <= 180:
-            raise ValueError(f"rotation must be in [0, 180] degrees, got {rotation}")
-        if shear < 0:
-            raise ValueError(f"shear must be >= 0, got {shear}")
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
-            raise ValueError(f"scale must be [lowest, highest] with 0 < lowest <= highest, got {list(scale)}")
+            refuse(f"rotation must be in [0, 180] degrees, got {rotation}")
+        require_not_negative(shear=shear)
+        require_seed(affine_seed=affine_seed)
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1] < inf:
+            refuse(f"scale must be [lowest, highest] with 0 < lowest <= highest, got {list(scale)}")
         self.rotation, self.shear, self.scale = rotation, shear, scale
         self.transforms, self.affine_seed = transforms, affine_seed
         super().__init__(
@@ -71,6 +72,13 @@ class MNISTAffine(PlacedDataset):
             test_pictures=test_pictures,
             preprocess=preprocess,
         )
+
+    def check_test(self) -> int | None:
+        """Check the source's test images, and return the number of their transforms."""
+        count = self.source.check_test()
+        if count is None or self.test_pictures == "expanded":
+            return count
+        return count * self.transforms
 
     def _affine(self) -> Split:
         images, labels = self.source.read("test")

@@ -10,7 +10,7 @@ from capsexp.data.derived import DerivedDataset
 from capsexp.data.pairs import OverlaidPairs
 from capsexp.data.preprocess import Preprocess
 from capsexp.data.split import Split, SplitName
-from capsexp.errors import require_at_least_1
+from capsexp.errors import refuse, require_at_least_1, require_not_negative, require_seed
 
 PAPER_PARTNERS = 1000
 
@@ -46,16 +46,15 @@ class MultiMNIST(DerivedDataset):
     def __init__(self, *, source: Dataset, shift: int, pad: int, pair_seed: int, test_partners: int) -> None:
         channels, height, width = source.raw_shape
         if channels != 1 or source.labels_per_image != 1:
-            raise ValueError(
+            refuse(
                 f"source must have images with one channel and one label, got {source.name}, "
                 f"which has {channels} and {source.labels_per_image}"
             )
         require_at_least_1(test_partners=test_partners)
-        for name, value in {"shift": shift, "pad": pad, "pair_seed": pair_seed}.items():
-            if value < 0:
-                raise ValueError(f"{name} must be >= 0, got {value}")
+        require_not_negative(shift=shift, pad=pad)
+        require_seed(pair_seed=pair_seed)
         if shift >= pad + min(height, width):
-            raise ValueError(f"shift must be < pad + the image's {height}x{width}, got {shift}")
+            refuse(f"shift must be < pad + the image's {height}x{width}, got {shift}")
         self.shift, self.pad = shift, pad
         self.pair_seed, self.test_partners = pair_seed, test_partners
         self.file_shape = (channels, height + 2 * pad, width + 2 * pad)
@@ -70,6 +69,11 @@ class MultiMNIST(DerivedDataset):
         """Read the source's training images and its validation images; single images on the canvas."""
         training, validation = self.source.read_training()
         return self._on_canvas(training), self._on_canvas(validation)
+
+    def check_test(self) -> int | None:
+        """Check the source's test images, and return the number of test pairs."""
+        count = self.source.check_test()
+        return None if count is None else count * self.test_partners
 
     def familiar(self) -> Split | None:
         """Read the source's familiar test images, if any; single images on the canvas."""

@@ -11,13 +11,13 @@ from jaxtyping import Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capsexp.data.cache import cached, file_fingerprint
-from capsexp.data.download import Progress, RemoteFile, StoredFile, digest
+from capsexp.data.cache import cached, content_fingerprint, file_fingerprint
+from capsexp.data.checked_files import Progress, RemoteFile, StoredFile, digest
 from capsexp.data.norb_file import check_values, open_norb
 from capsexp.data.preprocess import RESIZE_CHUNK, Preprocess
-from capsexp.data.published import PublishedDataset
+from capsexp.data.published import USABLE, PublishedDataset
 from capsexp.data.split import Split, SplitName
-from capsexp.errors import DataError
+from capsexp.errors import DataError, refuse
 
 URL = "https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/"
 FOLDER = "smallnorb/"
@@ -133,11 +133,9 @@ class SmallNORB(PublishedDataset):
         instances = self.setup.instances["train"]
         if validation_instance is not None and validation_instance not in instances:
             allowed = ", ".join(map(str, instances))
-            raise ValueError(
-                f"validation_instance must be null or one of {allowed}, got {validation_instance}"
-            )
+            refuse(f"validation_instance must be null or one of {allowed}, got {validation_instance}")
         if viewpoint is None and test_views != "all":
-            raise ValueError(f"test_views must be 'all' where viewpoint is null, got {test_views!r}")
+            refuse(f"test_views must be 'all' where viewpoint is null, got {test_views!r}")
         self.channels, self.validation_instance = CAMERAS[cameras], validation_instance
         self.viewpoint = viewpoint
         self.test_views: Literal["all", "familiar", "novel"] = test_views
@@ -171,6 +169,17 @@ class SmallNORB(PublishedDataset):
         _, factors = self._annotations(split)
         return factors[self._rows(split, factors)]
 
+    def check_test(self) -> int:
+        """Verify labels and factors of the test split, open its images, and return their number."""
+        self._full_size_images("test")
+        return len(self.factors("test"))
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return the checksums of labels and factors, and fingerprints of the images, which may be a copy."""
+        images = {self.root / FOLDER / _name(split, "dat") for split in STEM}
+        present = [path for path in images if path.is_file()]
+        return super().fingerprints() | {FOLDER + path.name: content_fingerprint(path) for path in present}
+
     def prepare(self, progress: Progress) -> None:
         """Download missing files, then write the cache of resized images.
 
@@ -202,10 +211,8 @@ class SmallNORB(PublishedDataset):
             self._full_size_images(splits[0])
         except DataError as error:
             return str(error)
-        return (
-            f"{self._path(splits[0])} does not hold the published images (checksum differs: a converted "
-            "copy?); it can be used, but report this beside any metric"
-        )
+        remark = f"does not hold the published images (checksum differs: a converted copy?); {USABLE}"
+        return f"{self._path(splits[0])} {remark}"
 
     def _needs(self, stored: StoredFile, split: SplitName) -> bool:
         return stored.name in (FOLDER + _name(split, "cat"), FOLDER + _name(split, "info"))

@@ -3,7 +3,7 @@
 import torch
 from torchvision import datasets
 
-from capsexp.data.download import RemoteFile, StoredFile
+from capsexp.data.checked_files import RemoteFile, StoredFile
 from capsexp.data.published import PublishedDataset
 from capsexp.data.split import Split, SplitName
 
@@ -19,8 +19,10 @@ class SVHN(PublishedDataset):
     """73,257 training and 26,032 test images in 10 classes, without the extra training images."""
 
     name = "svhn"
+    training_size = 73_257
     classes = tuple("0123456789")
     file_shape = (3, 32, 32)
+    test_count = 26_032
     files = (
         _file("train_32x32.mat", "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8"),
         _file("test_32x32.mat", "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b"),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from capsexp.errors import require_at_least_1
+from capsexp.errors import refuse, require_at_least_1
 from capsexp.ops.labels import predicted_labels
 
 Decode = Literal["label", "prediction"]
@@ -62,7 +62,7 @@ def check_decode(decode: Decode | int, classes: int) -> None:
     """
     if decode not in get_args(Decode) and not (isinstance(decode, int) and 0 <= decode < classes):
         options = ", ".join(get_args(Decode))
-        raise ValueError(f"decode must be one of {options}, or a class 0 ... {classes - 1}, got {decode}")
+        refuse(f"decode must be one of {options}, or a class 0 ... {classes - 1}, got {decode}")
 
 
 def decoded_class(

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsexp.capsules import ReceptiveFields
-from capsexp.errors import require_literal
+from capsexp.errors import refuse, require_literal
 from capsexp.layer.routed import RoutedLayer, require_factory
 from capsexp.ops.receptive_fields import Grid, gather_windows, receptive_fields
 from capsexp.ops.votes import MatrixVotes, window_votes
@@ -132,7 +132,7 @@ class ConvCaps(MatrixCaps):
     ) -> None:
         require_factory(routing)
         if "fields" not in inspect.signature(routing).parameters:
-            raise ValueError("routing must route windows, as `em` does; this one has no argument `fields`")
+            refuse("routing must route windows, as `em` does; this one has no argument `fields`")
         window = (min(kernel, grid.rows), min(kernel, grid.columns))
         fields = receptive_fields(grid, in_types, window, stride)
         super().__init__(
@@ -209,7 +209,7 @@ class SharedClassCaps(MatrixCaps):
         if coordinates is not None:
             require_literal(Coordinates, coordinates=coordinates)
             if pose_dim < 4:
-                raise ValueError(f"pose_dim must be >= 4 for coordinates, got {pose_dim}")
+                refuse(f"pose_dim must be >= 4 for coordinates, got {pose_dim}")
         in_caps = grid.positions * in_types
         super().__init__(
             in_caps=in_caps,
@@ -258,7 +258,7 @@ def matrix_side(pose_dim: int, pose: Pose) -> int:
     require_literal(Pose, pose=pose)
     side = pose_dim if pose == "vector" else math.isqrt(pose_dim)
     if pose == "matrix" and side * side != pose_dim:
-        raise ValueError(f"pose_dim must be a square for matrix poses, got {pose_dim}")
+        refuse(f"pose_dim must be a square for matrix poses, got {pose_dim}")
     return side
 
 

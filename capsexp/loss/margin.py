@@ -4,6 +4,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from capsexp.capsules import Batch, Output
+from capsexp.errors import refuse, require_not_negative
 from capsexp.ops.labels import check_labels, multi_hot
 from capsexp.ops.penalty import PenalisedLoss
 from capsexp.schedule import Schedule, Step
@@ -74,9 +75,8 @@ class Margin(PenalisedLoss):
 
 def _check_margins(present: int | float, absent: int | float, down_weight: int | float) -> None:
     if not 0 <= absent < present <= 1:
-        raise ValueError(f"absent and present must be 0 <= absent < present <= 1, got {absent} and {present}")
-    if down_weight < 0:
-        raise ValueError(f"down_weight must be >= 0, got {down_weight}")
+        refuse(f"absent and present must be 0 <= absent < present <= 1, got {absent} and {present}")
+    require_not_negative(down_weight=down_weight)
 
 
 def _margin_loss(

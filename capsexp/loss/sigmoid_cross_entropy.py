@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from capsexp.capsules import Batch, Output
+from capsexp.errors import require_in
 from capsexp.ops.labels import check_labels, multi_hot
 from capsexp.ops.penalty import PenalisedLoss
 from capsexp.schedule import Schedule, Step
@@ -30,7 +31,7 @@ def sigmoid_cross_entropy(
     Raises: ValueError: wrong shapes; labels not int64 or not in 0 ... J - 1; a target outside (0, 1].
     """
     check_labels(logits, labels, multi_label=True)
-    _check_target(target)
+    require_in("(0, 1]", target=target)
     return _sigmoid_cross_entropy(logits, labels, target)
 
 
@@ -53,17 +54,12 @@ class SigmoidCrossEntropy(PenalisedLoss):
         reconstruction_weight: Schedule | int | float,
     ) -> None:
         super().__init__(weight_decay=weight_decay, reconstruction_weight=reconstruction_weight)
-        _check_target(target)
+        require_in("(0, 1]", target=target)
         self.target = target
 
     def own_term(self, output: Output, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The term "sigmoid_cross_entropy"."""
         return {"sigmoid_cross_entropy": _sigmoid_cross_entropy(output.scores, batch.labels, self.target)}
-
-
-def _check_target(target: int | float) -> None:
-    if not 0 < target <= 1:
-        raise ValueError(f"target must be in (0, 1], got {target}")
 
 
 def _sigmoid_cross_entropy(

@@ -5,9 +5,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from capsexp.capsules import Batch, Output
+from capsexp.errors import require_in
 from capsexp.ops.labels import check_labels
 from capsexp.ops.penalty import PenalisedLoss
-from capsexp.schedule import Schedule, Step, as_schedule
+from capsexp.schedule import Schedule, Step, schedule_in
 
 
 def spread_loss(
@@ -35,7 +36,7 @@ def spread_loss(
     Raises: ValueError: wrong shapes; labels not int64 or not in 0 ... J - 1; a margin outside (0, 1].
     """
     check_labels(activations, labels, multi_label=False)
-    _check_margin(margin)
+    require_in("(0, 1]", margin=margin)
     return _spread_loss(activations, labels, margin, mean_over_classes)
 
 
@@ -60,9 +61,7 @@ class Spread(PenalisedLoss):
         reconstruction_weight: Schedule | int | float,
     ) -> None:
         super().__init__(weight_decay=weight_decay, reconstruction_weight=reconstruction_weight)
-        if not callable(margin):
-            _check_margin(margin)
-        self.margin, self.mean_over_classes = as_schedule(margin), mean_over_classes
+        self.margin, self.mean_over_classes = schedule_in("(0, 1]", margin=margin), mean_over_classes
 
     def own_term(self, output: Output, batch: Batch, step: Step) -> dict[str, Tensor]:
         """The term "spread"."""
@@ -72,11 +71,6 @@ class Spread(PenalisedLoss):
     def scheduled(self, step: Step) -> dict[str, float]:
         """The values at this step of what may change during training."""
         return {"margin": self.margin(step), **super().scheduled(step)}
-
-
-def _check_margin(margin: int | float) -> None:
-    if not 0 < margin <= 1:
-        raise ValueError(f"margin must be in (0, 1], got {margin}")
 
 
 def _spread_loss(

@@ -7,7 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capsexp.capsules import Output
-from capsexp.errors import require_at_least_1
+from capsexp.errors import refuse, require_at_least_1, require_in, stop_if_refused
+from capsexp.ops.receptive_fields import require_kernels
 from capsexp.ops.weights import kernels_and_matrices
 
 
@@ -43,14 +44,15 @@ class CNN(nn.Module):
     ) -> None:
         super().__init__()
         require_at_least_1(conv_channels=conv_channels, kernel=kernel, pool=pool, hidden=hidden)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        require_in("[0, 1)", dropout=dropout)
         kernels = [kernel] * len(conv_channels) if isinstance(kernel, int) else kernel
         if len(kernels) != len(conv_channels):
-            raise ValueError(
+            refuse(
                 f"kernel must be a number or one for each of {len(conv_channels)} convolutions, got {kernel}"
             )
         channels, height, width = image_shape
+        require_kernels(image_shape, kernel=kernels)
+        stop_if_refused()
         layers: list[nn.Module] = []
         for (before, after), size in zip(pairwise([channels, *conv_channels]), kernels, strict=True):
             layers += [nn.Conv2d(before, after, size, padding="same"), nn.ReLU()]
@@ -58,7 +60,7 @@ class CNN(nn.Module):
                 layers.append(nn.MaxPool2d(pool))
                 height, width = height // pool, width // pool
         if height < 1 or width < 1:
-            raise ValueError(
+            refuse(
                 f"pool must leave a pixel of the image, got {pool} after {len(conv_channels)} convolutions "
                 f"of {image_shape[1]}x{image_shape[2]}"
             )

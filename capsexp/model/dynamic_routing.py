@@ -8,11 +8,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capsexp.capsules import Output
-from capsexp.errors import require_at_least_1, require_literal
+from capsexp.errors import (
+    refuse,
+    require_at_least_1,
+    require_literal,
+    require_positive,
+    stop_if_refused,
+)
 from capsexp.layer.class_caps import ClassCaps
 from capsexp.layer.decoder import Decode, check_decode, decoded_class
 from capsexp.layer.primary import PrimaryCaps
-from capsexp.ops.receptive_fields import Grid, Padding
+from capsexp.ops.receptive_fields import Grid, Padding, require_kernels
 from capsexp.ops.weights import kernels_and_matrices
 from capsexp.routing import BalancedRouting
 
@@ -79,8 +85,12 @@ class CapsNet(nn.Module):
             primary_stride=primary_stride,
             class_dim=class_dim,
         )
+        if padding == "same":  # `_grid` checks "valid"
+            require_kernels(image_shape, conv_kernel=conv_kernel, primary_kernel=primary_kernel)
+        require_positive(primary_scale=primary_scale)
         check_decode(decode, classes)
         require_literal(Initialisation, initialisation=initialisation)
+        stop_if_refused()
         self.decode: Decode | int = decode
         self.primary_caps = PrimaryCaps(
             conv_channels,
@@ -138,7 +148,7 @@ class CapsNet(nn.Module):
         if grid.rows < 1 or grid.columns < 1:
             lost = kernel - 1 if padding == "valid" else 0
             smallest = lost + self.primary_caps.conv.kernel_size[0]
-            raise ValueError(
+            refuse(
                 f"image_shape must be at least {smallest}x{smallest} for conv_kernel {lost + 1} and "
                 f"primary_kernel {smallest - lost} with padding valid, got {height}x{width}"
             )

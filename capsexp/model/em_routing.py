@@ -7,11 +7,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capsexp.capsules import Capsules, Output, Routed
-from capsexp.errors import require_at_least_1, require_literal
+from capsexp.errors import (
+    refuse,
+    require_at_least_1,
+    require_finite,
+    require_literal,
+    require_not_negative,
+    require_positive,
+    stop_if_refused,
+)
 from capsexp.layer.decoder import Decode, check_decode, decoded_class
 from capsexp.layer.matrix_caps import ConvCaps, Coordinates, MatrixCapsOptions, Pose, SharedClassCaps
 from capsexp.layer.matrix_primary import MatrixPrimaryCaps
-from capsexp.ops.receptive_fields import Grid, Padding, padded
+from capsexp.ops.receptive_fields import Grid, Padding, padded, require_kernels
 from capsexp.ops.weights import kernels_and_matrices
 
 
@@ -80,7 +88,15 @@ class MatrixCapsNet(nn.Module):
         )
         _check_lengths(conv_types, conv_kernels, conv_strides)
         require_literal(Padding, padding=padding)
+        if padding == "same":  # `_first_grid` checks "valid"
+            require_kernels(image_shape, conv_kernel=conv_kernel)
+        require_not_negative(init_noise=init_noise)
+        require_finite(init_identity=init_identity)
+        require_positive(coordinate_scale=coordinate_scale)
+        if init_identity == init_noise == 0:
+            refuse("init_identity and init_noise must not both be 0: all votes would be 0")
         check_decode(decode, classes)
+        stop_if_refused()
         channels, height, width = image_shape
         shared = MatrixCapsOptions(
             pose_dim=pose_dim,
@@ -171,7 +187,7 @@ class MatrixCapsNet(nn.Module):
 
 def _check_lengths(types: Sequence[int], kernels: Sequence[int], strides: Sequence[int]) -> None:
     if not len(types) == len(kernels) == len(strides):
-        raise ValueError(
+        refuse(
             "conv_types, conv_kernels and conv_strides must have one number per layer, "
             f"got {len(types)}, {len(kernels)} and {len(strides)}"
         )
@@ -181,7 +197,7 @@ def _first_grid(height: int, width: int, kernel: int, stride: int, padding: Padd
     """Positions after the first convolution."""
     grid = Grid(height, width).after_convolution((kernel, kernel), stride, padding)
     if grid.rows < 1 or grid.columns < 1:
-        raise ValueError(
+        refuse(
             f"image_shape must be at least {kernel}x{kernel} for conv_kernel {kernel} "
             f"with padding {padding}, got {height}x{width}"
         )

@@ -1,6 +1,5 @@
 """The steps of EM routing as tensor functions: coupling at the start, M-step, E-step."""
 
-import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -9,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from capsexp.capsules import ReceptiveFields
-from capsexp.errors import require_literal
+from capsexp.errors import require_in, require_literal, require_not_negative
 from capsexp.ops.receptive_fields import gather_windows, scatter_max, scatter_sum
 
 Normalisation = Literal["paper", "types", "official_v1"]
@@ -34,10 +33,8 @@ class EMOptions(NamedTuple):
         require_literal(Normalisation, normalisation=self.normalisation)
         require_literal(InitialCoupling, initial_coupling=self.initial_coupling)
         require_literal(Activation, activation=self.activation)
-        if not 0 <= self.variance_floor < math.inf:
-            raise ValueError(f"variance_floor must be >= 0, got {self.variance_floor}")
-        if not 0 <= self.mean_smoothing < 1:
-            raise ValueError(f"mean_smoothing must be in [0, 1), got {self.mean_smoothing}")
+        require_not_negative(variance_floor=self.variance_floor)
+        require_in("[0, 1)", mean_smoothing=self.mean_smoothing)
 
 
 class Gaussians(NamedTuple):

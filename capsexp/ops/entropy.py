@@ -1,7 +1,5 @@
 """Entropy of the coupling coefficients."""
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,28 +13,24 @@ def coupling_entropy(
 ) -> Float[Tensor, ""]:
     """Mean entropy of the coupling coefficients over the parents of a child, divided by its maximum.
 
+    A child's coefficients are divided by their sum first, because not every routing makes them sum to 1:
+    leaky dynamic routing loses a share, and EM routing may normalise over types or positions alone.
+
     Args:
         coupling: as in `Routed`.
-        fields: as in `Routed`. With windows, a child's coefficients are divided by their sum first, and
-            children with one parent or none are left out.
+        fields: as in `Routed`.
 
-    Returns: 1 when every child has equal coefficients, 0 when each goes to one parent (or has only one).
+    Returns: 1 when every child has equal coefficients, 0 when each goes to one parent. Children with one
+        parent or none, and children whose coefficients are all 0, have no choice and are left out; 0 if
+        there are no others.
     """
-    if fields is not None:
-        return _entropy_over_windows(coupling, fields)
-    parents = coupling.shape[-1]
-    if parents == 1:
-        return coupling.new_zeros(())
     # xlogy is 0 at 0, where x * log(x) is NaN.
-    entropy = -coupling.xlogy(coupling).sum(-1)
-    return entropy.mean() / math.log(parents)
-
-
-def _entropy_over_windows(coupling: Float[Tensor, "B P K J"], fields: ReceptiveFields) -> Float[Tensor, ""]:
-    mass = scatter_sum(coupling.sum(-1), fields)
-    parents = scatter_sum(coupling.new_full((1, *coupling.shape[1:3]), coupling.shape[-1]), fields)[0]  # [I]
-    mass = mass.clamp_min(torch.finfo(mass.dtype).tiny)
-    entropy = mass.log() - scatter_sum(coupling.xlogy(coupling).sum(-1), fields) / mass
-    choice = parents > 1
-    shares = entropy[:, choice] / parents[choice].log()
-    return shares.mean() if shares.numel() else coupling.new_zeros(())
+    mass, spread, parents = coupling.sum(-1), coupling.xlogy(coupling).sum(-1), coupling.shape[-1]
+    if fields is None:
+        counts = mass.new_full(mass.shape[1:], parents)
+    else:
+        counts = scatter_sum(mass.new_full((1, *mass.shape[1:]), parents), fields)[0]
+        mass, spread = scatter_sum(mass, fields), scatter_sum(spread, fields)
+    chooses = (mass > 0) & (counts > 1)
+    shares = torch.where(chooses, (mass.log() - spread / mass) / counts.log(), 0)
+    return shares.sum() / chooses.sum().clamp_min(1)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from capsexp.capsules import Batch, Output
-from capsexp.schedule import Schedule, Step, as_schedule
+from capsexp.errors import require_not_negative
+from capsexp.schedule import Schedule, Step, schedule_in
 
 
 class PenalisedLoss(ABC):
@@ -22,8 +23,9 @@ class PenalisedLoss(ABC):
     """Whether an image may show several classes."""
 
     def __init__(self, *, weight_decay: int | float, reconstruction_weight: Schedule | int | float) -> None:
-        self.weight_decay = checked_decay(weight_decay)
-        self.reconstruction_weight = weight_schedule(reconstruction_weight)
+        require_not_negative(weight_decay=weight_decay)
+        self.weight_decay = float(weight_decay)
+        self.reconstruction_weight = schedule_in("[0, inf)", reconstruction_weight=reconstruction_weight)
 
     def __call__(self, output: Output, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Terms of the loss, by name: its own, and "weight_decay" and "reconstruction" where they apply."""
@@ -65,19 +67,3 @@ def weight_decay_term(output: Output, weight: float) -> dict[str, Tensor]:
         raise ValueError("weight_decay needs a network that returns its weights (Output.weights)")
     squares = [parameter.float().square().sum() for parameter in output.weights]
     return {"weight_decay": 0.5 * weight * torch.stack(squares).sum()}
-
-
-def weight_schedule(weight: Schedule | int | float) -> Schedule:
-    """`as_schedule` for reconstruction_weight. A plain number must be >= 0."""
-    if callable(weight):
-        return weight
-    if weight < 0:
-        raise ValueError(f"reconstruction_weight must be >= 0, got {weight}")
-    return as_schedule(float(weight))
-
-
-def checked_decay(weight_decay: int | float) -> float:
-    """A weight decay that is finite and >= 0."""
-    if not 0 <= weight_decay < float("inf"):
-        raise ValueError(f"weight_decay must be >= 0, got {weight_decay}")
-    return float(weight_decay)

@@ -5,6 +5,7 @@ places of a window are in the same order.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from capsexp.capsules import ReceptiveFields
+from capsexp.errors import refuse
 
 Padding = Literal["valid", "same"]
 
@@ -23,6 +25,23 @@ def margins(size: int, kernel: int, stride: int, padding: Padding) -> tuple[int,
         return 0, 0
     missing = max(0, (-(-size // stride) - 1) * stride + kernel - size)
     return missing // 2, missing - missing // 2
+
+
+def require_kernels(image_shape: Sequence[int], **kernels: int | Sequence[int]) -> None:
+    """Check kernels against the image: weights outside would never see a pixel, with any padding.
+
+    Args:
+        image_shape: channels, height and width.
+        kernels: a side, or a list of sides, by the name of the argument.
+
+    Raises:
+        ValueError: a kernel is larger than the image.
+    """
+    height, width = image_shape[1:]
+    for name, kernel in kernels.items():
+        sides = [kernel] if isinstance(kernel, int) else list(kernel)
+        if sides and max(sides) > min(height, width):
+            refuse(f"{name} must be <= the image's {height}x{width}, got {kernel}")
 
 
 def padded(features: Float[Tensor, "B C H W"], kernel: int, stride: int, padding: Padding) -> Tensor:

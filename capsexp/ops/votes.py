@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from capsexp.capsules import ReceptiveFields, Routed
+from capsexp.errors import require_positive
 
 MIB = 2**20
+LARGEST_BUDGET = 2**62  # bytes: torch counts in 64 bits
 
 
 class MatrixVotes(NamedTuple):
@@ -83,10 +85,9 @@ def votes_budget(votes_mib: int | float | None) -> int | None:
     Raises:
         ValueError: votes_mib <= 0.
     """
-    if votes_mib is not None and votes_mib <= 0:
-        raise ValueError(f"votes_mib must be > 0 or null, got {votes_mib}")
+    require_positive(votes_mib=votes_mib)
     # torch.compile treats an integer as a constant, but would guard on a float.
-    return None if votes_mib is None else int(votes_mib * MIB)
+    return None if votes_mib is None else int(min(votes_mib * MIB, LARGEST_BUDGET))
 
 
 def images_per_chunk(bytes_per_image: int, *, budget: int | None, device: torch.device) -> int:

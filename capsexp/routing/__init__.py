@@ -19,6 +19,9 @@ from capsexp.capsules import Routed
 from capsexp.ops.votes import DenseVotes, MatrixVotes
 from capsexp.schedule import Step
 
+MOST_ITERATIONS = 1000
+"""Every iteration costs time and, in training, memory."""
+
 
 @runtime_checkable
 class Routing(Protocol):

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsexp.capsules import Routed
-from capsexp.errors import require_at_least_1, require_literal
+from capsexp.errors import require_at_least_1, require_at_most, require_literal
 from capsexp.ops.dynamic_passes import (
     FusedDynamicRouting,
     routing_passes,
@@ -18,6 +18,7 @@ from capsexp.ops.kernels.compiled import library_problem
 from capsexp.ops.kernels.dynamic import NARROWEST, dynamic_routing_op
 from capsexp.ops.squash import length, squash
 from capsexp.ops.votes import DenseVotes
+from capsexp.routing import MOST_ITERATIONS
 
 Prior = Literal["zero", "learned"]
 Implementation = Literal["auto", "reference", "fused"]
@@ -135,6 +136,7 @@ class DynamicRouting(nn.Module):
     ) -> None:
         super().__init__()
         require_at_least_1(iterations=iterations)
+        require_at_most(MOST_ITERATIONS, iterations=iterations)
         require_literal(Prior, prior=prior)
         require_literal(Implementation, implementation=implementation)
         self.in_caps, self.out_caps, self.pose_dim = in_caps, out_caps, pose_dim

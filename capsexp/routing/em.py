@@ -9,7 +9,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsexp.capsules import ReceptiveFields, Routed
-from capsexp.errors import UserError, require_at_least_1, require_literal, require_positive
+from capsexp.errors import (
+    UserError,
+    refuse,
+    require_at_least_1,
+    require_at_most,
+    require_finite,
+    require_literal,
+    require_positive,
+)
 from capsexp.ops.em_steps import (
     Activation,
     EMOptions,
@@ -24,7 +32,8 @@ from capsexp.ops.em_steps import (
 from capsexp.ops.kernels.em import FUSED_ACTIVATION, fused_em_routing, fused_reason
 from capsexp.ops.receptive_fields import gather_windows
 from capsexp.ops.votes import MatrixVotes
-from capsexp.schedule import Saturating, Schedule, Step, as_schedule
+from capsexp.routing import MOST_ITERATIONS
+from capsexp.schedule import Saturating, Schedule, Step, require_some_positive, schedule_in
 
 Implementation = Literal["auto", "reference", "fused"]
 BALANCED = "balanced"
@@ -75,7 +84,8 @@ def em_routing(
         cost_scale: factor on the cost.
         normalisation: R of a child sums to 1 over "paper": all its parents; "types": the types at each
             position separately (most public code); "official_v1": the positions of each type separately (the
-            authors' first release, convolutional layers only).
+            authors' first release, convolutional layers only; at stride 2 an idealization, because there
+            that release sums over cells that do not belong together).
         initial_coupling: "paper": 1 / number of the child's parents; "official": 1 / J.
         activation: "logistic"; "mixing": a parent's share of all the mass in its layer (the paper's
             alternative; both betas then have no effect).
@@ -198,12 +208,14 @@ class EMRouting(nn.Module):
     ) -> None:
         super().__init__()
         require_at_least_1(iterations=iterations)
+        require_at_most(MOST_ITERATIONS, iterations=iterations)
         require_literal(Implementation, implementation=implementation)
         require_positive(class_factor=class_factor, beta_a_gain=beta_a_gain, cost_norm=cost_norm)
+        require_finite(beta_u=beta_u, beta_a=None if isinstance(beta_a, str) else beta_a)
         if isinstance(beta_a, str) and beta_a != BALANCED:
-            raise ValueError(f"beta_a must be a number or {BALANCED}, got {beta_a}")
+            refuse(f"beta_a must be a number or {BALANCED}, got {beta_a}")
         if implementation == "fused" and activation != FUSED_ACTIVATION:
-            raise ValueError(f"implementation fused is for activation {FUSED_ACTIVATION}, got {activation}")
+            refuse(f"implementation fused is for activation {FUSED_ACTIVATION}, got {activation}")
         self.in_caps, self.out_caps, self.pose_dim = in_caps, out_caps, pose_dim
         self.iterations, self.implementation = iterations, implementation
         self.options = EMOptions(
@@ -218,12 +230,14 @@ class EMRouting(nn.Module):
         self.options.check()
         factor = class_factor if fields is None else 1.0
         self.gain = beta_a_gain / factor
-        self.schedule = as_schedule(inverse_temperature_ramp)
+        self.schedule = schedule_in("[0, inf)", inverse_temperature_ramp=inverse_temperature_ramp)
+        require_some_positive(inverse_temperature_ramp=self.schedule)
         self.starts_balanced = isinstance(beta_a, str)
         start = 0.0 if isinstance(beta_a, str) else beta_a / self.gain
         self.beta_u = nn.Parameter(torch.full((out_caps,), float(beta_u)))
         self.beta_a = nn.Parameter(torch.full((out_caps,), start))  # in units of the gain
-        within_pass = as_schedule(inverse_temperature)
+        within_pass = schedule_in("[0, inf)", inverse_temperature=inverse_temperature)
+        require_some_positive(inverse_temperature=within_pass)
         temperatures = [factor * within_pass(Step(number, iterations)) for number in range(iterations)]
         self.last_temperature = temperatures[-1]
         # Tensors, because torch.compile would recompile for every new value of a number.

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,13 +16,22 @@ from capsexp.analysis.attack.units import Units, radii_of, scale_of
 from capsexp.analysis.findings import Findings
 from capsexp.analysis.trained_run import TrainedRun
 from capsexp.capsules import Batch
-from capsexp.errors import UserError, require_at_least_1, require_literal, require_positive
+from capsexp.errors import (
+    UserError,
+    is_number,
+    refuse,
+    require_at_least_1,
+    require_literal,
+    require_positive,
+    require_seed,
+)
 
 Attack = Literal["fgsm", "bim", "pgd"]
 Objective = Literal["own", "difference"]
 NOTE = (
     "A loss is flat where its margin is met. There fgsm and bim change nothing, so their accuracy does not "
-    "show robustness. worst: correct under every attack of this study of this radius or a smaller one."
+    "show robustness. worst: correct under every untargeted attack of this study of this radius or a smaller "
+    "one; examples made on another network do not count."
 )
 
 
@@ -30,8 +39,8 @@ class Attacks:
     """Accuracy under FGSM, BIM and PGD by the radius of the attack, and success of targeted attacks.
 
     Section 6 of Hinton et al., "Matrix capsules with EM routing" (ICLR 2018), figures 3 and B.3.
-    Differs from it in: PGD, and the worst of all attacks, because of flat losses; pixels stay in [0, 1] with
-    `clip`. The paper gives neither the unit of epsilon nor BIM's steps.
+    Differs from it in: PGD, and the worst of the untargeted attacks, because of flat losses; pixels stay in
+    [0, 1] with `clip`. The paper gives neither the unit of epsilon nor BIM's steps.
 
     As in the paper, the success of targeted attacks is the share of all images that are classified as the
     target, averaged over all classes, the label included: 1 / J without an attack. The same over wrong
@@ -85,14 +94,15 @@ class Attacks:
         for objective in objectives:
             require_literal(Objective, objectives=objective)
         if not attacks:
-            raise ValueError("attacks must name at least one of fgsm, bim, pgd")
+            refuse("attacks must name at least one of fgsm, bim, pgd")
         if "pgd" in (*attacks, *targeted) and not objectives:
-            raise ValueError("objectives must name own, difference or both for pgd")
+            refuse("objectives must name own, difference or both for pgd")
         _check_rising(epsilons=epsilons, targeted_epsilons=targeted_epsilons, shown=shown)
         require_at_least_1(steps=steps, pgd_steps=pgd_steps, restarts=restarts, pictures=pictures)
         require_positive(pgd_step_size=pgd_step_size)
+        require_seed(seed=seed)
         if source is not None and not _transferable(attacks):
-            raise ValueError("source needs fgsm or bim among the attacks")
+            refuse("source needs fgsm or bim among the attacks")
         _check_paper(paper or {})
         self.attacks, self.targeted = attacks, targeted
         self.epsilons, self.targeted_epsilons, self.shown = epsilons, targeted_epsilons, shown
@@ -157,9 +167,9 @@ class Attacks:
         results.add_gradient("difference", attacker.input_gradient(batch, objective="difference"))
         results.add_untargeted(attacker, self.attacks, batch, radii, broken, gradient)
         if self.targeted:
-            results.add_targeted(attacker, self.targeted, batch, targeted_radii, broken, len(run.classes))
+            results.add_targeted(attacker, self.targeted, batch, targeted_radii, len(run.classes))
         if source is not None:
-            results.add_transfer(source, attacker, _transferable(self.attacks), batch, radii, broken)
+            results.add_transfer(source, attacker, _transferable(self.attacks), batch, radii)
         results.add_worst(broken, self.epsilons)
 
     def _numbers(self, run: TrainedRun, results: Results) -> dict[str, Any]:
@@ -232,15 +242,29 @@ def _check_rising(**lists: Sequence[int | float]) -> None:
     for name, epsilons in lists.items():
         rising = all(epsilon < following for epsilon, following in pairwise(epsilons))
         if not epsilons or epsilons[0] < 0 or not rising:
-            raise ValueError(f"{name} must rise from 0 or more, got {list(epsilons)}")
+            refuse(f"{name} must rise from 0 or more, got {list(epsilons)}")
 
 
 def _check_paper(paper: Mapping[str, Any]) -> None:
-    for kind in paper.keys() - {"dataset"}:
-        for network in paper[kind].keys() - {"epsilons"}:
-            for attack, values in paper[kind][network].items():
-                if len(values) != len(paper[kind]["epsilons"]):
-                    raise ValueError(
+    if paper and not isinstance(paper.get("dataset"), str):
+        refuse(f"paper.dataset must be the name of a dataset, got {paper.get('dataset')!r}")
+    for kind in sorted(paper.keys() - {"dataset"}):
+        curves = paper[kind]
+        epsilons = curves.get("epsilons") if isinstance(curves, Mapping) else None
+        if not _are_numbers(epsilons):
+            refuse(f"paper.{kind} must have epsilons, a list of numbers, got {curves!r}")
+            continue
+        for network in sorted(curves.keys() - {"epsilons"}):
+            if not isinstance(curves[network], Mapping):
+                refuse(f"paper.{kind}.{network} must have a list for each attack, got {curves[network]!r}")
+                continue
+            for attack, values in curves[network].items():
+                if not _are_numbers(values) or len(values) != len(epsilons):
+                    refuse(
                         f"paper.{kind}.{network}.{attack} must have a number for each of its "
-                        f"{len(paper[kind]['epsilons'])} epsilons, got {len(values)}"
+                        f"{len(epsilons)} epsilons, got {values!r}"
                     )
+
+
+def _are_numbers(values: Any) -> TypeGuard[list[int | float]]:
+    return isinstance(values, list) and bool(values) and all(map(is_number, values))

@@ -14,7 +14,7 @@ from capsexp.analysis.trained_run import TrainedRun
 from capsexp.capsules import Routed
 from capsexp.data.preprocess import RESIZE_CHUNK
 from capsexp.data.split import Split
-from capsexp.errors import UserError
+from capsexp.errors import UserError, refuse, require_in, require_seed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +59,10 @@ class Equivariance:
         }
         self.moves = {name: move for name, move in self.moves.items() if move[1]}
         if not self.moves:
-            raise ValueError("shifts and rotations must not both be empty or 0")
+            refuse("shifts and rotations must not both be empty or 0")
+        for by in rotations:
+            require_in("[-360, 360]", rotations=by)
+        require_seed(seed=seed)
         self.seed = seed
 
     def __call__(self, run: TrainedRun) -> Findings:

@@ -13,7 +13,7 @@ from capsexp.analysis.findings import Findings, as_matplotlib
 from capsexp.analysis.trained_run import TrainedRun
 from capsexp.capsules import Batch, Output
 from capsexp.data.pairs import OverlaidPairs
-from capsexp.errors import UserError
+from capsexp.errors import UserError, refuse
 from capsexp.ops.labels import all_correct, fraction_correct, multi_hot, predicted_labels
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Overlap:
 
     def __init__(self, *, correct: int, wrong: int, absent: int) -> None:
         if min(correct, wrong, absent) < 0 or correct + wrong + absent == 0:
-            raise ValueError(
+            refuse(
                 f"correct, wrong and absent must be >= 0 and not all 0, got {correct}, {wrong} and {absent}"
             )
         self.correct, self.wrong, self.absent = correct, wrong, absent

@@ -10,10 +10,12 @@ from torchvision.utils import make_grid
 
 from capsexp.analysis.findings import Findings, as_matplotlib
 from capsexp.analysis.trained_run import TrainedRun
-from capsexp.errors import UserError
+from capsexp.errors import UserError, refuse
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+MOST_STEPS = 1000
 
 
 class Perturbations:
@@ -31,9 +33,13 @@ class Perturbations:
 
     def __init__(self, *, classes: Sequence[int] | None, reach: int | float, step: int | float) -> None:
         if not 0 < step <= reach:
-            raise ValueError(f"step must be > 0 and <= reach, got step {step} and reach {reach}")
+            refuse(f"step must be > 0 and <= reach, got step {step} and reach {reach}")
+        elif reach / step > MOST_STEPS:
+            refuse(f"reach must be <= {MOST_STEPS} steps, got reach {reach} and step {step}")
+        if classes is not None and (not classes or len(set(classes)) < len(classes) or min(classes) < 0):
+            refuse(f"classes must be null or different class indices, got {classes}")
         self.classes = classes
-        count = round(reach / step)
+        count = round(min(reach / step, MOST_STEPS)) if step > 0 else 0
         self.deltas = torch.arange(-count, count + 1) * step
 
     def __call__(self, run: TrainedRun) -> Findings:

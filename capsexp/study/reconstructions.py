@@ -7,6 +7,7 @@ from torch import Tensor
 
 from capsexp.analysis.findings import Findings, as_matplotlib
 from capsexp.analysis.trained_run import TrainedRun
+from capsexp.errors import refuse
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +38,7 @@ class Reconstructions:
 
     def __init__(self, *, correct: int, wrong: int) -> None:
         if correct < 0 or wrong < 0 or correct + wrong == 0:
-            raise ValueError(f"correct and wrong must be >= 0 and not both 0, got {correct} and {wrong}")
+            refuse(f"correct and wrong must be >= 0 and not both 0, got {correct} and {wrong}")
         self.correct, self.wrong = correct, wrong
 
     def __call__(self, run: TrainedRun) -> Findings:

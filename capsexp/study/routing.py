@@ -20,13 +20,21 @@ from capsexp.analysis.routing.trace import (
 )
 from capsexp.analysis.trained_run import TrainedRun
 from capsexp.capsules import Batch, Capsules, Output
-from capsexp.errors import UserError, require_at_least_1, require_literal, require_positive
+from capsexp.errors import (
+    UserError,
+    require_at_least_1,
+    require_at_most,
+    require_literal,
+    require_positive,
+)
 from capsexp.ops.receptive_fields import Grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Distance = Literal["l2", "squared"]
+MOST_ITERATIONS = 1000
+MOST_BINS = 10_000
 
 
 class Routing:
@@ -62,6 +70,8 @@ class Routing:
         distance: Distance,
     ) -> None:
         require_at_least_1(iterations=iterations, pictures=pictures, bins=bins)
+        require_at_most(MOST_ITERATIONS, iterations=iterations)
+        require_at_most(MOST_BINS, bins=bins)
         require_literal(Distance, distance=distance)
         require_positive(near=near)
         self.iterations, self.pictures, self.layer = iterations, pictures, layer

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int64
-from rich.table import Table
 from torch import Tensor
 
 from capsexp.analysis.findings import Findings
 from capsexp.analysis.trained_run import TrainedRun
 from capsexp.dataset.smallnorb import FACTORS, FAMILIAR, SmallNORB
-from capsexp.errors import UserError
+from capsexp.errors import UserError, is_number, refuse
+from capsexp.terminal import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,8 +59,8 @@ class Viewpoints:
 
     def __init__(self, *, others: Sequence[str], published: Sequence[Mapping[str, Any]]) -> None:
         for row in published:
-            if set(row) != {"name", *DEGREES} or any(len(row[factor]) != 2 for factor in DEGREES):
-                raise ValueError(f"published must give name, azimuth: [., .], elevation: [., .], got {row}")
+            if set(row) != {"name", *DEGREES} or not all(_is_pair(row[factor]) for factor in DEGREES):
+                refuse(f"published must give name, azimuth: [., .], elevation: [., .], got {row}")
         self.others, self.published = others, published
 
     def __call__(self, run: TrainedRun) -> Findings:
@@ -82,6 +82,11 @@ class Viewpoints:
             numbers |= {"largest_familiar_difference": max(differences)} if differences else {}
         table = _table(rows, self.published, viewpoint)
         return Findings(numbers, {"viewpoints": _figure(results, viewpoint)}, table)
+
+
+def _is_pair(errors: Any) -> bool:
+    is_list = isinstance(errors, Sequence) and not isinstance(errors, str) and len(errors) == 2
+    return is_list and all(is_number(error) and 0 <= error <= 100 for error in errors)
 
 
 def _smallnorb(run: TrainedRun) -> SmallNORB:

@@ -16,11 +16,11 @@ from typing import IO, Any
 
 import torch
 
+from capsexp.documents import read_json
 from capsexp.errors import RunStopped, UserError, first_line
 from capsexp.files import (
     WriteError,
     own_folder,
-    read_regular,
     sweep_unfinished,
     unfinished,
     write_atomic,
@@ -191,7 +191,7 @@ def _check_manifest(path: Path) -> None:
     if not path.exists():
         raise CheckpointError(_describe_missing(path))
     try:
-        manifest = json.loads(read_regular(manifest_path, limit=LARGEST_MANIFEST))
+        manifest = read_json(manifest_path, limit=LARGEST_MANIFEST)
         size, sha256 = manifest["size"], manifest["sha256"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(

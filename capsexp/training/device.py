@@ -8,8 +8,13 @@ from typing import Literal
 import torch
 from torch import nn
 
+from capsexp.errors import refuse, require_at_least_1, require_at_most
+
 # mallopt's parameters, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+MOST_THREADS = 1024
+"""More threads than a machine can start end the process without a message."""
 
 
 class Device:
@@ -36,11 +41,11 @@ class Device:
         allocator: Literal["tuned", "default"],
         deterministic: bool,
     ) -> None:
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads must be >= 1, got {threads}")
+        require_at_least_1(threads=threads)
+        require_at_most(MOST_THREADS, threads=threads)
         if name != "auto" and not available()[name]:
             names = ", ".join(device for device, is_available in available().items() if is_available)
-            raise ValueError(f"no {name} device here; available: {names}")
+            refuse(f"no {name} device here; available: {names}")
         self.torch_device = torch.device(best() if name == "auto" else name)
         self.threads, self.allocator, self.deterministic = threads, allocator, deterministic
         channels_last = memory_format == "channels_last"

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from capsexp.files import open_own, writing
+from capsexp.terminal import new_console
+from capsexp.text import printable, printable_lines
 
 log = logging.getLogger("capsexp")
 EVERY_SECONDS = 5.0
@@ -55,7 +57,7 @@ class Reporter:
     """
 
     def __init__(self, *, total: int, done: int, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._console = console or new_console(soft_wrap=True)
         self._bar = _bar(self._console) if self._console.is_terminal else None
         self._total = total
         self._task = self._bar.add_task("", total=total, completed=done, metrics="") if self._bar else None
@@ -75,7 +77,7 @@ class Reporter:
         """Print a line above the bar, and log it."""
         log.info(text)
         console = self._bar.console if self._bar else self._console
-        console.print(text, markup=False)
+        console.print(printable_lines(text), markup=False)
 
     def step(self, step: int, *, epoch: int, epochs: int, metrics: Mapping[str, float], images: int) -> None:
         """Show the progress of the training.
@@ -91,7 +93,9 @@ class Reporter:
         text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         text += f"  {self._speed.rate:.0f} images/s"
         if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=step, description=f"epoch {epoch}/{epochs}", metrics=text)
+            self._bar.update(
+                self._task, completed=step, description=f"epoch {epoch}/{epochs}", metrics=printable(text)
+            )
         elif time.monotonic() - self._last_line >= EVERY_SECONDS or step == self._total:
             self._last_line = time.monotonic()
             left = self._speed.seconds_per_step * (self._total - step)
@@ -136,7 +140,7 @@ def _bar(console: Console) -> Progress:
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[metrics]}"),
+        TextColumn("{task.fields[metrics]}", markup=False),
         TimeRemainingColumn(),
         console=console,
     )

@@ -2,6 +2,7 @@
 
 .hydra/config.yaml  overrides.yaml   the config as composed, and the overrides as typed
 resolved_config.yaml                 the same config with every interpolation resolved
+data.json                            classes, and the files or checksums of every split: capsexp.data.manifest
 command.txt   env.json  dirty.patch  the command; versions, commit, machine; uncommitted changes
 status.json                          running | completed | failed | interrupted, step, total, heartbeat, best,
                                      steps_per_epoch, seconds of work, results or error,
@@ -27,11 +28,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
-from capsexp.config.saved import parse_saved
+from capsexp.config.paths import with_absolute_paths
+from capsexp.config.saved import LARGEST_CONFIG, parse_overrides, parse_saved
 from capsexp.config.settings import comparable, differences
+from capsexp.documents import damage
 from capsexp.errors import RunStopped, UserError, exit_code, is_interruption, is_number
 from capsexp.files import own_folder, read_regular, require_own, sweep_unfinished, write_atomic, writing
 from capsexp.locks import Lock, is_locked, locked
@@ -134,7 +136,7 @@ class RunDir:
             saved = parse_saved(read_regular(self.path / "resolved_config.yaml"))
         except (OSError, ValueError):
             return False
-        return comparable(saved) == comparable(config)
+        return _settings(saved) == _settings(config)
 
     @contextlib.contextmanager
     def track_status(self, choices: Mapping[str, str]) -> Iterator[None]:
@@ -177,10 +179,10 @@ class RunDir:
         changes: list[str] = []
         if stored.exists():
             try:
-                saved = parse_saved(read_regular(stored))
+                saved = parse_saved(read_regular(stored, limit=LARGEST_CONFIG))
             except (OSError, ValueError) as error:
-                raise UserError(f"{stored} cannot be read: {error}; choose another run=DIR") from None
-            changes = list(differences(comparable(saved), comparable(config)))
+                raise UserError(f"{stored} cannot be read: {damage(error)}; choose another run=DIR") from None
+            changes = list(differences(_settings(saved), _settings(config)))
         else:
             self._set_aside_leftovers()
         if changes and resume != "force":
@@ -249,10 +251,11 @@ class RunDir:
     def overrides(self) -> list[str]:
         """Return the overrides that the run was started with, without `run=`; empty if unknown."""
         try:
-            stored = yaml.safe_load(read_regular(self.path / ".hydra" / "overrides.yaml", limit=2**20))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError):
+            overrides = parse_overrides(
+                read_regular(self.path / ".hydra" / "overrides.yaml", limit=LARGEST_CONFIG)
+            )
+        except (OSError, ValueError):
             return []
-        overrides = [str(override) for override in stored] if isinstance(stored, list) else []
         return [override for override in overrides if not override.startswith("run=")]
 
     def log_resume(
@@ -293,3 +296,8 @@ class RunDir:
         if self._writes:
             self.require_present()
             write_atomic(self.path / name, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings to compare; earlier versions stored paths as typed."""
+    return comparable(with_absolute_paths(config))

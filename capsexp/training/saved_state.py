@@ -202,9 +202,15 @@ def process_count(saved: Mapping[str, Any]) -> int:
     return 1 + len(saved.get("random_others", ()))
 
 
-def saved_position(saved: Mapping[str, Any]) -> Step:
-    """Return the step of a checkpoint. Older checkpoints do not have the length of their run."""
-    return Step(saved["step"], saved.get("total", saved["step"]))
+def saved_position(saved: Mapping[str, Any], *, recorded: object = None) -> Step:
+    """Return the step of a checkpoint, of its run's total.
+
+    Args:
+        saved: the checkpoint.
+        recorded: the total in the run's status, for older checkpoints, which do not have it.
+    """
+    step, total = saved["step"], saved.get("total", recorded)
+    return Step(step, total if isinstance(total, int) and total >= step else step)
 
 
 def trained_weights(saved: Mapping[str, Any]) -> dict[str, Any]:

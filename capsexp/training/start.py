@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from capsexp.config.components import Components
 from capsexp.data.batches import Batches
 from capsexp.data.seeds import derive_seed
+from capsexp.routing import advance
 from capsexp.schedule import Step
 from capsexp.training import checkpoint
 from capsexp.training.parallel import ProcessGroup
@@ -23,6 +24,7 @@ def start_state(
     settings = components.trainer
     total = settings.total_steps(len(training))
     model = components.device.place(components.new_model())
+    advance(model, Step(0, total))
     optimizer = components.new_optimizer(model.parameters(), lr=components.learning_rate(Step(0, total)))
     if calibrate:
         _calibrate(model, training)

@@ -6,11 +6,11 @@ import types
 from pathlib import Path
 from typing import Any
 
-from capsexp.errors import Preempted, RunStopped
+from capsexp.errors import Preempted, RunStopped, Stopped
 from capsexp.training.parallel import SINGLE, ProcessGroup
 
-# A cluster's scheduler sends a user signal when the time is nearly up.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# A cluster's scheduler sends a user signal when the time is nearly up; SIGHUP is the end of the terminal.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopSignal:
@@ -41,16 +41,19 @@ class StopSignal:
         """
         number, self.number = self.agreed, None
         earlier = self._before.get(number)
-        if callable(earlier) and earlier is not signal.default_int_handler:
-            with _as_preemption():
+        if callable(earlier):
+            # Python's own handler and that of the command line only raise KeyboardInterrupt.
+            with contextlib.suppress(KeyboardInterrupt), _as_preemption():
                 earlier(number, None)
-            return
+                return
         name = signal.Signals(number).name
         line = f"{name}: stopped at step {step}; run the same command with run={path} to resume"
         raise RunStopped(line, exit_code=128 + number)
 
     def __enter__(self) -> "StopSignal":
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup
             self._before[number] = signal.signal(number, self._record)
         return self
 
@@ -60,7 +63,7 @@ class StopSignal:
 
     def _record(self, number: int, frame: types.FrameType | None) -> None:
         if self.number is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise Stopped(number)
         self.number = number
 
 

@@ -12,19 +12,22 @@ from capsexp.capsules import Batch
 from capsexp.config.components import Components
 from capsexp.data.batches import Batches
 from capsexp.routing import advance
+from capsexp.schedule import Step
 from capsexp.training import checkpoint
 from capsexp.training.early_stop import caveats, describe_end
 from capsexp.training.evaluate import evaluate
 from capsexp.training.gradients import accumulate_gradients, gradient_norm
+from capsexp.training.introduction import describe_data, describe_network
 from capsexp.training.non_finite import refuse_non_finite
 from capsexp.training.parallel import SINGLE, ProcessGroup
 from capsexp.training.profiler import profiler
 from capsexp.training.progress import Reporter
 from capsexp.training.reconstructions import log_reconstructions
 from capsexp.training.record import NoRecord, Record, closing
+from capsexp.training.run_data import keep_data, keep_fingerprints
 from capsexp.training.run_dir import RunDir
-from capsexp.training.saved_state import process_count
-from capsexp.training.splits import Splits, read_splits
+from capsexp.training.saved_state import process_count, saved_position
+from capsexp.training.splits import Splits, read_splits, require_same_images
 from capsexp.training.start import resume_state, start_state
 from capsexp.training.state import State, random_state
 from capsexp.training.stop_signal import StopSignal
@@ -50,10 +53,14 @@ def train(
     """
     components.device.prepare()
     torch.manual_seed(components.seed)
+    report = functools.partial(print, flush=True)
+    if processes.is_main:
+        keep_data(run.path, components.dataset, force=config.get("resume") == "force", report=report)
     splits = read_splits(components)
-    saved = processes.broadcast(
-        lambda: checkpoint.load_newest(run.checkpoints, report=functools.partial(print, flush=True))
-    )
+    require_same_images(splits, processes)
+    if processes.is_main:
+        keep_fingerprints(run.path, components.dataset, report=report)
+    saved = processes.broadcast(lambda: checkpoint.load_newest(run.checkpoints, report=report))
     state = start_state(components, splits.training, processes, calibrate=saved is None)
     resume_state(state, saved, components, processes)
 
@@ -116,8 +123,9 @@ class Training:
         if saved is not None and process_count(saved) != size:
             change = f"was {process_count(saved)}, is {size}"
             report(f"number of processes: {change}; the run resumes, but not bit for bit")
-        report(_introduction(self.state, self.splits))
-        for line in [*self.components.dataset.caveats(), *caveats(self.splits.familiar)]:
+        components, splits = self.components, self.splits
+        lines = [*describe_data(components.dataset, splits), describe_network(self.state)]
+        for line in [*lines, *components.caveats(), *caveats(splits.familiar)]:
             report(line)
 
     def fit(self) -> None:
@@ -179,9 +187,10 @@ class Training:
         state, settings, splits = self.state, self.settings, self.splits
         metrics: dict[str, float] = {}
         if splits.validation is not None:
-            metrics |= self._evaluate(splits.validation, "validation")
+            metrics |= self._evaluate(splits.validation, "validation", state.position)
         if splits.familiar is not None:
-            metrics["familiar/accuracy"] = self._evaluate(splits.familiar, "familiar")["familiar/accuracy"]
+            familiar = self._evaluate(splits.familiar, "familiar", state.position)
+            metrics["familiar/accuracy"] = familiar["familiar/accuracy"]
         self.record.log_metrics(state.step, metrics, epoch=epoch)
         if splits.validation is not None:
             state.note_validation(metrics["validation/accuracy"])
@@ -206,11 +215,13 @@ class Training:
         if settings.stop_accuracy is not None:
             self.reporter.print(describe_end(settings, state.stopped, state.total))
         if settings.test != "none":
-            self._restore_tested_weights()
-            results |= self._familiar_accuracy()
+            position = self._restore_tested_weights()
+            results |= self._familiar_accuracy(position)
             split = self.components.dataset.read("test")
+            if self.processes.is_main:
+                keep_fingerprints(self.run.path, self.components.dataset, report=self.reporter.print)
             batches = self.components.batches(split, limit=settings.limit_eval_batches)
-            results |= self._evaluate(batches, "test")
+            results |= self._evaluate(batches, "test", position)
             self.reporter.print(f"test split, {batches.visited} images: {_sentence(results)}")
         self.record.log_metrics(state.step, results, epoch=state.epoch)
         self.run.update_status(
@@ -218,28 +229,31 @@ class Training:
         )
         return results
 
-    def _restore_tested_weights(self) -> None:
-        if self.settings.test == "best" and self.state.chosen_step is not None:
-            path = self.run.checkpoints / "best.pt"
-            self.state.restore_weights(self.processes.broadcast(lambda: checkpoint.load(path)))
+    def _restore_tested_weights(self) -> Step:
+        """Restore the weights to test; return the step at which validation chose them, for the schedules."""
+        if self.settings.test != "best" or self.state.chosen_step is None:
+            return self.state.position
+        path = self.run.checkpoints / "best.pt"
+        saved = self.processes.broadcast(lambda: checkpoint.load(path))
+        self.state.restore_weights(saved)
+        return saved_position(saved)
 
-    def _familiar_accuracy(self) -> dict[str, float]:
+    def _familiar_accuracy(self, position: Step) -> dict[str, float]:
         if self.splits.familiar is None:
             return {}
         if self.state.stopped is not None:  # measured with these weights
             return {"familiar/accuracy": self.state.stopped["accuracy"]}
-        metrics = self._evaluate(self.splits.familiar, "familiar")
+        metrics = self._evaluate(self.splits.familiar, "familiar", position)
         return {"familiar/accuracy": metrics["familiar/accuracy"]}
 
-    def _evaluate(self, batches: Batches, split: str) -> dict[str, float]:
-        """Return the metrics of a split, with its name as a prefix."""
-        step = self.state.position
-        advance(self.evaluated_model, step)
+    def _evaluate(self, batches: Batches, split: str, position: Step) -> dict[str, float]:
+        """Return the metrics of a split, with its name as a prefix, with every schedule at a position."""
+        advance(self.evaluated_model, position)
         metrics = evaluate(
             self.evaluated_model,
             batches,
             self.components.loss,
-            step,
+            position,
             precision=self.settings.precision,
             processes=self.processes,
             at_batch=self._stop_if_asked,
@@ -250,6 +264,7 @@ class Training:
         # Not the compiled network: another batch size would compile it once more.
         model = self.state.model if self.state.average is None else self.state.average.module
         if self.splits.validation is not None:
+            advance(model, self.state.position)
             log_reconstructions(self.record, model, self.splits.validation, self.state.step)
 
     def _save(self) -> None:
@@ -282,14 +297,6 @@ def _training_batches(batches: Batches, epoch: int, start: int, overfit: bool) -
     if not overfit:
         return batches.training(epoch, start=start)
     return (batch for number, batch in enumerate(batches.in_order()) if number >= start)
-
-
-def _introduction(state: State, splits: Splits) -> str:
-    parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    validation = 0 if splits.validation is None else splits.validation.count
-    images = f"{splits.training.count} training and {validation} validation images"
-    start = f"resuming at step {state.step} of {state.total}" if state.step else f"{state.total} steps"
-    return f"{type(state.model).__name__} with {parameters:,} parameters; {images}; {start}"
 
 
 def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:

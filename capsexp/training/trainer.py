@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 
-from capsexp.errors import require_at_least_1
+from capsexp.errors import refuse, require_at_least_1, require_in, require_positive
 
 ROUNDING = 1e-6
 """Largest rounding error of a mean of float32 accuracies."""
@@ -55,14 +55,11 @@ class Trainer:
             save_every=save_every,
             keep_every=keep_every,
         )
-        if grad_clip is not None and grad_clip <= 0:
-            raise ValueError(f"grad_clip must be > 0, got {grad_clip}")
-        if ema_decay is not None and not 0 < ema_decay < 1:
-            raise ValueError(f"ema_decay must be in (0, 1), got {ema_decay}")
-        if stop_accuracy is not None and not 0 < stop_accuracy <= 1:
-            raise ValueError(f"stop_accuracy must be in (0, 1], got {stop_accuracy}")
-        if accumulate > batch_size:
-            raise ValueError(f"accumulate must be <= batch_size ({batch_size}), got {accumulate}")
+        require_positive(grad_clip=grad_clip)
+        require_in("(0, 1)", ema_decay=ema_decay)
+        require_in("(0, 1]", stop_accuracy=stop_accuracy)
+        if accumulate > batch_size >= 1:
+            refuse(f"accumulate must be <= batch_size ({batch_size}), got {accumulate}")
         self.max_epochs, self.max_steps, self.batch_size = max_epochs, max_steps, batch_size
         self.accumulate, self.grad_clip, self.ema_decay = accumulate, grad_clip, ema_decay
         self.precision = torch.bfloat16 if precision == "bfloat16" else torch.float32

@@ -11,7 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from capsexp.analysis.trained_run import TrainedRun
-from capsexp.cli import main as cli
+from capsexp.cli import entry as cli
 from capsexp.errors import UserError
 
 OF_OTHER_DATA = {"viewpoints"}  # tested with a synthetic dataset

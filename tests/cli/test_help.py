@@ -4,8 +4,9 @@ import re
 import sys
 
 import pytest
+from fork_server import NO_FORK
 
-from capsexp.cli import main as cli
+from capsexp.cli import entry as cli
 
 
 def test_without_a_command_and_with_help_the_commands_are_listed(capsexp):
@@ -51,7 +52,7 @@ def test_the_help_lists_studies_and_datasets(capsexp):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["eval", "--help"], ["bench", "-h"]])
 def test_help_needs_neither_torch_nor_hydra(arguments, tmp_path, shell):
-    code = "import sys; from capsexp.cli.main import main; main(); print({'torch', 'hydra'} & {*sys.modules})"
+    code = "import sys; from capsexp.cli import main; main(); print({'torch', 'hydra'} & {*sys.modules})"
     done = shell(*arguments, cwd=tmp_path, start=(sys.executable, "-c", code))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("\nset()\n")
@@ -64,7 +65,7 @@ def test_hydras_own_help(capsexp, no_runs):
 
 
 def test_cfg_shows_the_config_without_torch_and_without_a_run(tmp_path, shell):
-    code = "import sys; from capsexp.cli.main import main; code = main()\n"
+    code = "import sys; from capsexp.cli import main; code = main()\n"
     code += "print(code, 'torch' in sys.modules, file=sys.stderr)"
     start = (sys.executable, "-c", code)
     done = shell("train", "--cfg", "job", "routing.iterations=5", cwd=tmp_path, start=start)
@@ -76,7 +77,7 @@ def test_cfg_shows_the_config_without_torch_and_without_a_run(tmp_path, shell):
 
 def test_the_script_and_the_module_are_the_same_command(script, tmp_path, shell):
     show = ("train", "--cfg", "job", "-p", "loss", "loss.present=0.8")
-    module = shell(*show, cwd=tmp_path)
+    module = shell(*show, cwd=tmp_path, **{NO_FORK: "1"})
     assert (module.returncode, module.stderr) == (0, "")
     assert module.stdout.splitlines()[:3] == [
         "# @package loss",

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from capsexp.cli import main as cli
+from capsexp.cli import entry as cli
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,10 @@ from capsexp.cli import main as cli
             ["resume: must be 'auto' or 'force', got 'yes'", "seed: must be an integer >= 0, got -1"],
         ),
         (["train", "dataset=image_folder"], ["dataset.path has no value yet: set dataset.path=…"]),
+        (
+            ["train", "-cp", "own"],
+            ["--config-path is switched off: -cd DIR adds a folder of your own configs"],
+        ),
         (
             ["train", "--experimental-rerun", "x.pickle"],
             ["--experimental-rerun is switched off: it loads a pickle; use run=DIR"],

@@ -9,7 +9,7 @@ import sys
 import matplotlib.image
 import pytest
 
-from capsexp.cli import main as cli
+from capsexp.cli import entry as cli
 from capsexp.compare import selection
 
 
@@ -225,7 +225,7 @@ def test_ctrl_c_ends_without_a_traceback(sweep, capsexp, monkeypatch):
     assert capsexp("compare") == (130, "", "")
 
 
-def start(*arguments, cwd, code="import sys; from capsexp.cli.main import main; sys.exit(main())", **options):
+def start(*arguments, cwd, code="import sys; from capsexp.cli import main; sys.exit(main())", **options):
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, stderr=subprocess.PIPE, text=True, check=False, **options)
 
@@ -248,10 +248,7 @@ def test_two_hundred_runs_are_compared_without_torch(write_run, tiny_config, tmp
         loss = [{"step": step, "epoch": 1, "train/loss": 1 / step, "x": "y" * 500} for step in range(1, 101)]
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in loss))
     arguments = ("compare", "--json", "--show", "train/loss", "--group-by", "seed")
-    code = (
-        "import sys; from capsexp.cli.main import main; "
-        "print(main(), 'torch' in sys.modules, file=sys.stderr)"
-    )
+    code = "import sys; from capsexp.cli import main; print(main(), 'torch' in sys.modules, file=sys.stderr)"
     done = start(*arguments, cwd=tmp_path, code=code, stdout=subprocess.PIPE)
     assert done.stderr == "0 False\n"
     rows = json.loads(done.stdout)

@@ -1,10 +1,13 @@
 import math
+import time
 
 import numpy as np
 import pytest
 
-from capsexp.compare.comparison import Spread, beside_paper, compare, row_label, spread
-from capsexp.compare.runs import find_all, read_all
+from capsexp.compare.comparison import beside_paper, compare, row_label
+from capsexp.compare.find import find_all
+from capsexp.compare.means import Spread, spread
+from capsexp.compare.runs import read_all
 from capsexp.errors import Notes
 
 VALIDATION, TEST = "validation/best_accuracy", "test/accuracy"
@@ -54,9 +57,10 @@ def test_means_over_seeds_match_numpy(sweep, notes):
     assert found.grouped_by == ("seed",)
     assert column(found, "routing.iterations") == [3, 1]
     for row in found.rows:
+        finished = [run for run in row.runs if run.status == "finished"]
         for name, values in (
-            (VALIDATION, [run.best for run in row.runs]),
-            (TEST, [run.test for run in row.runs]),
+            (VALIDATION, [run.best for run in finished]),
+            (TEST, [run.test for run in finished]),
         ):
             present = np.array([value for value in values if value is not None])
             cell = row.cells[name]
@@ -72,8 +76,67 @@ def test_means_over_seeds_match_numpy(sweep, notes):
 def test_averaging_over_all_differing_settings_leaves_one_row(sweep, notes):
     for over in (["seed", "iterations"], ["seed", "routing"]):
         (row,) = compare(sweep, notes, group_by=over).rows
-        assert row.cells[VALIDATION].n == 6
+        assert row.cells[VALIDATION].n == 5  # the sixth has failed
         assert row_label(row, compare(sweep, notes, group_by=over).columns) == ""
+
+
+@pytest.mark.parametrize("status", ["failed", "interrupted", "running", "died", "strange"])
+@pytest.mark.parametrize("over", ["seed", "routing"])
+def test_only_finished_runs_enter_a_mean(status, over, write_run, notes, tmp_path):
+    fields = {"status": "running", "host": "elsewhere"} if status == "died" else {"status": status}
+    fields |= {"host": "elsewhere", "heartbeat": time.time()} if status == "running" else {}
+    for number in range(3):
+        write_run(f"{number}", {"seed": number, "routing.iterations": 1}, validation=[0.9])
+    write_run("other", {"seed": 0, "routing.iterations": 2}, validation=[0.1], test=0.1, **fields)
+    found = compare(read_all(find_all([tmp_path], notes), notes), notes, group_by=["seed", over])
+    cells = [row.cells for row in found.rows]
+    assert [cell.mean for row in cells for cell in [row.get(VALIDATION)] if cell] == [0.9]
+    assert sum(row[VALIDATION].n for row in cells if VALIDATION in row) == 3
+    assert not any(TEST in row for row in cells)
+    shown = {"strange": "unknown"}.get(status, status)
+    assert sum(f"1 {shown}" in row["status"] for row in cells) == 1
+    assert all(run.status == "finished" for row in found.rows for run in row.counted)
+
+
+@pytest.mark.parametrize("damage", ["{{{ no yaml", None, "[1]", "", "x: &x [*x]"])
+def test_each_run_without_known_settings_has_its_own_row(damage, write_run, notes, tmp_path):
+    for name in ("0", "1", "unknown", "lost"):
+        path = write_run(name, {"seed": int(name) if name.isdigit() else 0}, validation=[0.5])
+        if not name.isdigit() and damage is None:
+            (path / "resolved_config.yaml").unlink()
+        elif not name.isdigit():
+            (path / "resolved_config.yaml").write_text(damage)
+    found = compare(read_all(find_all([tmp_path], notes), notes), notes, group_by=["seed"])
+    assert sorted(len(row.runs) for row in found.rows) == [1, 1, 2]
+    assert {row.cells.get("settings") for row in found.rows} == {None, "unknown: unknown", "unknown: lost"}
+    assert "settings" in [column.title for column in found.columns]
+
+
+@pytest.mark.parametrize("version", ["0.0.1", None])
+def test_runs_that_lack_a_setting_are_averaged_apart(version, write_run, notes, tmp_path):
+    versions = {} if version is None else {"version": version}
+    for seed in range(2):
+        write_run(f"new{seed}", {"seed": seed, "loss.scale": 1.0}, validation=[0.9])
+        write_run(f"old{seed}", {"seed": seed}, validation=[0.1], **versions)
+    found = compare(read_all(find_all([tmp_path], notes), notes), notes, group_by=["seed"])
+    assert sorted(cell.mean for cell in column(found, VALIDATION)) == [0.1, 0.9]
+    if version:  # an earlier version may not know the setting: it makes no column of its own
+        assert {*column(found, "settings")} == {None, "without loss.scale"}
+
+
+def test_a_repeated_seed_counts_once_and_the_newest_finished_run_counts(write_run, notes, tmp_path):
+    write_run("old", {"seed": 0}, validation=[0.1], started=1.0)
+    write_run("new", {"seed": 0}, validation=[0.5], started=3.0)
+    write_run("failed", {"seed": 0}, validation=[0.2], started=4.0, status="failed")
+    write_run("other", {"seed": 1}, validation=[0.7], started=2.0)
+    (row,) = compare(read_all(find_all([tmp_path], notes), notes), notes, group_by=["seed"]).rows
+    assert (row.cells[VALIDATION].mean, row.cells[VALIDATION].n) == (0.6, 2)
+    assert row.cells["status"] == "3 finished, 1 failed"
+    assert len(row.runs) == 4
+    assert [run.path.name for run in row.counted] == ["new", "other"]
+    (line,) = notes.warnings
+    assert line.startswith("of runs with equal seed only the newest finished one enters a mean; left out: ")
+    assert line.endswith(f": {tmp_path}/old")
 
 
 def test_runs_with_other_differences_are_not_averaged(sweep, write_run, notes, tmp_path):
@@ -82,7 +145,9 @@ def test_runs_with_other_differences_are_not_averaged(sweep, write_run, notes, t
     assert sorted(len(row.runs) for row in compare(runs, notes, group_by=["seed"]).rows) == [1, 3, 3]
 
 
-@pytest.mark.parametrize("values", [[1.0, 2.0, 4.0], [1e200, -1e200], [1.0, math.inf], [math.inf, -math.inf]])
+@pytest.mark.parametrize(
+    "values", [[1.0, 2.0, 4.0], [1e200, -1e200], [1.0, math.inf], [math.inf, -math.inf], [1e308, 1e308]]
+)
 def test_spread_matches_numpy(values):
     with np.errstate(all="ignore"):
         expected = np.mean(values), np.std(values, ddof=1)
@@ -96,7 +161,7 @@ def test_last_values_of_tags_become_columns(sweep, notes):
     assert titles[-4:] == ["train/loss", "validation/accuracy", "status", "run"]
     assert column(found, "train/loss") == [1 / 3] * 6
     assert column(compare(sweep, notes, show=["train/loss"], group_by=["seed"]), "train/loss")[0] == Spread(
-        1 / 3, 0.0, 3
+        1 / 3, 0.0, 2
     )
     assert notes == Notes()
 
@@ -207,7 +272,7 @@ def table(write_run, tmp_path, notes):
 
 
 def test_our_errors_are_shown_beside_the_papers_in_the_same_unit_and_order(table, notes):
-    found = beside_paper(table, recipes=["worse", "better", "control"])
+    found = beside_paper(table, notes, recipes=["worse", "better", "control"])
     titles = [column.title for column in found.columns]
     assert titles == [
         *("recipe", "test error, %", "paper, %", "steps", "of", "epochs", "time", "status", "run")
@@ -226,7 +291,7 @@ def test_settings_that_differ_within_a_recipe_get_their_own_rows(table, write_ru
     more = {"routing.iterations": 6, "paper": PAPER, "loss.present": 0.8}
     write_run("better-longer", more, choices={"experiment": "better"}, test=0.99)
     runs = read_all(find_all([tmp_path], notes), notes)
-    found = beside_paper(runs, recipes=["worse", "better", "control"])
+    found = beside_paper(runs, notes, recipes=["worse", "better", "control"])
     assert [(row.cells["experiment"], row.cells.get("loss.present")) for row in found.rows] == [
         *(("worse", None), ("better", None), ("better", 0.8), ("control", None))
     ]

@@ -238,7 +238,7 @@ def test_no_module_outside_the_allowed_packages_is_imported(mischief, marker):
     "target",
     [
         "capsexp.data.download.fetch",
-        "capsexp.cli.main.os.system",
+        "capsexp.cli.entry.os.system",
         "capsexp.training.record.Record",
         "capsexp.training.checkpoint.load",
         "capsexp.training.run_dir.RunDir",
@@ -261,7 +261,7 @@ def test_the_rest_of_capsexp_may_not_be_built(target):
     [
         "capsexp.schedule.as_schedule",
         "capsexp.training.device.tune_allocator",
-        "capsexp.dataset.image_folder.decode",
+        "capsexp.dataset.image_folder.find_images",
         "capsexp.loss.margin.margin_loss",
         "torch.nn.functional.relu",
         "torch.nn.init.zeros_",

@@ -1,9 +1,13 @@
-import jaxtyping
 import pytest
 import torch
 from torch.nn import functional as F
 
+from capsexp.data.affine import apply_affine
+from capsexp.data.batches import Batches
+from capsexp.data.image_ops import resized
+from capsexp.data.pairs import OverlaidPairs
 from capsexp.data.preprocess import Preprocess
+from capsexp.data.split import Split
 
 EVERYTHING = {
     "resize": None,
@@ -359,17 +363,36 @@ def test_13_crops_without_room_for_them_are_refused(crop):
         Preprocess.identity(crop=crop, test_crops=13).output_shape((1, 13, 14))
 
 
-def test_float_images_are_refused_in_production(monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    floats, preprocess = random_images().float() / 255, Preprocess.identity()
-    message = r"images must be uint8, got float32; convert floats in \[0, 1\] with as_uint8_images"
+PAIRS = {"shift": 1, "margin": 1, "partners": 1, "pair_seed": 0}
+OPTIONS = {
+    "batch_size": 2,
+    "seed": 0,
+    "device": "cpu",
+    "memory_format": torch.contiguous_format,
+    "limit": None,
+}
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool], ids=str
+)
+def test_images_that_are_not_bytes_are_refused_in_production(dtype, no_type_checks):
+    images = (random_images().float() / 255).to(dtype)
+    preprocess, labels = Preprocess.identity(), torch.arange(len(images))
+    name = str(dtype).removeprefix("torch.")
+    message = rf"images must be uint8, got {name}; convert floats in \[0, 1\] with as_uint8_images"
     for apply in (
         preprocess.test,
         preprocess.test_views,
         lambda images: preprocess.train(images, generator()),
+        Preprocess.identity(resize=8).resize_all,
+        lambda images: resized(images, (8, 8)),
+        lambda images: Batches(Split(images, labels), preprocess, **OPTIONS),
+        lambda images: OverlaidPairs(Split(images, labels), preprocess, **PAIRS, **OPTIONS),
+        lambda images: apply_affine(images, torch.eye(2, dtype=torch.float64).expand(len(images), 2, 2)),
     ):
         with pytest.raises(ValueError, match=message):
-            apply(floats)
+            apply(images)
 
 
 @pytest.mark.gpu

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from capsexp.capsules import Output
-from capsexp.ops.penalty import checked_decay, weight_decay_term
+from capsexp.loss.cross_entropy import CrossEntropy
+from capsexp.ops.penalty import weight_decay_term
 
 
 def output_of(*weights):
@@ -39,4 +40,4 @@ def test_a_network_that_names_no_weights_is_refused():
 @pytest.mark.parametrize("weight", [-1.0, math.inf, math.nan])
 def test_a_weight_that_is_none_is_refused(weight):
     with pytest.raises(ValueError, match=f"weight_decay must be >= 0, got {weight}"):
-        checked_decay(weight)
+        CrossEntropy(weight_decay=weight, reconstruction_weight=0)

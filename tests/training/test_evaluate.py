@@ -3,16 +3,22 @@ import torch
 from torch import nn
 
 from capsexp.analysis.evaluate_run import evaluate_run
-from capsexp.analysis.trained_run import load_model
+from capsexp.analysis.trained_run import TrainedRun, load_model
 from capsexp.capsules import Output
+from capsexp.config.build import build_components
+from capsexp.config.compose import compose, to_plain
 from capsexp.data.batches import Batches
 from capsexp.data.preprocess import Preprocess
 from capsexp.data.split import Split
 from capsexp.dataset.digits import Digits
 from capsexp.errors import UserError
 from capsexp.schedule import Step
+from capsexp.training import checkpoint
 from capsexp.training.evaluate import evaluate, inference
 from capsexp.training.metrics import autocast, pool_crops
+from capsexp.training.run_dir import RunDir
+from capsexp.training.state import State
+from capsexp.training.train import train
 
 
 def test_metrics_are_means_over_images_for_any_batch_size(tiny_components):
@@ -122,6 +128,69 @@ def test_eval_repeats_the_runs_own_test_metrics(tmp_path, train_tiny, tiny_compo
     values = evaluate_run(tiny_components(), settings)
     assert values["accuracy"] == results["test/accuracy"]
     assert values["margin"] == results["test/margin"]
+
+
+EM = (
+    "model=em_routing",
+    "model.conv_types=[3,4]",
+    "routing.iterations=2",
+    "routing.inverse_temperature_ramp={_target_: capsexp.schedule.Linear, start: 1, end: 3000, steps: 1.0}",
+)
+
+
+@pytest.fixture
+def em_run(tmp_path, tiny_overrides, monkeypatch):
+    """A run whose lambda and margin change at every step, and whose first validation is the best."""
+    first = State.note_validation
+    monkeypatch.setattr(State, "note_validation", lambda s, value: s.best_step or first(s, value))
+    shared = [text for text in tiny_overrides if not text.startswith("model.decoder")]
+
+    def train_run(*overrides):
+        settings = to_plain(compose("train", [*shared, *EM, *overrides], config_dir=None))
+        components, directory = build_components(settings, plugins=[]), RunDir(tmp_path / "run")
+        with directory.locked(), directory.track_status({}):
+            return components, train(components, directory, settings)
+
+    return train_run
+
+
+@pytest.mark.parametrize("overrides", [(), ("trainer.ema_decay=0.5",), ("trainer.test=last",)], ids=str)
+def test_the_final_test_has_the_schedules_of_the_weights_that_it_tests(overrides, tmp_path, em_run):
+    components, results = em_run(*overrides)
+    weights = components.trainer.test
+    run = TrainedRun.restore(components, tmp_path / "run", weights=weights)
+    assert run.step == Step(5 if weights == "best" else 15, 15)
+    alone = run.evaluate()
+    assert alone.keys() == {name.removeprefix("test/") for name in results if name.startswith("test/")}
+    for name, value in alone.items():
+        assert value == results[f"test/{name}"], name
+
+
+@pytest.mark.parametrize("overrides", [(), ("trainer.ema_decay=0.5",)], ids=str)
+def test_schedules_of_loaded_weights_are_at_their_own_step(overrides, tmp_path, em_run):
+    components, _ = em_run(*overrides, "trainer.keep_every=2", "trainer.test=none")
+    loss = components.loss
+    for weights, number in {"2": 2, "8": 8, "best": 5, "last": 15}.items():
+        run = TrainedRun.restore(components, tmp_path / "run", weights=weights)
+        assert run.step == Step(number, 15)
+        for name in ("conv_caps_1", "conv_caps_2", "class_caps"):
+            ramp = getattr(run.model, name).routing.ramp.item()
+            assert ramp == pytest.approx(1 + 2999 * number / 15)
+        assert loss.scheduled(run.step)["margin"] == pytest.approx(0.2 + 0.7 * number / 15)
+
+
+def test_an_older_checkpoint_takes_the_length_of_its_run_from_the_status(
+    tmp_path, train_tiny, tiny_components
+):
+    train_tiny(tmp_path, "trainer.max_steps=4", "trainer.test=none")
+    path = (tmp_path / "checkpoints" / "step-00000002.pt").resolve()
+    saved = checkpoint.load(path)
+    del saved["total"]
+    checkpoint.save(path.parent, saved, step=2)
+    assert load_model(tiny_components(), tmp_path, weights="2")[1] == Step(2, 4)
+    for damaged in ("{}", '{"total": "many"}', '{"total": 1}'):
+        (tmp_path / "status.json").write_text(damaged)
+        assert load_model(tiny_components(), tmp_path, weights="2")[1] == Step(2, 2)
 
 
 def test_caveats_are_printed_above_the_metrics(tmp_path, train_tiny, tiny_components, monkeypatch, capsys):

@@ -19,7 +19,8 @@ class Results:
         images: their number.
         clean: `accuracy`; `known`: whether the scale is; `in_other_units`: of an epsilon of 1.
         gradients: by objective, statistics of its gradients at the clean images.
-        untargeted: accuracy by attack, in rows of epsilons; `worst` is that under all of them.
+        untargeted: accuracy by attack, in rows of epsilons; `worst` is that under all of them, and under
+            nothing else: neither targeted attacks nor examples made on another network.
         targeted: share of images classified as the target by attack, in rows of epsilons.
         wrong_classes: the same for wrong targets only.
         transfer: accuracy by "ATTACK on NETWORK", in rows of epsilons.
@@ -72,10 +73,10 @@ class Results:
         attacks: Sequence[str],
         batch: Batch,
         radii: Radii,
-        broken: SmallestBreakingRadius,
         classes: int,
     ) -> None:
         """Attack the images toward each class."""
+        broken = SmallestBreakingRadius(batch.labels)  # not that of the untargeted attacks
         for target in range(classes):
             targets = torch.full_like(batch.labels, target)
             gradient = attacker.input_gradient(batch, targets)
@@ -92,21 +93,19 @@ class Results:
         attacks: Sequence[str],
         batch: Batch,
         radii: Radii,
-        broken: SmallestBreakingRadius,
     ) -> None:
         """Attack the source's network by FGSM or BIM, and classify the examples by both networks."""
         gradient = source.input_gradient(batch)
         for attack in attacks:
             on_run, on_source = [], []
-            for epsilon, ball in zip(*radii, strict=True):
+            for ball in radii.balls:
                 images = source.examples(attack, batch, None, ball, gradient)
                 predictions: Int[Tensor, " B"] = classify(attacker.model, images)
-                broken.update(epsilon, predictions)
                 on_run.append(predictions == batch.labels)
                 on_source.append(classify(source.model, images) == batch.labels)
             self.transfer.add(f"{attack} on run", torch.stack(on_run))
             self.transfer.add(f"{attack} on source", torch.stack(on_source))
 
     def add_worst(self, broken: SmallestBreakingRadius, epsilons: Sequence[int | float]) -> None:
-        """Add the images that no attack of a radius or a smaller one has broken."""
+        """Add the images that no untargeted attack of a radius or a smaller one has broken."""
         self.untargeted.add("worst", broken.robust_at(epsilons))

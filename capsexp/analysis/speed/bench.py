@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from capsexp.analysis.speed.measure import Variant, changed, in_process, is_routed
 from capsexp.config.build import build_components
 from capsexp.config.components import Components
 from capsexp.layer.routed import RoutedLayer
+from capsexp.terminal import Table, new_console
 from capsexp.training.device import has_tunable_allocator
 
 NETWORK = "routing"
@@ -29,7 +29,7 @@ def bench(config: dict[str, Any], *, plugins: Sequence[str], compiled: bool = Fa
     """
     components = build_components(config, plugins=plugins)
     model = components.new_model()
-    console = Console(soft_wrap=True)
+    console = new_console(soft_wrap=True)
     _print_setup(console, components, model)
     steps = Table(
         "allocator", "network", "training images/s", "inference images/s", "peak memory, MiB", "data share"

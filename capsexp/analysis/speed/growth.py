@@ -1,16 +1,15 @@
 """`capsexp bench growth=FILE`: how time and memory of a step grow, fused and reference, as a figure."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from capsexp.analysis.speed.bench import NETWORK, processor, variants_of
 from capsexp.analysis.speed.measure import changed, in_process
 from capsexp.errors import UserError
-from capsexp.files import require_figure_file
+from capsexp.files import require_figure_file, write_output
+from capsexp.terminal import Table, new_console
 
 BATCHES = (8, 16, 32, 64, 128)
 ITERATIONS = (1, 2, 3, 4, 5)
@@ -38,7 +37,7 @@ def growth(config: Config, file: Path, *, plugins: Sequence[str]) -> None:
     if len(names) < 2:
         raise UserError("growth: this routing has one implementation only, so there is nothing to compare")
     require_figure_file(file, option="growth")
-    console = Console(soft_wrap=True)
+    console = new_console(soft_wrap=True)
     table = Table("axis", "value", *(f"{name}, {unit}" for name in names for unit in ("s/step", "MiB")))
     measured: dict[str, list[tuple[int | float, Measurements]]] = {}
     for axis, points in axes(config).items():
@@ -106,7 +105,9 @@ def draw(
     plots[0][0].set_ylabel("seconds per training step")
     plots[1][0].set_ylabel("peak memory, MiB")
     plots[0][0].legend()
-    figure.savefig(file, dpi=110)
+    content = io.BytesIO()
+    figure.savefig(content, format=file.suffix.removeprefix("."), dpi=110)
+    write_output(file, content.getvalue())
 
 
 def _with_side(config: Config, key: str, size: int) -> Config:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from capsexp.capsules import Capsules
+from capsexp.child import python_command
 from capsexp.config.build import build_components
 from capsexp.config.components import Components
 from capsexp.config.settings import with_setting
@@ -25,12 +26,14 @@ from capsexp.errors import UserError
 from capsexp.schedule import Step
 from capsexp.training.evaluate import inference
 from capsexp.training.gradients import accumulate_gradients, gradient_norm
-from capsexp.training.memory import peak_resident
+from capsexp.training.memory import is_out_of_memory, peak_resident
 from capsexp.training.metrics import autocast
 
 WARM_UP, REPEATS = 2, 9
 MEMORY_STEPS = 3
 STEP = Step(0, 1)
+OUT_OF_MEMORY = "out of memory"
+"""Key under which a process returns the allocator's message."""
 
 
 class Variant(NamedTuple):
@@ -64,11 +67,28 @@ def in_process(kind: str, variants: Mapping[str, Variant], *, plugins: Sequence[
         "variants": {name: tuple(variant) for name, variant in variants.items()},
         "plugins": list(plugins),
     }
-    command = [sys.executable, "-m", "capsexp.analysis.speed.measure"]
-    child = subprocess.run(command, input=json.dumps(task), stdout=subprocess.PIPE, text=True)
+    command = python_command("from capsexp.analysis.speed.measure import answer; answer()")
+    # In its own session: Ctrl-C ends it only through this process.
+    child = subprocess.run(
+        command, input=json.dumps(task), stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     if child.returncode != 0:
         raise UserError(f"a measurement failed with code {child.returncode}")
-    return dict(json.loads(child.stdout.splitlines()[-1]))
+    result = dict(json.loads(child.stdout.splitlines()[-1]))
+    if OUT_OF_MEMORY in result:
+        raise MemoryError(result[OUT_OF_MEMORY])
+    return result
+
+
+def answer() -> None:
+    """Do the task that stdin holds, and print the result: the work of the new process."""
+    try:
+        result = measure(json.load(sys.stdin))
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        result = {OUT_OF_MEMORY: str(error)}
+    print(json.dumps(result))
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
@@ -243,7 +263,3 @@ def _fetch(batches: Batches) -> Callable[[], object]:
 def _resident() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure(json.load(sys.stdin))))

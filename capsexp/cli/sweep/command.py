@@ -9,12 +9,14 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
 from capsexp.cli.jobs import call_hydra, training_job, typed_command
+from capsexp.cli.sweep.directories import is_chosen, require_directories
 from capsexp.cli.sweep.folder import Sweep
-from capsexp.cli.sweep.tables import check_sweep, expand_tables
+from capsexp.cli.sweep.tables import check_sweep, expand_tables, require_data, searches
 from capsexp.cli.torchrun import is_distributed
 from capsexp.config.naming import sweep_name
-from capsexp.config.overrides import quoted, value
+from capsexp.config.overrides import FAILURES, one_line, value
 from capsexp.config.sweeps import constants_and_swept, with_constants_swept
+from capsexp.config.typed_paths import expanded, quoted
 from capsexp.errors import JobFailed, UserError
 
 
@@ -36,24 +38,29 @@ def sweep(options: Namespace, flags: Sequence[str], overrides: Sequence[str]) ->
         raise UserError("a sweep starts its own processes: run it without torchrun")
     name, config_dir = options.config_name or "train", options.config_dir
     expanded, rows = expand_tables(overrides, config_dir=config_dir)
-    composed, components = check_sweep(name, expanded, rows=rows, config_dir=config_dir)
+    checked = check_sweep(name, expanded, rows=rows, config_dir=config_dir)
+    composed = checked[0][0]
     if composed.run is not None:
         raise UserError("run: a sweep names the directories of its runs; use hydra.sweep.dir=DIR instead")
-    components.dataset.require_files()
+    require_data(checked, name, expanded, config_dir=config_dir)
     arguments = with_constants_swept(expanded, config_dir=config_dir)
+    if is_chosen(composed) and not searches(composed):
+        require_directories(name, arguments, config_dir=config_dir)
     return _run(_folder(composed, overrides), [*flags, *arguments, "hydra.output_subdir=null"])
 
 
 def _folder(composed: DictConfig, overrides: Sequence[str]) -> Path:
     """Return the folder of a sweep: the user's choice, or one that depends only on the command."""
+    if not composed.hydra.sweep.dir:
+        raise UserError("hydra.sweep.dir must be a folder, or auto")
     if composed.hydra.sweep.dir != "auto":
-        return Path(composed.hydra.sweep.dir)
+        return Path(expanded(composed.hydra.sweep.dir))
     constants, swept = constants_and_swept(overrides)
     choices = dict(composed.hydra.runtime.choices)
     experiment = value(overrides, "experiment")
     if isinstance(experiment, str):  # as typed: the name of a table, and not of its first row
         choices["experiment"] = experiment
-    return Path(composed.output_root) / "sweeps" / sweep_name(choices, constants, swept)
+    return Path(expanded(composed.output_root)) / "sweeps" / sweep_name(choices, constants, swept)
 
 
 def _run(path: Path, arguments: Sequence[str]) -> int:
@@ -67,6 +74,8 @@ def _run(path: Path, arguments: Sequence[str]) -> int:
         except InstantiationException as error:  # wrong settings of a launcher or sweeper
             key = str(error).rpartition("full_key: ")[2]
             raise UserError(f"{key}: {error.__cause__ or error}") from None
+        except FAILURES as error:
+            raise UserError(one_line(error)) from None
         except ValueError as error:
             if "No trials are completed" not in str(error):
                 raise

@@ -15,17 +15,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Column
 from rich.text import Text
 
 from capsexp.compare.comparison import beside_paper
+from capsexp.compare.layout import STATUS_COLOURS
 from capsexp.compare.runs import read_all, read_status
-from capsexp.compare.tables import STATUS_COLOURS, as_csv, markdown, print_comparison
+from capsexp.compare.tables import as_csv, markdown, print_comparison
 from capsexp.config.naming import affects_results, job_name
+from capsexp.documents import read_json
 from capsexp.errors import Notes
-from capsexp.files import read_regular, require_own, sweep_unfinished, write_atomic
+from capsexp.files import require_own, sweep_unfinished, write_atomic
 from capsexp.locks import locked
+from capsexp.terminal import Table, as_markup, new_console
+from capsexp.text import printable, printable_lines
 from capsexp.training.run_dir import RunDir
 
 SHOWN_FIRST = ("running", "failed", "died")
@@ -54,7 +57,7 @@ class Sweep:
         self.command = ""
         self._overrides: dict[str, list[str]] = {}  # by job name
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            content = json.loads(read_regular(path / "sweep.json"))
+            content = read_json(path / "sweep.json")
             self.command = str(content["command"])
             self._overrides = {name: [*map(str, job["overrides"])] for name, job in content["jobs"].items()}
 
@@ -77,20 +80,22 @@ class Sweep:
             sweep_unfinished(self.path)
             yield
 
-    def add(self, overrides: Sequence[str]) -> RunDir:
-        """Add a job to the sweep. Return its run directory."""
-        name = job_name(overrides)
+    def add(self, overrides: Sequence[str], *, name: str | None = None) -> RunDir:
+        """Add a job to the sweep. Return its run directory, which is named after its settings or as given."""
+        name = name or job_name(overrides)
         self._overrides.setdefault(name, list(overrides))
         return RunDir(self.path / name)
 
     def jobs(self) -> list[Job]:
         """Return all jobs in the order of adding, then the runs that another launcher left in the folder."""
-        started = sorted(status.parent for status in self.path.glob("*/status.json"))
         overrides = dict(self._overrides)
-        for path in started:
-            overrides.setdefault(path.name, RunDir(path).overrides())
-        statuses = {path.name: read_status(path, Notes()) for path in started}
-        return [Job(name, job_overrides, statuses.get(name, {})) for name, job_overrides in overrides.items()]
+        for status in sorted(self.path.glob("*/status.json")):
+            overrides.setdefault(status.parent.name, RunDir(status.parent).overrides())
+        return [Job(name, items, self._status(name)) for name, items in overrides.items()]
+
+    def _status(self, name: str) -> Mapping[str, Any]:
+        path = self.path / name
+        return read_status(path, Notes()) if (path / "status.json").exists() else {}
 
     def succeeded(self) -> bool:
         """Return whether every job is finished."""
@@ -118,10 +123,11 @@ class Sweep:
         csv = as_csv([self.path], notes).encode()
         write_atomic(self.path / "results.csv", lambda file: file.write(csv))
         for line in notes.warnings:
-            print(f"capsexp: {line}", file=sys.stderr)
-        Console().print(jobs_table(jobs))
+            print(f"capsexp: {printable(line)}", file=sys.stderr)
+        new_console().print(jobs_table(jobs))
         self._print_beside_paper(jobs)
-        print(f"sweep: {self.path}\ncurves: tensorboard --logdir {self.path}")
+        path = printable(self.path)
+        print(f"sweep: {path}\ncurves: tensorboard --logdir {path}")
 
     def _print_beside_paper(self, jobs: Sequence[Job]) -> None:
         """Print our test errors beside the papers', if they have any, and write them to table.md."""
@@ -130,11 +136,14 @@ class Sweep:
         if not any(run.paper for run in runs):
             return
         recipes = dict.fromkeys(run.choices["experiment"] for run in runs if "experiment" in run.choices)
-        comparison = beside_paper(runs, recipes=list(recipes))
+        notes = Notes()
+        comparison = beside_paper(runs, notes, recipes=list(recipes))
         changes = _common_changes([job.overrides for job in jobs])
         remark = f"\nOurs with {' '.join(changes)}; the paper's errors are as published.\n" if changes else ""
         print_comparison(comparison)
-        print(remark)
+        print(printable_lines(remark))
+        for line in notes.warnings:
+            print(f"capsexp: {printable(line)}", file=sys.stderr)
         content = f"{markdown(comparison)}{remark}".encode()
         write_atomic(self.path / "table.md", lambda file: file.write(content))
 
@@ -167,7 +176,7 @@ def jobs_table(jobs: Sequence[Job], *, max_rows: int | None = None) -> Table:
     if len(shown) < len(jobs):
         states = [job.state for job in jobs]
         counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        table.caption = f"{len(jobs)} jobs: {counts}"
+        table.caption = as_markup(f"{len(jobs)} jobs: {counts}")
     return table
 
 

@@ -4,26 +4,28 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.live import Live
 
+from capsexp.child import python_command
+from capsexp.cli.sweep.directories import directories, job_config
 from capsexp.cli.sweep.folder import Sweep, job_labels, jobs_table
 from capsexp.cli.sweep.job_process import JOB_VARIABLE
 from capsexp.config.compose import to_plain
-from capsexp.config.overrides import quoted
+from capsexp.config.typed_paths import quoted
 from capsexp.errors import JobFailed, RunStopped
 from capsexp.files import make_folder, open_own
+from capsexp.terminal import new_console
+from capsexp.text import printable
 from capsexp.training.run_dir import RunDir
 from capsexp.training.stop_signal import StopSignal
 
@@ -65,7 +67,7 @@ class JobProcess:
             # In its own session, so that Ctrl-C reaches it only once, through us. The pipe to its stdin
             # closes when this process exits.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "capsexp", "train", *arguments],
+                [*python_command("from capsexp.cli import main; sys.exit(main())"), "train", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -102,7 +104,7 @@ class JobProcess:
     def _record_end(self) -> None:
         assert self._process is not None
         code = self._process.returncode
-        stopped = self._stop_sent and code < 0  # by our signal, before the job had installed its handler
+        stopped = self._stop_sent and (code < 0 or code > 128)  # by our signal, before it trained
         with contextlib.suppress(OSError):  # the disk may be full, or the directory removed
             self.run.mark_dead("interrupted" if stopped else "failed", self._exit_reason(), exit_code=code)
             if not stopped:
@@ -138,7 +140,12 @@ class FailedJob(JobReturn):
 
 
 def launch(
-    context: HydraContext, master: DictConfig, job_overrides: Sequence[Sequence[str]], *, n_jobs: int | None
+    context: HydraContext,
+    master: DictConfig,
+    job_overrides: Sequence[Sequence[str]],
+    *,
+    first_number: int,
+    n_jobs: int | None,
 ) -> list[JobReturn]:
     """Run every job that is not complete yet.
 
@@ -146,6 +153,7 @@ def launch(
         context: Hydra's, to compose the config of a job.
         master: the config of the sweep.
         job_overrides: the overrides of each job.
+        first_number: number of the first of these jobs in the sweep.
         n_jobs: number of parallel jobs; None means one for each GPU, or one.
 
     Returns:
@@ -153,18 +161,20 @@ def launch(
 
     Raises:
         RunStopped: Ctrl-C or SIGTERM. The jobs have saved their progress.
+        UserError: jobs cannot have the directories that the user has chosen.
     """
     sweep = Sweep(Path(master.hydra.sweep.dir))
     all_overrides = [_without_hydra(overrides) for overrides in job_overrides]
-    runs = [sweep.add(overrides) for overrides in all_overrides]
+    names = directories(context.config_loader, master, all_overrides, first_number)
+    runs = [sweep.add(overrides, name=name) for overrides, name in zip(all_overrides, names, strict=True)]
     labels = job_labels(sweep.jobs())
     jobs = [
-        JobProcess(labels[run.path.name], overrides, run)
+        JobProcess(labels[str(run.path.relative_to(sweep.path))], overrides, run)
         for overrides, run in zip(all_overrides, runs, strict=True)
     ]
     unique = {job.run.path: job for job in jobs}  # equal settings are one job
     slots = slots_for(n_jobs, device=OmegaConf.select(master, "device.name"))
-    console = Console(highlight=False, soft_wrap=True)
+    console = new_console(soft_wrap=True)
     with StopSignal() as stop, live_table(sweep, console) as print_line:
         _run_jobs(
             deque(unique.values()), slots, lambda job: _arguments(context, master, job), stop, print_line
@@ -200,7 +210,7 @@ def live_table(sweep: Sweep, console: Console) -> Iterator[PrintLine]:
     )
 
     def print_line(line: str) -> None:
-        console.print(line, markup=False)
+        console.print(printable(line))
         sweep.write()
 
     with live if console.is_terminal else contextlib.nullcontext():
@@ -257,10 +267,7 @@ def _run_jobs(
 
 def _arguments(context: HydraContext, master: DictConfig, job: JobProcess) -> list[str] | None:
     """Return the arguments of `capsexp train` for a job; None if the run is complete with this config."""
-    composed = context.config_loader.load_sweep_config(master, job.overrides)
-    with open_dict(composed):
-        composed.hydra.job.id, composed.hydra.job.num = "0", 0
-    HydraConfig.instance().set_config(composed)
+    composed = job_config(context.config_loader, master, job.overrides, 0)
     if job.run.is_finished(to_plain(composed)):
         return None
     name = ["-cn", composed.hydra.job.config_name]
@@ -270,8 +277,8 @@ def _arguments(context: HydraContext, master: DictConfig, job: JobProcess) -> li
         if source.provider == "command-line"
         for argument in ("-cd", source.path)
     ]
-    hydra_overrides = [str(override) for override in master.hydra.overrides.hydra]
-    inherited = [override for override in hydra_overrides if not override.startswith(SWEEP_SETTINGS)]
+    as_typed = cast(list[str], OmegaConf.to_container(master.hydra.overrides.hydra, resolve=False))
+    inherited = [override for override in as_typed if not override.startswith(SWEEP_SETTINGS)]
     return [*name, *folders, *inherited, *job.overrides, f"run={quoted(job.run.path)}"]
 
 

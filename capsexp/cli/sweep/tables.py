@@ -13,15 +13,22 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from capsexp.cli.jobs import validate
+from capsexp.cli.jobs import compose_checked, validate
 from capsexp.config.compose import compose, searching
 from capsexp.config.overrides import override_values, parse_all, value
-from capsexp.config.sweeps import swept_variants
+from capsexp.config.sweeps import (
+    data_variants,
+    intervals,
+    list_problems,
+    require_feasible,
+    swept_variants,
+)
 from capsexp.errors import UserError
 
 if TYPE_CHECKING:
     from capsexp.config.components import Components
 
+TAKES = "a sweep takes values, A,B,C or range(A,B); hydra/sweeper=search takes intervals"
 COMPARED_GROUPS = ("model", "routing", "loss")
 """What the rows of a table compare. An override of a differing setting would make rows equal."""
 
@@ -36,6 +43,8 @@ def expand_tables(overrides: Sequence[str], *, config_dir: str | None) -> tuple[
         for override in parse_all(overrides)[0]:
             if override.key_or_group == "experiment" and not override.is_delete():
                 names = [str(name) for name in override_values(override)]
+                if len({*names}) < len(names):  # `check_sweep` reports it
+                    break
                 rows = list(dict.fromkeys(row for name in names for row in _table_rows(name) or [name]))
                 if rows != names:
                     expanded = f"{override.get_key_element()}={','.join(rows)}"
@@ -45,7 +54,7 @@ def expand_tables(overrides: Sequence[str], *, config_dir: str | None) -> tuple[
 
 def check_sweep(
     name: str, overrides: Sequence[str], *, rows: Sequence[str], config_dir: str | None
-) -> "tuple[DictConfig, Components]":
+) -> "list[tuple[DictConfig, Components]]":
     """Compose and check the jobs of a sweep, varying one value at a time.
 
     Args:
@@ -55,7 +64,7 @@ def check_sweep(
         config_dir: see `compose`.
 
     Returns:
-        Config and components of the first job.
+        Config and components of each job that was checked; the first job comes first.
 
     Raises:
         UserError: overrides of settings in which the rows of a table differ; else every error in any job.
@@ -67,18 +76,69 @@ def check_sweep(
 
     def check(arguments: Sequence[str], row: str, *, sweep: bool) -> None:
         try:
-            composed = compose(name, arguments, config_dir=config_dir, sweep=sweep)
-            checked.append((composed, validate(composed, overrides)))
+            checked.append(compose_checked(name, arguments, config_dir=config_dir, sweep=sweep))
         except UserError as error:
             for problem in error.problems:
                 rows_with.setdefault(problem, []).append(row)
 
-    check(overrides, rows[0] if rows else "", sweep=True)
-    for variant in swept_variants(overrides, config_dir=config_dir):
+    for_search = intervals(overrides, config_dir=config_dir)
+    usable, first_row = [text for text in overrides if text not in for_search], rows[0] if rows else ""
+    check(usable, first_row, sweep=True)
+    problems = list(list_problems(overrides, config_dir=config_dir))
+    if not _searches(checked, overrides):
+        require_feasible(usable, config_dir=config_dir)
+        problems += [f"{text}: {TAKES}" for text in for_search]
+    elif for_search:
+        usable = list(overrides)
+        check(usable, first_row, sweep=True)
+    for variant in swept_variants(usable, config_dir=config_dir):
         check(variant, str(value(variant, "experiment")), sweep=False)
-    if rows_with:
-        raise UserError(*(_name_rows(problem, affected, rows) for problem, affected in rows_with.items()))
-    return checked[0]
+    problems += [_name_rows(problem, affected, rows) for problem, affected in rows_with.items()]
+    if problems:
+        raise UserError(*problems)
+    return checked
+
+
+def searches(composed: DictConfig) -> bool:
+    """Return whether a search, such as optuna's, chooses the values of the jobs."""
+    return bool(composed.hydra.runtime.choices["hydra/sweeper"] != "basic")
+
+
+def require_data(
+    checked: "Sequence[tuple[DictConfig, Components]]",
+    name: str,
+    overrides: Sequence[str],
+    *,
+    config_dir: str | None,
+) -> None:
+    """Look for the data of all jobs.
+
+    Args:
+        checked: as `check_sweep` returns it.
+        name: of the root config.
+        overrides: as `expand_tables` returns them.
+        config_dir: see `compose`.
+
+    Raises:
+        UserError: all data that are missing, each with what helps.
+    """
+    datasets = [components.dataset for _, components in checked]
+    for variant in data_variants(overrides, config_dir=config_dir):
+        composed = compose(name, variant, config_dir=config_dir)
+        datasets.append(validate(composed, overrides).dataset)
+    problems: dict[str, None] = {}
+    for dataset in datasets:
+        try:
+            dataset.require_files()
+        except UserError as error:
+            problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise UserError(*problems)
+
+
+def _searches(checked: "Sequence[tuple[DictConfig, Components]]", overrides: Sequence[str]) -> bool:
+    """Return `searches` of the first job, or as far as the command line shows if there is none."""
+    return searches(checked[0][0]) if checked else value(overrides, "hydra/sweeper") not in (None, "basic")
 
 
 def _table_rows(name: str) -> list[str]:

@@ -230,7 +230,7 @@ def test_jobs_save_when_their_launcher_is_stopped_or_killed_and_a_second_launche
 def test_a_job_whose_run_is_in_use_fails_without_changing_its_status(tmp_path, monkeypatch):
     run_dir = RunDir(tmp_path / "run")
     job = launcher.JobProcess("a=1", ["a=1"], run_dir)
-    monkeypatch.setattr(launcher.sys, "executable", shutil.which("false"))
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with (
         run_dir.locked()
     ):  # by another process: the end of this job must not be recorded as the end of the run

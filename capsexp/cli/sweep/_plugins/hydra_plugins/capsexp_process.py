@@ -34,4 +34,6 @@ class ProcessLauncher(Launcher):
         """Run the jobs. Return a result for each, failed or not, in the order of `job_overrides`."""
         from capsexp.cli.sweep.launcher import launch
 
-        return launch(self.hydra_context, self.config, job_overrides, n_jobs=self.n_jobs)
+        return launch(
+            self.hydra_context, self.config, job_overrides, first_number=initial_job_idx, n_jobs=self.n_jobs
+        )

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from capsexp.cli.torchrun import is_distributed, run_distributed
-from capsexp.errors import UserError, nearest, print_error
+from capsexp.errors import RunStopped, UserError, exit_code, first_line, nearest, print_error
+from capsexp.text import prepare_streams
 
 
 class Command(NamedTuple):
@@ -45,12 +46,14 @@ COMMANDS = {
     ),
     "predict": Command(
         "classify image files",
-        "run=DIR FILES [top=N] [reconstructions=false] [weights=WEIGHTS] [KEY=VALUE]",
+        "run=DIR FILES [top=N] [reconstructions=false] [output=DIR] [weights=WEIGHTS] [KEY=VALUE]",
         "capsexp predict run=outputs/demo digit.png top=5",
         {
             "run": "directory of the run",
             "top": "number of classes to print (3)",
+            "FILES": "images, and folders of images",
             "reconstructions": "true (default) writes FILE.reconstruction.png if the network has a decoder",
+            "output": "folder of the reconstructions (null: RUN/predictions)",
             "weights": WEIGHTS,
             "KEY=VALUE": "changes the run's config for these predictions",
         },
@@ -108,22 +111,25 @@ COMMANDS = {
         {"data_root": "folder of all datasets ($CAPSEXP_DATA or ~/.cache/capsexp)"},
     ),
 }
+WRITING = ("train", "eval", "predict", "analyze", "report", "data", "bench")  # their work is more than output
 OTHER_HELP = ("train", "runs", "compare", "report")  # commands whose help Hydra or argparse prints
 
 
 def main() -> int:
-    """Run the command line of the console script and of `python -m capsexp`; return the exit code."""
+    """Run the command line; return the exit code. `capsexp.cli.main` calls this in a process of its own."""
     # Bugs keep their whole traceback; a UserError prints one line per problem.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    prepare_streams()
     try:
         if is_distributed():
             return run_distributed(lambda: dispatch(sys.argv[1:]))
         return dispatch(sys.argv[1:])
     except UserError as error:
         return print_error(error)
-    except BrokenPipeError:  # `capsexp … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except MemoryError as error:  # the commands that build a network explain more
+        return print_error(RunStopped(f"out of memory: {first_line(error)}", exit_code=1))
+    except KeyboardInterrupt as interrupt:
+        return exit_code(interrupt)
 
 
 def dispatch(arguments: Sequence[str]) -> int:

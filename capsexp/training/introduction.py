@@ -1,0 +1,47 @@
+"""The first lines of a run: its data and its network."""
+
+from collections.abc import Sequence
+
+from capsexp.data.dataset import Dataset
+from capsexp.data.preprocess import Shape
+from capsexp.text import printable
+from capsexp.training.splits import Splits
+from capsexp.training.state import State
+
+SHOWN_CLASSES = 10
+SHOWN_LETTERS = 20
+
+
+def describe_data(dataset: Dataset, splits: Splits) -> list[str]:
+    """Return the classes, the number of images in each split, their shape, and how files are read."""
+    images = f"images of {_format(dataset.image_shape)}"
+    if dataset.file_shape != dataset.image_shape:
+        images += f", {_format(dataset.file_shape)} on disk"
+    first = f"{dataset.name}: {_list(dataset.classes)}; {images}; {_counts(splits)}"
+    return [first, *dataset.notes()]
+
+
+def describe_network(state: State) -> str:
+    """Return the network, its number of parameters, and the step at which the run starts."""
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    start = f"resuming at step {state.step} of {state.total}" if state.step else f"{state.total} steps"
+    return f"{type(state.model).__name__} with {parameters:,} parameters; {start}"
+
+
+def _counts(splits: Splits) -> str:
+    validation = 0 if splits.validation is None else splits.validation.count
+    parts = [f"{splits.training.count:,} training", f"{validation:,} validation"]
+    if splits.test_count is not None:
+        parts.append(f"{splits.test_count:,} test")
+    return f"{', '.join(parts[:-1])} and {parts[-1]} images"
+
+
+def _list(classes: Sequence[str]) -> str:
+    names = [printable(name) for name in classes[:SHOWN_CLASSES]]
+    short = [name if len(name) <= SHOWN_LETTERS else f"{name[: SHOWN_LETTERS - 1]}…" for name in names]
+    more = ", …" if len(classes) > SHOWN_CLASSES else ""
+    return f"{len(classes)} classes ({', '.join(short)}{more})"
+
+
+def _format(shape: Shape) -> str:
+    return "x".join(map(str, shape))

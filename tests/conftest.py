@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import jaxtyping
 import pytest
 from hydra.core.config_store import ConfigStore
@@ -30,6 +31,7 @@ from capsexp.config.compose import compose, to_plain
 from capsexp.config.settings import GROUPS, with_setting
 from capsexp.training.run_dir import RunDir
 
+fork_server.install()
 # Processes that tests start import the tree under test, not the installed package.
 ROOT = str(Path(__file__).resolve().parents[1])
 OTHERS = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", ROOT)]
@@ -55,6 +57,12 @@ TINY = (
 def composed(*overrides: str) -> dict[str, Any]:
     """The plain config of `capsexp train`, tiny unless overridden."""
     return to_plain(compose("train", [*TINY, *overrides], config_dir=None))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files with slow tests first, so that no worker gets one when the others have finished."""
+    long_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long_files)
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ GROUND = {
     "documents",
     "errors",
     "files",
+    "locks",
     "schedule",
     "terminal",
     "text",
@@ -35,7 +36,7 @@ ROOMS = {
     "compare": {"config", "training"},
     "cli": {"data", "config", "training", "analysis", "study", "compare", "ops"},
 }
-WITHOUT_TORCH = {"compare", "config", "documents", "errors", "files", "terminal", "text"}
+WITHOUT_TORCH = {"compare", "config", "documents", "errors", "files", "locks", "terminal", "text"}
 FREE = {"__init__", "__main__"}  # the public names, and `python -m capsexp`
 
 

@@ -12,16 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from capsexp.analysis.findings import Findings
 from capsexp.analysis.trained_run import TrainedRun
 from capsexp.config.components import Components
 from capsexp.errors import is_number
-from capsexp.files import make_folder, write_atomic
+from capsexp.files import own_folder, require_writable, write_atomic
 from capsexp.terminal import new_console
 from capsexp.text import printable
+from capsexp.training.events import EventFile
 from capsexp.training.run_dir import RunDir
+
+RESULT_FOLDERS = ("figures", "studies", "tb")
 
 
 def analyze(
@@ -40,9 +41,15 @@ def analyze(
         components: of the run.
         settings: the plain config: `run`, `weights`, `limit`, `study`.
         plugins: see `capsexp.config.build.build_components`.
+
+    Raises:
+        UserError: the weights cannot be loaded; the study refuses the run.
+        WriteError: the run directory cannot be written, or one of its folders is a link.
     """
     components.device.prepare()
     directory, limit = RunDir(Path(settings["run"])), settings["limit"]
+    directory.require_own(*RESULT_FOLDERS)
+    require_writable(directory.path)
     run = TrainedRun.restore(
         components,
         directory.path,
@@ -67,7 +74,7 @@ def analyze(
 
 
 def _save_figures(folder: Path, findings: Findings) -> None:
-    make_folder(folder)
+    own_folder(folder)
     for title, figure in findings.figures.items():
         file = folder / f"{title}.png"
         write_atomic(file, functools.partial(figure.savefig, format="png", dpi=130))
@@ -75,7 +82,7 @@ def _save_figures(folder: Path, findings: Findings) -> None:
 
 
 def _save_numbers(folder: Path, name: str, numbers: Mapping[str, Any]) -> Path:
-    make_folder(folder)
+    own_folder(folder)
     file = folder / f"{name}.json"
     write_atomic(file, lambda opened: opened.write(json.dumps(numbers, indent=1).encode()))
     return file
@@ -87,9 +94,9 @@ def _scalars(numbers: Mapping[str, Any]) -> dict[str, int | float]:
 
 def _to_tensorboard(folder: Path, name: str, findings: Findings, step: int) -> None:
     # A new file, because those of the training are closed. Its name sorts after theirs.
-    writer = SummaryWriter(str(folder), filename_suffix=f".{name}")
+    writer = EventFile(folder, suffix=f".{name}")
     for key, value in _scalars(findings.numbers).items():
         writer.add_scalar(f"{name}/{key}", value, step)
     for key, figure in findings.figures.items():
-        writer.add_figure(f"{name}/{key}", figure, step, close=False)
+        writer.add_figure(f"{name}/{key}", figure, step)
     writer.close()

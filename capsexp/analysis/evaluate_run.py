@@ -1,14 +1,19 @@
 """`capsexp eval`: metrics of a trained run on a split."""
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from capsexp.analysis.trained_run import TrainedRun
 from capsexp.config.components import Components
+from capsexp.files import WriteError, append_line
 from capsexp.terminal import Table, new_console
 from capsexp.text import printable
+from capsexp.training.run_dir import RunDir
+
+EVALUATIONS = "evaluations.jsonl"
 
 
 def evaluate_run(components: Components, config: Mapping[str, Any]) -> dict[str, float]:
@@ -22,11 +27,12 @@ def evaluate_run(components: Components, config: Mapping[str, Any]) -> dict[str,
         See `TrainedRun.evaluate`.
 
     Raises:
-        UserError: an unknown or empty split; weights that cannot be loaded.
+        UserError: an unknown or empty split; weights that cannot be loaded; evaluations.jsonl is a link.
     """
-    split = config["split"]
+    split, directory = config["split"], RunDir(Path(config["run"]))
+    directory.require_own(EVALUATIONS)
     components.device.prepare()
-    run = TrainedRun.restore(components, Path(config["run"]), weights=config["weights"], config=dict(config))
+    run = TrainedRun.restore(components, directory.path, weights=config["weights"], config=dict(config))
     batches = run.evaluation_batches(split)
     metrics = run.evaluate_batches(batches)
     weights = f"{config['weights']} weights, step {run.step.number}"
@@ -36,7 +42,9 @@ def evaluate_run(components: Components, config: Mapping[str, Any]) -> dict[str,
     for caveat in components.caveats():
         print(printable(caveat))
     new_console().print(table)
-    with open(run.path / "evaluations.jsonl", "a") as file:
-        line = {"split": split, "step": run.step.number, "config": config, **metrics}
-        file.write(json.dumps(line) + "\n")
+    line = {"split": split, "step": run.step.number, "config": config, **metrics}
+    try:
+        append_line(run.path / EVALUATIONS, json.dumps(line))
+    except WriteError as error:  # the metrics are printed above
+        print(f"capsexp: not stored: {printable(str(error))}", file=sys.stderr)
     return metrics

@@ -28,7 +28,7 @@ from capsexp.terminal import as_markup
 from capsexp.training import checkpoint
 from capsexp.training.evaluate import evaluate, inference
 from capsexp.training.run_dir import RunDir
-from capsexp.training.state import saved_position, trained_weights
+from capsexp.training.saved_state import restore_weights, saved_position, trained_weights
 
 SPLITS = ("test", "familiar", "validation", "train")
 
@@ -288,10 +288,7 @@ def load_model(components: Components, path: Path, *, weights: str | int) -> tup
     saved = checkpoint.load(path / "checkpoints" / name)
     with torch.random.fork_rng(devices=()):  # a new network draws its initial weights
         model = components.new_model()
-    try:
-        model.load_state_dict(trained_weights(saved))
-    except RuntimeError as error:
-        raise UserError(f"the weights in {path} are of another network: {_first_lines(error)}") from None
+    restore_weights(model, trained_weights(saved), origin=str(path))
     position = saved_position(saved, recorded=RunDir(path).status().get("total"))
     advance(model, position)
     return components.device.place(model).eval(), position
@@ -301,7 +298,3 @@ def _sample(size: int, limit: int | None) -> Int64[Tensor, " N"]:
     # Random, because the first images may be alike: smallNORB begins with one toy of each class.
     order = epoch_order(size, seed=0, epoch=0)
     return order[:limit].sort().values
-
-
-def _first_lines(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines()[:3])

@@ -12,7 +12,7 @@ from capsexp.data.prepare import list_datasets
 from capsexp.ops.kernels.compiled import compiler, library_path
 from capsexp.terminal import Table, new_console
 from capsexp.training.device import available, best, has_tunable_allocator
-from capsexp.training.run_dir import PACKAGES
+from capsexp.training.environment import PACKAGES
 
 
 def report(datasets: Mapping[str, Dataset]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from capsexp.cli.torchrun import is_distributed, run_distributed
-from capsexp.errors import UserError, exit_code, nearest, print_error
+from capsexp.errors import RunStopped, UserError, exit_code, first_line, nearest, print_error
 from capsexp.text import prepare_streams
 
 
@@ -46,12 +46,14 @@ COMMANDS = {
     ),
     "predict": Command(
         "classify image files",
-        "run=DIR FILES [top=N] [reconstructions=false] [weights=WEIGHTS] [KEY=VALUE]",
+        "run=DIR FILES [top=N] [reconstructions=false] [output=DIR] [weights=WEIGHTS] [KEY=VALUE]",
         "capsexp predict run=outputs/demo digit.png top=5",
         {
             "run": "directory of the run",
             "top": "number of classes to print (3)",
+            "FILES": "images, and folders of images",
             "reconstructions": "true (default) writes FILE.reconstruction.png if the network has a decoder",
+            "output": "folder of the reconstructions (null: RUN/predictions)",
             "weights": WEIGHTS,
             "KEY=VALUE": "changes the run's config for these predictions",
         },
@@ -124,6 +126,8 @@ def main() -> int:
         return dispatch(sys.argv[1:])
     except UserError as error:
         return print_error(error)
+    except MemoryError as error:  # the commands that build a network explain more
+        return print_error(RunStopped(f"out of memory: {first_line(error)}", exit_code=1))
     except KeyboardInterrupt as interrupt:
         return exit_code(interrupt)
 

@@ -13,6 +13,7 @@ from omegaconf._utils import get_yaml_loader
 from capsexp.config.compose import to_plain
 from capsexp.config.overrides import value
 from capsexp.config.settings import GROUPS
+from capsexp.config.stored import without_resolvers
 from capsexp.documents import damage
 from capsexp.errors import UserError
 from capsexp.files import read_regular
@@ -224,14 +225,22 @@ def store_as_primary(
 
 
 def _read(run: Path) -> dict[str, Any]:
-    """Read the saved config of a run directory; interpolations stay as they are."""
+    """Read the saved config of a run directory; references between its keys stay as they are."""
     path = run / ".hydra" / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run} is not a run directory: there is no {path}")
     try:
-        return _with_present_data_root(parse_saved(read_regular(path, limit=LARGEST_CONFIG)))
+        composed = parse_saved(read_regular(path, limit=LARGEST_CONFIG))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {damage(error)}") from None
+    return _with_present_data_root(without_resolvers(composed, _read_resolved(run)))
+
+
+def _read_resolved(run: Path) -> dict[str, Any]:
+    try:
+        return parse_saved(read_regular(run / "resolved_config.yaml", limit=LARGEST_CONFIG))
+    except (OSError, ValueError):  # an old run may have none
+        return {}
 
 
 def _with_present_data_root(config: dict[str, Any]) -> dict[str, Any]:

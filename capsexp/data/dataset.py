@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from capsexp.data.batches import Batches, BatchOptions
-from capsexp.data.download import Progress
+from capsexp.data.checked_files import Progress
 from capsexp.data.manifest import SPLITS, ListedSplit, Manifest, digest_of
 from capsexp.data.preprocess import Preprocess, Shape
 from capsexp.data.split import Split, SplitName, split_validation, validation_size
@@ -164,11 +164,15 @@ class Dataset(ABC):
         """Return the names of the missing files; empty for a dataset without files."""
         return []
 
+    def damaged_files(self) -> list[str]:
+        """Return the names of the files that `prepare` would replace. Reads all files."""
+        return []
+
     def require_files(self) -> None:  # noqa: B027 - most datasets have no files
         """Raise an error if files are missing; do nothing for a dataset without files."""
 
     def prepare(self, progress: Progress) -> None:  # noqa: B027 - most datasets have no files
-        """Download missing files; do nothing for a dataset without files."""
+        """Download missing and damaged files; do nothing for a dataset without files."""
 
     def problems(self) -> list[str]:
         """Return one line for every missing or damaged file. Reads all files."""

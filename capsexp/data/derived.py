@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from capsexp.data.checked_files import Progress
 from capsexp.data.dataset import Dataset
-from capsexp.data.download import Progress
 from capsexp.data.manifest import SPLITS, ListedSplit, Manifest
 from capsexp.data.preprocess import Preprocess
 
@@ -40,12 +40,16 @@ class DerivedDataset(Dataset):
         """Return the names of the source's missing files."""
         return self.source.missing_files()
 
+    def damaged_files(self) -> list[str]:
+        """Return the names of the source's damaged files."""
+        return self.source.damaged_files()
+
     def require_files(self) -> None:
         """Raise an error if the source's files are missing."""
         self.source.require_files()
 
     def prepare(self, progress: Progress) -> None:
-        """Download the source's missing files."""
+        """Download the source's missing and damaged files."""
         self.source.prepare(progress)
 
     def problems(self) -> list[str]:

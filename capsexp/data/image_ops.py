@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def crop_at(
@@ -59,6 +60,17 @@ def require_bytes(images: Tensor) -> None:
         raise ValueError(
             f"images must be uint8, got {dtype_name(images)}; convert floats in [0, 1] with as_uint8_images"
         )
+
+
+def resized(images: UInt8[Tensor, "N C H W"], size: tuple[int, int]) -> UInt8[Tensor, "N C h w"]:
+    """Resize images, antialiased.
+
+    Raises:
+        ValueError: the images are not uint8.
+    """
+    require_bytes(images)
+    result = F.interpolate(images.float(), size, mode="bilinear", antialias=True, align_corners=False)
+    return result.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def dtype_name(images: Tensor) -> str:

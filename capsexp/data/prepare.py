@@ -7,8 +7,8 @@ from typing import NamedTuple
 from rich.progress import Progress as Bars
 from rich.progress import TaskID
 
+from capsexp.data.checked_files import Progress
 from capsexp.data.dataset import Dataset
-from capsexp.data.download import Progress
 from capsexp.errors import DataError
 from capsexp.terminal import Table, as_markup, new_console
 from capsexp.text import printable
@@ -68,7 +68,7 @@ def run_action(action: str, datasets: Mapping[str, Dataset]) -> int:
 
 
 def prepare(dataset: Dataset, *, print_line: PrintLine, progress: Progress) -> int:
-    """Download missing files, write caches of resized images, then verify everything.
+    """Download missing and damaged files, write caches of resized images, then verify everything.
 
     Args:
         dataset: the dataset.
@@ -78,8 +78,11 @@ def prepare(dataset: Dataset, *, print_line: PrintLine, progress: Progress) -> i
     Returns:
         Exit code: 0 if the dataset is as published, 1 after printing the problems.
     """
-    if missing := dataset.missing_files():
+    missing, damaged = dataset.missing_files(), dataset.damaged_files()
+    if missing:
         print_line(f"{dataset.name}: getting {', '.join(missing)} in {dataset.folder}")
+    if damaged:
+        print_line(f"{dataset.name}: replacing {', '.join(damaged)}: not the published files")
     try:
         dataset.prepare(progress)
     except DataError as error:
@@ -99,10 +102,10 @@ def verify(dataset: Dataset, *, print_line: PrintLine) -> int:
         Exit code: 0 without problems, otherwise 1.
     """
     problems = dataset.problems()
-    for problem in problems:
-        print_line(f"{dataset.name}: {problem}")
     for note in dataset.notes():
         print_line(note)
+    for problem in problems:
+        print_line(f"{dataset.name}: {problem}")
     if not problems:
         print_line(
             f"{dataset.name}: verified" + (f" in {dataset.folder}" if dataset.folder else " (embedded)")

@@ -18,7 +18,7 @@ from capsexp.data.image_ops import (
     crop_at,
     dtype_name,
     mirror,
-    require_bytes,
+    resized,
     standardise,
     to_unit,
     uniform_per_image,
@@ -253,17 +253,6 @@ def as_uint8_images(images: Tensor | NDArray[Any], shape: Shape) -> UInt8[Tensor
             f"float images must be in [0, 1], got {lowest:g} … {highest:g}; pass 0 … 255 as uint8"
         )
     return batch.float().mul(255).round_().to(torch.uint8)
-
-
-def resized(images: UInt8[Tensor, "N C H W"], size: tuple[int, int]) -> UInt8[Tensor, "N C h w"]:
-    """Resize images, antialiased.
-
-    Raises:
-        ValueError: the images are not uint8.
-    """
-    require_bytes(images)
-    result = F.interpolate(images.float(), size, mode="bilinear", antialias=True, align_corners=False)
-    return result.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _as_batch(images: Tensor, shape: Shape) -> Tensor:

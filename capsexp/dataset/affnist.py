@@ -13,8 +13,8 @@ from scipy.io import loadmat
 from torch import Tensor
 
 from capsexp.data.cache import content_fingerprint
+from capsexp.data.checked_files import Progress, digest
 from capsexp.data.dataset import Dataset
-from capsexp.data.download import Progress, digest
 from capsexp.data.manifest import SPLITS, ListedSplit, Manifest
 from capsexp.data.placed import PlacedDataset
 from capsexp.data.preprocess import Preprocess

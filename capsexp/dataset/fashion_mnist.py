@@ -1,6 +1,6 @@
 """Fashion-MNIST: articles of clothing, 28x28, grayscale."""
 
-from capsexp.data.download import RemoteFile, StoredFile
+from capsexp.data.checked_files import RemoteFile, StoredFile
 from capsexp.data.published import IdxDataset
 
 URL = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"

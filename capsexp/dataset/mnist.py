@@ -1,6 +1,6 @@
 """MNIST: handwritten digits, 28x28, grayscale."""
 
-from capsexp.data.download import RemoteFile, StoredFile
+from capsexp.data.checked_files import RemoteFile, StoredFile
 from capsexp.data.published import IdxDataset
 
 URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"

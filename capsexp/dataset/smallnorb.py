@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from capsexp.data.cache import cached, content_fingerprint, file_fingerprint
-from capsexp.data.download import Progress, RemoteFile, StoredFile, digest
+from capsexp.data.checked_files import Progress, RemoteFile, StoredFile, digest
 from capsexp.data.norb_file import check_values, open_norb
 from capsexp.data.preprocess import RESIZE_CHUNK, Preprocess
-from capsexp.data.published import PublishedDataset
+from capsexp.data.published import USABLE, PublishedDataset
 from capsexp.data.split import Split, SplitName
 from capsexp.errors import DataError, refuse
 
@@ -211,10 +211,8 @@ class SmallNORB(PublishedDataset):
             self._full_size_images(splits[0])
         except DataError as error:
             return str(error)
-        return (
-            f"{self._path(splits[0])} does not hold the published images (checksum differs: a converted "
-            "copy?); it can be used, but report this beside any metric"
-        )
+        remark = f"does not hold the published images (checksum differs: a converted copy?); {USABLE}"
+        return f"{self._path(splits[0])} {remark}"
 
     def _needs(self, stored: StoredFile, split: SplitName) -> bool:
         return stored.name in (FOLDER + _name(split, "cat"), FOLDER + _name(split, "info"))

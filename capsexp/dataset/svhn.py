@@ -3,7 +3,7 @@
 import torch
 from torchvision import datasets
 
-from capsexp.data.download import RemoteFile, StoredFile
+from capsexp.data.checked_files import RemoteFile, StoredFile
 from capsexp.data.published import PublishedDataset
 from capsexp.data.split import Split, SplitName
 

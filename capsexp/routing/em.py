@@ -84,7 +84,8 @@ def em_routing(
         cost_scale: factor on the cost.
         normalisation: R of a child sums to 1 over "paper": all its parents; "types": the types at each
             position separately (most public code); "official_v1": the positions of each type separately (the
-            authors' first release, convolutional layers only).
+            authors' first release, convolutional layers only; at stride 2 an idealization, because there
+            that release sums over cells that do not belong together).
         initial_coupling: "paper": 1 / number of the child's parents; "official": 1 / J.
         activation: "logistic"; "mixing": a parent's share of all the mass in its layer (the paper's
             alternative; both betas then have no effect).

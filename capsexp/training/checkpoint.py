@@ -5,21 +5,31 @@ checkpoints/step-00000400.json   sha256, size, step; written last: a checkpoint 
 checkpoints/last.pt, best.pt     links to two of them; without validation images the last is the best
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from capsexp.documents import read_json
-from capsexp.errors import UserError, first_line
-from capsexp.files import write_atomic
+from capsexp.errors import RunStopped, UserError, first_line
+from capsexp.files import (
+    WriteError,
+    own_folder,
+    sweep_unfinished,
+    unfinished,
+    write_atomic,
+    writing,
+)
+from capsexp.training.saved_state import problem
 
 SCHEMA = 1
+LARGEST_MANIFEST = 2**16  # bytes
 _NAME = re.compile(r"step-(\d{8})\.pt")
 
 
@@ -37,8 +47,7 @@ def save(folder: Path, state: dict[str, Any], *, step: int) -> Path:
         state: only dicts, lists, numbers, strings and tensors, which `weights_only` loading accepts.
         step: optimizer steps done.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name_of(step)
+    path = own_folder(folder) / name_of(step)
 
     def write(file: IO[bytes]) -> None:
         torch.save({"schema": SCHEMA, **state}, file)
@@ -58,18 +67,21 @@ def load(path: Path) -> dict[str, Any]:
     """Load the state in a checkpoint to the CPU.
 
     Raises:
-        CheckpointError: the file or its checksum is missing, damaged, of another schema, or holds
-            anything other than tensors and plain values.
+        CheckpointError: the file or its checksum is missing, damaged, of another schema, holds anything
+            other than tensors and plain values, lacks a key, or has weights that are not finite.
     """
     path = path.resolve()
     _check_manifest(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling can raise anything
+        schema = state.get("schema") if isinstance(state, dict) else None
+        wrong = (
+            f"its schema is {schema!r}, this version reads {SCHEMA}" if schema != SCHEMA else problem(state)
+        )
+    except Exception as error:  # unpickling can raise anything, and so can tensors of odd kinds
         raise CheckpointError(f"{path}: refused, it cannot be read safely: {first_line(error)}") from None
-    schema = state.get("schema") if isinstance(state, dict) else None
-    if schema != SCHEMA:
-        raise CheckpointError(f"{path}: refused, its schema is {schema!r}, this version reads {SCHEMA}")
+    if wrong is not None:
+        raise CheckpointError(f"{path}: refused, {wrong}")
     return state
 
 
@@ -128,10 +140,11 @@ def step_of(path: Path) -> int:
 
 def link(folder: Path, name: str, step: int) -> None:
     """Link `NAME.pt` to the checkpoint of a step."""
-    link, new = folder / f"{name}.pt", folder / f".{name}.{os.getpid()}.tmp"
-    new.unlink(missing_ok=True)
-    new.symlink_to(name_of(step))
-    os.replace(new, link)
+    link, new = folder / f"{name}.pt", unfinished(folder / name)
+    with writing(link):
+        new.unlink(missing_ok=True)
+        new.symlink_to(name_of(step))
+        os.replace(new, link)
 
 
 def prune(folder: Path, *, keep_last: int, keep_steps: Collection[int], keep_every: int | None) -> None:
@@ -143,13 +156,34 @@ def prune(folder: Path, *, keep_last: int, keep_steps: Collection[int], keep_eve
         keep_steps: keep the checkpoints of these steps.
         keep_every: keep the checkpoints of every so many steps; None for no more.
     """
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+    sweep_unfinished(folder)
     for path in list_saved(folder)[:-keep_last]:
         step = step_of(path)
         if step not in keep_steps and not (keep_every and step % keep_every == 0):
-            path.with_suffix(".json").unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+            with writing(path):
+                path.with_suffix(".json").unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def explain_failed_write(folder: Path) -> Iterator[None]:
+    """Let a run that cannot write, as on a full disk, end with what is kept and how it goes on.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+
+    Raises:
+        RunStopped: a write failed.
+    """
+    try:
+        yield
+    except WriteError as error:
+        saved = list_saved(folder)
+        kept = (
+            f"the checkpoint of step {step_of(saved[-1])} is kept" if saved else "there is no checkpoint yet"
+        )
+        hint = "make room, or mend what is named, and run the same command to resume"
+        raise RunStopped(f"{error}; {kept}: {hint}", exit_code=1) from None
 
 
 def _check_manifest(path: Path) -> None:
@@ -157,9 +191,9 @@ def _check_manifest(path: Path) -> None:
     if not path.exists():
         raise CheckpointError(_describe_missing(path))
     try:
-        manifest = read_json(manifest_path)
+        manifest = read_json(manifest_path, limit=LARGEST_MANIFEST)
         size, sha256 = manifest["size"], manifest["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(
             f"{path}: refused, its checksum {manifest_path.name} is missing or unreadable"
         ) from None

@@ -3,15 +3,48 @@
 import logging
 import time
 from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from capsexp.files import open_own, writing
 from capsexp.terminal import new_console
 from capsexp.text import printable, printable_lines
 
 log = logging.getLogger("capsexp")
 EVERY_SECONDS = 5.0
+
+
+class LogFile(logging.FileHandler):
+    """The log of a run. conf/hydra/job_logging/capsexp.yaml names it.
+
+    It is opened at the first line: then the directory is locked and checked. An error while writing ends the
+    run in one line instead of being printed as a traceback.
+
+    Args:
+        filename: path of the file.
+    """
+
+    def __init__(self, filename: str) -> None:
+        super().__init__(filename, encoding="utf-8", delay=True)
+
+    def _open(self) -> IO[Any]:  # type: ignore[override]
+        return open_own(Path(self.baseFilename), "a")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line.
+
+        Raises:
+            WriteError: the file cannot be written.
+        """
+        with writing(Path(self.baseFilename)):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Raise the error that `emit` has caught."""
+        raise
 
 
 class Reporter:

@@ -3,28 +3,23 @@
 import contextlib
 import json
 import os
-import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from jaxtyping import Float
 from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
-from tensorboard.plugins.hparams import summary_v2 as hparams_summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, cat
-from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid, save_image
 
-from capsexp.config.settings import comparable, fingerprint, flat, without
 from capsexp.data.image_ops import displayable
-from capsexp.errors import UserError, is_interruption
-from capsexp.files import write_atomic
+from capsexp.errors import UserError, is_interruption, is_number
+from capsexp.files import open_own, own_folder, write_atomic, writing
+from capsexp.training.events import STATUS, EventFile, begin_session, end_session, read_points
 
-_BEGIN, _END = "events.out.tfevents.0000000000.begin", ".end"
-STATUS = {"completed": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE}
+Points = list[tuple[int, dict[str, float]]]
+"""Step and metrics of each line of metrics.jsonl."""
 
 
 class Record:
@@ -39,61 +34,64 @@ class Record:
         settings: the config, for TensorBoard's HParams table.
 
     Raises:
-        UserError: metrics.jsonl is shorter than `length`.
+        UserError: metrics.jsonl does not fit `start_step` and `length`.
+        WriteError: a file cannot be written, also in every method.
     """
 
     def __init__(self, path: Path, *, start_step: int, length: int, settings: Mapping[str, Any]) -> None:
-        metrics = path / "metrics.jsonl"
-        if length > (metrics.stat().st_size if metrics.exists() else 0):
-            raise UserError(f"{metrics} is shorter than when its checkpoint was made")
-        self._metrics = open(metrics, "ab")  # noqa: SIM115 - closed in close()
-        self._metrics.seek(self._metrics.truncate(length))
-        self._folder = path / "tb"
+        self._path = path / "metrics.jsonl"
+        points = read_recorded(self._path, length=length, step=start_step)
+        self._folder, self._figures = path / "tb", path / "figures"
         begin_session(path, settings)
-        # purge_step=0 on the first start too: the loader in Python looks only at the first writer.
-        self._writer = SummaryWriter(str(self._folder), purge_step=start_step, flush_secs=10)
-        self._figures = path / "figures"
-        self._repeat_step(metrics, start_step)
-        self._writer.flush()
-
-    def _repeat_step(self, metrics: Path, start_step: int) -> None:
-        """Write the metrics of the checkpoint's own step to TensorBoard again, which dropped them."""
-        for line in metrics.read_text().splitlines() if start_step else ():
-            values = json.loads(line)
-            if values.pop("step") == start_step:
-                self.log_timing(start_step, {tag: value for tag, value in values.items() if tag != "epoch"})
+        self._metrics = open_own(self._path, "ab")
+        with writing(self._path):
+            self._metrics.seek(self._metrics.truncate(length))
+        lost = first_lost(self._folder, points, start_step)
+        others = images_and_timings(self._folder, points, lost, start_step) if lost < start_step else []
+        # Step 0 on the first start too: the loader in Python looks only at the first file.
+        self._events = EventFile(self._folder, purge_step=lost)
+        for step, values in points:
+            if step >= lost:  # TensorBoard drops what earlier files have from this step on
+                self.log_timing(step, values)
+        for event in others:
+            self._events.add(event)
+        self._events.flush()
 
     def log_metrics(self, step: int, values: Mapping[str, float], **position: int) -> None:
         """Write reproducible metrics to metrics.jsonl and TensorBoard."""
         line = json.dumps({"step": step, **position, **values})
-        self._metrics.write(line.encode() + b"\n")
-        self._metrics.flush()
+        with writing(self._path):
+            self._metrics.write(line.encode() + b"\n")
+            self._metrics.flush()
         self.log_timing(step, values)
 
     def log_timing(self, step: int, values: Mapping[str, float]) -> None:
         """Write timing metrics, which are not reproducible, to TensorBoard only."""
         for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
+            self._events.add_scalar(tag, value, step)
 
     def log_images(self, step: int, tag: str, rows: list[Float[Tensor, "N C H W"]]) -> None:
         """Write a grid of image rows in [0, 1] to TensorBoard, and to figures/TAG.png, which it replaces."""
         columns = rows[0].shape[0]
         images = cat([row.detach().float().cpu().clamp(0, 1) for row in rows])
         grid = make_grid(displayable(images), nrow=columns, padding=1, pad_value=0.5)
-        self._writer.add_image(tag, grid, step)
-        self._figures.mkdir(exist_ok=True)
-        write_atomic(self._figures / f"{tag}.png", lambda file: save_image(grid, file, format="png"))
+        self._events.add_image(tag, grid, step)
+        write_atomic(
+            own_folder(self._figures) / f"{tag}.png", lambda file: save_image(grid, file, format="png")
+        )
 
     def flushed_bytes(self) -> int:
         """Flush metrics.jsonl to disk and return its length in bytes, which checkpoints store."""
-        os.fsync(self._metrics.fileno())
-        self._writer.flush()
+        with writing(self._path):
+            os.fsync(self._metrics.fileno())
+        self._events.flush()
         return self._metrics.tell()
 
     def close(self, status: str) -> None:
         """Close the files; TensorBoard's HParams table shows `status` (unknown if interrupted)."""
-        self._writer.close()
-        self._metrics.close()
+        with writing(self._path):
+            self._metrics.close()
+        self._events.close()
         if status in STATUS:
             end_session(self._folder.parent, status)
 
@@ -124,64 +122,75 @@ def closing(record: Record | NoRecord) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        record.close("interrupted" if is_interruption(error) else "failed")
+        with contextlib.suppress(OSError):  # what ends the run may be a full disk
+            record.close("interrupted" if is_interruption(error) else "failed")
         raise
     record.close("completed")
 
 
-def _hparams(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings in types that the HParams table accepts, without those that are null."""
-    return {
-        key: value if isinstance(value, bool | int | float | str) else str(value)
-        for key, value in settings.items()
-        if value is not None and _is_shown(key)
-    }
+def read_recorded(path: Path, *, length: int, step: int) -> Points:
+    """Return the metrics in the first bytes of metrics.jsonl, those of a run up to a checkpoint.
 
+    Args:
+        path: the file.
+        length: the bytes, which the checkpoint stores.
+        step: of the checkpoint.
 
-def _is_shown(key: str) -> bool:
-    """Return whether the table shows a setting: not the class name of a component inside another."""
-    _, _, rest = key.partition(".")
-    return not key.endswith("_partial_") and not rest.endswith("._target_")
-
-
-def begin_session(path: Path, settings: Mapping[str, Any]) -> None:
-    """Add the run in this directory to TensorBoard's HParams table, as one that has not ended.
-
-    TensorBoard keeps the first record it reads of a run's settings, and of its end. So each of the two has a
-    file of its own, which the next start replaces. Runs that differ only in the seed are one trial, of which
-    the table shows means.
+    Raises:
+        UserError: file and checkpoint do not fit each other.
     """
-    for old in (path / "tb").glob(f"*{_END}"):
-        old.unlink()
-    trial = fingerprint(without(comparable(settings), "seed"))
-    # The name sorts first: TensorBoard never returns to an earlier file.
-    _write_event(path / "tb" / _BEGIN, hparams_summary.hparams_pb(_hparams(flat(settings)), trial_id=trial))
+    with writing(path):
+        content = path.read_bytes() if path.exists() else b""
+    if length > len(content):
+        raise UserError(f"{path} is shorter than when its checkpoint was made: choose another run=DIR")
+    recorded, (following, *_) = content[:length], content[length:].split(b"\n", 1)
+    try:
+        points = [_point(line) for line in recorded.splitlines()]
+        fits = recorded[-1:] in (b"", b"\n") and all(number <= step for number, _ in points)
+    except (ValueError, RecursionError):
+        fits = False
+    with contextlib.suppress(ValueError, RecursionError):  # a kill may have cut off the following line
+        fits = fits and _point(following)[0] >= step
+    if not fits:
+        line = (
+            f"{path} does not fit the checkpoint of step {step}, which was saved after {length} bytes of it"
+        )
+        raise UserError(f"{line}: choose another run=DIR")
+    return points
 
 
-def end_session(path: Path, status: str) -> None:
-    """Record in TensorBoard's HParams table how the run in this directory ended: completed or failed."""
-    now = time.time()
-    # torch's own add_hparams writes a second run, and has no status for failed or crashed runs.
-    end = plugin_data_pb2.SessionEndInfo(status=STATUS[status], end_time_secs=now)
-    content = plugin_data_pb2.HParamsPluginData(session_end_info=end, version=metadata.PLUGIN_DATA_VERSION)
-    plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=content.SerializeToString())
-    value = Summary.Value(
-        tag=metadata.SESSION_END_INFO_TAG,
-        metadata=SummaryMetadata(plugin_data=plugin),
-        tensor=metadata.NULL_TENSOR,
-    )
-    # The name sorts last, also after files of the same second, whose names continue with the host.
-    _write_event(path / "tb" / f"events.out.tfevents.{int(now):010d}.~{_END}", Summary(value=[value]))
+def _point(line: bytes) -> tuple[int, dict[str, float]]:
+    """Return step and metrics of a line of metrics.jsonl.
+
+    Raises:
+        ValueError: it is no such line.
+    """
+    values = json.loads(line)
+    if not isinstance(values, dict) or not isinstance(step := values.pop("step", None), int):
+        raise ValueError("no step")
+    return step, {tag: value for tag, value in values.items() if tag != "epoch" and is_number(value)}
 
 
-def _write_event(path: Path, summary: Summary) -> None:
-    path.parent.mkdir(exist_ok=True)
-    version = Event(wall_time=time.time(), file_version="brain.Event:2")
-    events = [version, Event(wall_time=time.time(), summary=summary)]
+def first_lost(folder: Path, points: Points, step: int) -> int:
+    """Return the first step of which TensorBoard lacks a metric; at most `step`, from which on all is new.
 
-    def write(file: IO[bytes]) -> None:
-        records = RecordWriter(file)
-        for event in events:
-            records.write(event.SerializeToString())
+    A power cut loses the end of an event file. Older versions named the files after the clock: if it was set
+    back, they are read in the wrong order.
+    """
+    shown = defaultdict(set)
+    for event in read_points(folder) if points else ():
+        for value in event.summary.value:
+            shown[value.tag].add(event.step)
+    missing = (number for number, values in points if any(number not in shown[tag] for tag in values))
+    return min([step, *missing])
 
-    write_atomic(path, write)
+
+def images_and_timings(folder: Path, points: Points, first: int, step: int) -> list[Event]:
+    """Return the events between two steps that hold no metrics of metrics.jsonl."""
+    metrics = {tag for _, values in points for tag in values}
+    events = read_points(folder, since=first)
+    return [
+        event
+        for event in events
+        if event.step < step and not metrics.intersection(value.tag for value in event.summary.value)
+    ]

@@ -11,16 +11,18 @@ status.json                          running | completed | failed | interrupted,
 metrics.jsonl   train.log   tb/      metrics in full precision; the log; TensorBoard
 figures/                             plots and image grids: NAME.png
 checkpoints/                         see capsexp.training.checkpoint
+
+Nothing is written through a link: `locked` and `require_own` check the names above (see capsexp.files).
 """
 
 import contextlib
-import importlib.metadata
+import itertools
 import json
+import math
 import os
-import platform
 import shlex
 import socket
-import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,13 +33,23 @@ from omegaconf import OmegaConf
 from capsexp.config.paths import with_absolute_paths
 from capsexp.config.saved import LARGEST_CONFIG, parse_overrides, parse_saved
 from capsexp.config.settings import comparable, differences
-from capsexp.errors import UserError, exit_code, is_interruption
-from capsexp.files import is_locked, locked, read_regular, write_atomic
+from capsexp.documents import damage
+from capsexp.errors import RunStopped, UserError, exit_code, is_interruption, is_number
+from capsexp.files import own_folder, read_regular, require_own, sweep_unfinished, write_atomic, writing
+from capsexp.locks import Lock, is_locked, locked
+from capsexp.training.environment import describe
 
 LOCK = "run.lock"
+FOLDERS = (".hydra", "checkpoints", "figures", "predictions", "studies", "tb")
+APPENDED = (LOCK, "evaluations.jsonl", "metrics.jsonl", "stdout.log", "train.log")
+REPLACED = (
+    *("command.txt", "data.json", "dirty.patch", "env.json", "non_finite.json", "profile.txt"),
+    *("resolved_config.yaml", "status.json", "trace.json"),
+)
+LARGEST_STATUS = 16 * 2**20  # bytes
+LONGEST = 1e12  # seconds; a larger number in a file is damage
 CARRIED_OVER = ("started", "resumes", "step", "total", "steps_per_epoch", "best")
 """Fields of status.json that a resumed run starts with."""
-PACKAGES = ("capsexp", "torch", "torchvision", "hydra-core", "omegaconf", "tensorboard", "numpy")
 HEARTBEAT_SECONDS = 5
 
 
@@ -53,8 +65,10 @@ class RunDir:
         self.path, self._writes = path, writes
         self._status: dict[str, Any] = {}
         self._resumes = False
-        self._began = time.time()
-        self._written = 0.0
+        self._lock: Lock | None = None
+        # Not the time of day, which can be set back.
+        self._began = time.monotonic()
+        self._written = -math.inf
 
     @property
     def checkpoints(self) -> Path:
@@ -68,29 +82,59 @@ class RunDir:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other process out of this directory.
+        """Keep every other process out of this directory; remove what killed writes left there.
 
         Raises:
             UserError: another process is training in this directory.
+            WriteError: the directory cannot be written, or holds a link where capsexp writes.
         """
 
         def refusal(owner: str) -> str:
             return f"{self.path} is in use by {owner}: choose another run=DIR"
 
-        with locked(self.path / LOCK, refusal=refusal):
-            yield
+        self.require_own(*FOLDERS, *APPENDED, *REPLACED)
+        with locked(self.path / LOCK, refusal=refusal) as self._lock:
+            for folder in (self.path, *(self.path / name for name in FOLDERS)):
+                sweep_unfinished(folder)
+            try:
+                yield
+            finally:
+                self._lock = None
+
+    def require_own(self, *names: str) -> None:
+        """Check that files and folders of this directory are no links, before something is written there.
+
+        Raises:
+            WriteError: one of them is; see `capsexp.files.require_own`.
+        """
+        for name in names:
+            require_own(self.path / name, replaced=name in REPLACED)
+
+    def require_present(self) -> None:
+        """Check that nobody has removed or replaced the directory since it was locked.
+
+        Raises:
+            RunStopped: somebody has.
+        """
+        if self._lock is not None and not self._lock.is_in_place():
+            line = f"{self.path} was removed or replaced while this run trained in it: stopped"
+            raise RunStopped(line, exit_code=1)
 
     def is_locked(self) -> bool:
         """Whether a process is training in this directory, as far as this machine can see."""
         return is_locked(self.path / LOCK)
 
     def is_finished(self, config: Mapping[str, Any]) -> bool:
-        """Whether this run was completed with this config."""
-        if self.status().get("status") != "completed":
+        """Whether this run was completed with this config, and its results can be read."""
+        status = self.status()
+        results = status.get("results", {})
+        if status.get("status") != "completed" or not isinstance(results, dict):
+            return False
+        if not all(map(is_number, results.values())):
             return False
         try:
-            saved = parse_saved((self.path / "resolved_config.yaml").read_bytes())
-        except OSError:
+            saved = parse_saved(read_regular(self.path / "resolved_config.yaml"))
+        except (OSError, ValueError):
             return False
         return _settings(saved) == _settings(config)
 
@@ -103,9 +147,12 @@ class RunDir:
         """
         before = self.status()
         self._resumes = bool(before)
-        self._began = time.time() - before.get("seconds", 0)
+        seconds = before.get("seconds")
+        self._began = time.monotonic() - (seconds if is_number(seconds) and 0 <= seconds < LONGEST else 0)
         self._status = {"started": time.time(), "resumes": []}
         self._status |= {key: before[key] for key in CARRIED_OVER if key in before}
+        if not isinstance(self._status["resumes"], list):
+            self._status["resumes"] = []
         owner = {"pid": os.getpid(), "host": socket.gethostname()}
         self.update_status("running", **owner, choices=dict(choices))
         try:
@@ -113,7 +160,8 @@ class RunDir:
         except BaseException as error:
             status = "interrupted" if is_interruption(error) else "failed"
             message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            self.update_status(status, error=message, exit_code=exit_code(error))
+            with contextlib.suppress(OSError, RunStopped):  # a full disk, or the directory is gone
+                self.update_status(status, error=message, exit_code=exit_code(error))
             raise
 
     def check_config(self, config: dict[str, Any], *, resume: str, command: Sequence[str]) -> None:
@@ -130,7 +178,13 @@ class RunDir:
         stored = self.path / "resolved_config.yaml"
         changes: list[str] = []
         if stored.exists():
-            changes = list(differences(_settings(parse_saved(stored.read_bytes())), _settings(config)))
+            try:
+                saved = parse_saved(read_regular(stored, limit=LARGEST_CONFIG))
+            except (OSError, ValueError) as error:
+                raise UserError(f"{stored} cannot be read: {damage(error)}; choose another run=DIR") from None
+            changes = list(differences(_settings(saved), _settings(config)))
+        else:
+            self._set_aside_leftovers()
         if changes and resume != "force":
             hint = "choose another run=DIR, or pass resume=force"
             raise UserError(*changes, f"{self.path} holds a run with another config: {hint}")
@@ -139,12 +193,27 @@ class RunDir:
             line = shlex.join(command) + "\n"
             write_atomic(self.path / "command.txt", lambda file: file.write(line.encode()))
 
+    def _set_aside_leftovers(self) -> None:
+        """Make room for a new run in a directory that holds the rest of a removed one, without its config."""
+        with writing(self.path / "status.json"):
+            (self.path / "status.json").unlink(missing_ok=True)
+        if not any(self.checkpoints.glob("step-*.pt")):
+            return
+        with writing(self.path):
+            names = (self.path / f"checkpoints-without-config-{number}" for number in itertools.count(1))
+            free = next(path for path in names if not os.path.lexists(path))
+            self.checkpoints.rename(free)
+        print(
+            f"capsexp: {self.checkpoints} is not of this run: {self.path} holds no config; moved to {free}",
+            file=sys.stderr,
+        )
+
     def write_composed(self, **contents: Any) -> None:
         """Write .hydra/NAME.yaml with unresolved interpolations, for `capsexp eval run=DIR` to read.
 
         Hydra does not write these files: it would do so before the directory is locked and checked.
         """
-        (self.path / ".hydra").mkdir(exist_ok=True)
+        own_folder(self.path / ".hydra")
         for name, content in contents.items():
             self._write_yaml(f".hydra/{name}.yaml", content)
 
@@ -152,27 +221,19 @@ class RunDir:
         """Write env.json, and dirty.patch if the code is a checkout with uncommitted changes."""
         if not self._writes:
             return
-        commit, patch = _git_state(Path(__file__).resolve().parents[2])
-        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-        machine = {
-            "platform": platform.platform(),
-            "python": platform.python_version(),
-            "cores": os.cpu_count(),
-        }
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "device": device}
-        self._write_json(
-            "env.json", {"versions": versions, "commit": commit, "dirty": bool(patch), **machine, **owner}
-        )
+        content, patch = describe(device)
+        self._write_json("env.json", content)
         if patch:
             write_atomic(self.path / "dirty.patch", lambda file: file.write(patch.encode()))
         else:  # an earlier start may have left one
-            (self.path / "dirty.patch").unlink(missing_ok=True)
+            with writing(self.path):
+                (self.path / "dirty.patch").unlink(missing_ok=True)
 
     def status(self) -> dict[str, Any]:
         """Return the contents of status.json; an empty dict if there is no readable one."""
         try:
-            status = json.loads((self.path / "status.json").read_text())
-        except (OSError, ValueError):
+            status = json.loads(read_regular(self.path / "status.json", limit=LARGEST_STATUS))
+        except (OSError, ValueError, RecursionError):
             return {}
         return status if isinstance(status, dict) else {}
 
@@ -183,7 +244,9 @@ class RunDir:
 
     def best_accuracy(self) -> float | None:
         """Return the best validation accuracy so far, which a search maximizes; None if there is none."""
-        return (self.status().get("best") or {}).get("accuracy")
+        best = self.status().get("best")
+        accuracy = best.get("accuracy") if isinstance(best, dict) else None
+        return accuracy if is_number(accuracy) else None
 
     def overrides(self) -> list[str]:
         """Return the overrides that the run was started with, without `run=`; empty if unknown."""
@@ -204,17 +267,22 @@ class RunDir:
         self.update_status("running", step=step, total=total, steps_per_epoch=steps_per_epoch, best=best)
 
     def heartbeat(self, step: int) -> None:
-        """Record that the run is alive at this step; write the file at most every five seconds."""
+        """Record that the run is alive at this step; write the file at most every five seconds.
+
+        Raises:
+            RunStopped: the directory is gone.
+        """
+        self.require_present()
         self._status["step"] = step
-        if time.time() - self._written > HEARTBEAT_SECONDS:
+        if time.monotonic() - self._written > HEARTBEAT_SECONDS:
             self.update_status("running", step=step)
 
     def update_status(self, status: str, **more: Any) -> None:
         """Write status.json: the status, and more fields such as step, error, exit_code or results."""
-        now = time.time()
-        self._status |= {"status": status, "heartbeat": now, "seconds": now - self._began, **more}
+        seconds = time.monotonic() - self._began
+        self._status |= {"status": status, "heartbeat": time.time(), "seconds": seconds, **more}
         self._write_json("status.json", self._status)
-        self._written = time.time()
+        self._written = time.monotonic()
 
     def report(self, name: str, content: dict[str, Any]) -> None:
         """Write NAME.json for the user to read."""
@@ -226,22 +294,10 @@ class RunDir:
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         if self._writes:
+            self.require_present()
             write_atomic(self.path / name, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings to compare; earlier versions stored paths as typed."""
     return comparable(with_absolute_paths(config))
-
-
-def _git_state(folder: Path) -> tuple[str | None, str]:
-    """Return commit and uncommitted changes of the code; (None, "") if it is no git checkout."""
-    if not (folder / ".git").exists():
-        return None, ""
-    try:
-        git = ["git", "-C", str(folder)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        patch = subprocess.run([*git, "diff", "HEAD"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None, ""
-    return commit.stdout.strip(), patch.stdout

@@ -1,5 +1,6 @@
 """The state that a run starts with: new, or restored from a checkpoint."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from capsexp.data.batches import Batches
 from capsexp.data.seeds import derive_seed
 from capsexp.routing import advance
 from capsexp.schedule import Step
+from capsexp.training import checkpoint
 from capsexp.training.parallel import ProcessGroup
 from capsexp.training.state import State
 
@@ -41,6 +43,28 @@ def resume_state(
         state.restore(saved, rank=processes.rank)
     if state.stopped is not None and not components.trainer.ends_at(state.stopped):
         state.stopped = None  # resume=force with another stop_accuracy
+
+
+def require_resumable(components: Components, folder: Path) -> None:
+    """Check that the checkpoint which a run would resume from fits its network and optimizer.
+
+    Call it before a new config replaces that of the run.
+
+    Args:
+        components: built from the new config.
+        folder: the run's `checkpoints` folder.
+
+    Raises:
+        UserError: the checkpoint is of another network or optimizer, or none is usable.
+    """
+    saved = checkpoint.load_newest(folder, report=lambda line: None)
+    if saved is None:
+        return
+    with torch.random.fork_rng(devices=()):
+        model = components.new_model()
+        optimizer = components.new_optimizer(model.parameters(), lr=1.0)
+        average = moving_average(model, components.trainer.ema_decay)
+        State(model, optimizer, average, total=saved["step"]).restore(saved)
 
 
 def _calibrate(model: nn.Module, batches: Batches) -> None:

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from capsexp.errors import UserError
 from capsexp.schedule import Step
+from capsexp.training.saved_state import process_count, restore_optimizer, restore_weights
 
 
 class State:
@@ -82,9 +84,12 @@ class State:
         """Restore what `state_dict` returned, in the process of this rank. `total` follows the new config.
 
         A process of a rank that the saved run did not have keeps its random state.
+
+        Raises:
+            UserError: the state is of another network or optimizer; the message names the first differences.
         """
         self.restore_weights(saved)
-        self.optimizer.load_state_dict(saved["optimizer"])
+        restore_optimizer(self.optimizer, saved["optimizer"], origin=_origin(saved))
         for name in ("step", "epoch", "batch", "recorded", "best_accuracy", "best_step"):
             setattr(self, name, saved[name])
         self.stopped = saved.get("stopped")  # older checkpoints have none
@@ -92,10 +97,16 @@ class State:
             _restore_random(saved if rank == 0 else saved["random_others"][rank - 1])
 
     def restore_weights(self, saved: dict[str, Any]) -> None:
-        """Restore only the weights and their moving average."""
-        self.model.load_state_dict(saved["model"])
+        """Restore only the weights and their moving average.
+
+        Raises:
+            UserError: they are of another network, or there is no moving average.
+        """
+        restore_weights(self.model, saved["model"], origin=_origin(saved))
         if self.average is not None:
-            self.average.load_state_dict(saved["average"])
+            if saved["average"] is None:
+                raise UserError(f"trainer.ema_decay: {_origin(saved)} has no moving average of the weights")
+            restore_weights(self.average, saved["average"], origin=_origin(saved))
 
 
 def random_state() -> dict[str, Any]:
@@ -107,32 +118,11 @@ def random_state() -> dict[str, Any]:
     return {"random": torch.get_rng_state(), "random_cuda": cuda}
 
 
-def process_count(saved: dict[str, Any]) -> int:
-    """Return the number of processes of the run that saved this state."""
-    return 1 + len(saved.get("random_others", ()))
+def _origin(saved: Mapping[str, Any]) -> str:
+    return f"the checkpoint of step {saved['step']}"
 
 
 def _restore_random(saved: dict[str, Any]) -> None:
     torch.set_rng_state(saved["random"])
     if torch.cuda.is_available() and saved["random_cuda"]:
         torch.cuda.set_rng_state_all(saved["random_cuda"])
-
-
-def saved_position(saved: dict[str, Any], *, recorded: object = None) -> Step:
-    """Return the step of a checkpoint, of its run's total.
-
-    Args:
-        saved: the checkpoint.
-        recorded: the total in the run's status, for older checkpoints, which do not have it.
-    """
-    step, total = saved["step"], saved.get("total", recorded)
-    return Step(step, total if isinstance(total, int) and total >= step else step)
-
-
-def trained_weights(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the weights of a checkpoint to evaluate: their moving average where there is one."""
-    if saved["average"] is None:
-        return dict(saved["model"])
-    module = "module."
-    items = saved["average"].items()
-    return {name.removeprefix(module): value for name, value in items if name.startswith(module)}

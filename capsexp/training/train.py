@@ -26,9 +26,10 @@ from capsexp.training.reconstructions import log_reconstructions
 from capsexp.training.record import NoRecord, Record, closing
 from capsexp.training.run_data import keep_data, keep_fingerprints
 from capsexp.training.run_dir import RunDir
+from capsexp.training.saved_state import process_count, saved_position
 from capsexp.training.splits import Splits, read_splits, require_same_images
 from capsexp.training.start import resume_state, start_state
-from capsexp.training.state import State, process_count, random_state, saved_position
+from capsexp.training.state import State, random_state
 from capsexp.training.stop_signal import StopSignal
 
 
@@ -47,7 +48,7 @@ def train(
         The test metrics, such as `test/accuracy`; with `trainer.test=none` the best validation accuracy.
 
     Raises:
-        RunStopped: a signal, or a loss or gradient that is not finite.
+        RunStopped: a signal, a loss or gradient that is not finite, or a full disk.
         UserError: no usable checkpoint; missing data.
     """
     components.device.prepare()
@@ -63,20 +64,29 @@ def train(
     state = start_state(components, splits.training, processes, calibrate=saved is None)
     resume_state(state, saved, components, processes)
 
-    run.log_resume(step=state.step, total=state.total, steps_per_epoch=len(splits.training), best=state.best)
-    run.write_environment(f"{components.device}{processes}")
-    record = (
-        Record(run.path, start_step=state.step, length=state.recorded, settings=config)
-        if processes.is_main
-        else NoRecord()
-    )
-    reporter = Reporter(total=state.total, done=state.step)
-    stop, profiled = StopSignal(), components.trainer.profile and processes.is_main
-    with closing(record), stop, reporter, profiler(run.path, enabled=profiled) as profile:
-        training = Training(components, splits, state, run, processes, record, reporter, stop, profile)
-        training.introduce(saved)
-        training.fit()
-        return training.test()
+    with checkpoint.explain_failed_write(run.checkpoints):
+        run.log_resume(
+            step=state.step, total=state.total, steps_per_epoch=len(splits.training), best=state.best
+        )
+        run.write_environment(f"{components.device}{processes}")
+        record = (
+            Record(run.path, start_step=state.step, length=state.recorded, settings=config)
+            if processes.is_main
+            else NoRecord()
+        )
+        reporter = Reporter(total=state.total, done=state.step)
+        stop, profiled = StopSignal(), components.trainer.profile and processes.is_main
+        with (
+            checkpoint.explain_failed_write(run.checkpoints),
+            closing(record),
+            stop,
+            reporter,
+            profiler(run.path, enabled=profiled) as profile,
+        ):
+            training = Training(components, splits, state, run, processes, record, reporter, stop, profile)
+            training.introduce(saved)
+            training.fit()
+            return training.test()
 
 
 @dataclass
@@ -265,6 +275,7 @@ class Training:
         rng_states = self.processes.gather(random_state())
         if not self.processes.is_main:
             return
+        self.run.require_present()
         checkpoint.save(folder, state.state_dict(rng_states), step=state.step)
         last_is_best = self.splits.validation is None and state.stopped is None
         best = state.step if last_is_best else state.chosen_step

@@ -4,6 +4,7 @@ import re
 import sys
 
 import pytest
+from fork_server import NO_FORK
 
 from capsexp.cli import entry as cli
 
@@ -76,7 +77,7 @@ def test_cfg_shows_the_config_without_torch_and_without_a_run(tmp_path, shell):
 
 def test_the_script_and_the_module_are_the_same_command(script, tmp_path, shell):
     show = ("train", "--cfg", "job", "-p", "loss", "loss.present=0.8")
-    module = shell(*show, cwd=tmp_path)
+    module = shell(*show, cwd=tmp_path, **{NO_FORK: "1"})
     assert (module.returncode, module.stderr) == (0, "")
     assert module.stdout.splitlines()[:3] == [
         "# @package loss",

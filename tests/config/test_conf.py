@@ -136,6 +136,18 @@ def test_experiment_quickstart_is_what_train_alone_does():
     assert composed("experiment=quickstart") == composed()
 
 
+def test_the_cnn_beside_the_capsules_has_their_budget():
+    capsules, cnn = (
+        composed("experiment=hinton2018_smallnorb_laptop"),
+        composed("experiment=hinton2018_smallnorb_laptop_baseline"),
+    )
+    assert cnn["trainer"] == capsules["trainer"]
+    assert cnn["dataset"] == capsules["dataset"]
+    for optimizer in (cnn["optimizer"], capsules["optimizer"]):
+        del optimizer["lr"]["then"]["start"]  # chosen for each network
+    assert cnn["optimizer"] == capsules["optimizer"]
+
+
 def test_conf_of_a_checkout_is_the_checkouts_own():
     assert Path(__file__).resolve().parents[2] / "conf" == CONF
 

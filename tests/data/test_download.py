@@ -15,7 +15,8 @@ from email.message import Message
 import pytest
 
 from capsexp.data import download
-from capsexp.data.download import RemoteFile, StoredFile, download_all, fetch, missing_files, verify
+from capsexp.data.checked_files import RemoteFile, StoredFile, missing_files, verify
+from capsexp.data.download import download_all, fetch
 from capsexp.errors import DataError
 
 CONTENT = bytes(range(256)) * 100
@@ -67,8 +68,8 @@ def ignore(activity, done, total):
     pass
 
 
-def get(root, *files, online=True, progress=None):
-    download_all(root, files, dataset="toy", online=online, progress=progress)
+def get(root, *files, online=True, progress=None, damaged=()):
+    download_all(root, files, dataset="toy", online=online, progress=progress, damaged=damaged)
 
 
 def names(root):
@@ -123,9 +124,115 @@ def test_a_damaged_archive_on_disk_is_reported(tmp_path):
     remote, packed = zipped()
     (tmp_path / "set").mkdir()
     (tmp_path / "set/data.bin.gz").write_bytes(packed[:-5])
-    with pytest.raises(DataError, match=r"data\.bin\.gz is damaged or incomplete: expected sha256"):
+    message = (
+        rf"missing set/data\.bin; damaged .*: set/data\.bin\.gz \({len(packed) - 5} bytes\); download it"
+    )
+    with pytest.raises(DataError, match=message):
         get(tmp_path, remote, online=False)
     assert missing_files(tmp_path, [remote])
+
+
+def toy_forms():
+    """Published files of each form, and their bytes: as they are, packed, and several in one archive."""
+    remote, packed = zipped()
+    yield "as it is", plain(), CONTENT
+    yield "packed", remote, packed
+    yield "archive", *tarred({"set/a": b"a" * 1000, "set/b": b"b" * 1000})
+
+
+FORMS = {name: (remote, packed) for name, remote, packed in toy_forms()}
+ERROR_PAGE = b"<html>404</html>\n"
+
+
+@pytest.mark.parametrize("wrong", [ERROR_PAGE, b"", CONTENT[:100], b"\x1f\x8b\x08cut"], ids=repr)
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_damaged_on_disk_is_downloaded_anew(form, wrong, tmp_path, monkeypatch):
+    remote, packed = FORMS[form]
+    requested = serve(monkeypatch, {remote.url: packed})
+    (tmp_path / "set").mkdir()
+    (tmp_path / remote.name).write_bytes(wrong)
+    for stored in remote.contents:
+        (tmp_path / stored.name).write_bytes(wrong)
+    get(tmp_path, remote, damaged=[stored.name for stored in remote.contents])
+    assert requested == [remote.url]
+    for stored in remote.contents:
+        verify(tmp_path / stored.name, stored.checksum)
+    assert not missing_files(tmp_path, [remote])
+
+
+@pytest.mark.parametrize("online", [True, False])
+@pytest.mark.parametrize("damaged", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_damaged_file_whose_right_bytes_are_beside_it_needs_no_download(
+    form, damaged, online, tmp_path, monkeypatch
+):
+    requested = serve(monkeypatch, {})
+    remote, packed = FORMS[form]
+    (tmp_path / "set").mkdir()
+    (tmp_path / remote.name).write_bytes(packed)
+    names = [stored.name for stored in remote.contents] if damaged and form != "as it is" else []
+    for name in names:
+        (tmp_path / name).write_bytes(ERROR_PAGE)
+    get(tmp_path, remote, online=online, damaged=names)
+    for stored in remote.contents:
+        verify(tmp_path / stored.name, stored.checksum)
+    assert requested == []
+
+
+def tar_of(members):
+    return gzip.decompress(tarred(members)[1])
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "content"),
+    [
+        ("packed", "set/data.bin.gz", CONTENT),  # unpacked by the browser, and still called .gz
+        ("packed", "set/data.bin", FORMS["packed"][1]),  # packed, without .gz
+        ("as it is", "set/data.bin.gz", CONTENT),
+        ("archive", "set.tar.gz", tar_of({"set/a": b"a" * 1000, "set/b": b"b" * 1000})),
+        ("archive", "set.tar", tar_of({"set/a": b"a" * 1000, "set/b": b"b" * 1000})),
+        ("archive", "set.tar", FORMS["archive"][1]),
+    ],
+)
+def test_the_right_bytes_under_the_other_forms_name_are_taken(form, name, content, tmp_path, monkeypatch):
+    requested = serve(monkeypatch, {})
+    remote, _ = FORMS[form]
+    (tmp_path / "set").mkdir()
+    (tmp_path / name).write_bytes(content)
+    get(tmp_path, remote, online=False, damaged=[name])
+    for stored in remote.contents:
+        verify(tmp_path / stored.name, stored.checksum)
+    assert requested == []
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_an_archive_of_other_files_in_the_other_form_is_not_taken(tmp_path):
+    remote, _ = FORMS["archive"]
+    (tmp_path / "set.tar").write_bytes(tar_of({"set/a": b"a" * 1000, "set/b": b"other"}))
+    with pytest.raises(DataError, match="set/b is damaged or incomplete"):
+        get(tmp_path, remote, online=False)
+    assert missing_files(tmp_path, [remote])
+
+
+def test_all_files_that_are_not_there_are_named_at_once_with_or_without_a_network(tmp_path, monkeypatch):
+    def published(name):
+        return plain()._replace(name=f"set/{name}", contents=(StoredFile(f"set/{name}", "sha256:0"),))
+
+    files = [published(name) for name in "abcd"]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/a").write_bytes(ERROR_PAGE)
+    message = r"missing set/b, set/c, set/d; damaged .*: set/a \(17 bytes\); download it"
+    with pytest.raises(DataError, match=message):
+        get(tmp_path, *files, online=False, damaged=["set/a"])
+
+    def fail(url):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(download, "open_url", fail)
+    message = r"cannot download .*set/a .*; not downloaded yet: set/b, set/c, set/d$"
+    with pytest.raises(DataError, match=message):
+        get(tmp_path, *files, damaged=["set/a"])
+    assert (tmp_path / "set/a").read_bytes() == ERROR_PAGE
 
 
 def test_a_file_that_is_not_an_archive_is_reported(tmp_path, monkeypatch):
@@ -267,7 +374,8 @@ SLOW_DOWNLOAD = """
     import io, sys, time
     from pathlib import Path
     from capsexp.data import download
-    from capsexp.data.download import RemoteFile, StoredFile, download_all
+    from capsexp.data.checked_files import RemoteFile, StoredFile
+    from capsexp.data.download import download_all
 
     class Slow(io.BytesIO):
         headers = {}
@@ -322,7 +430,7 @@ def test_a_download_waits_for_the_lock(tmp_path, monkeypatch):
         import sys, time
         from pathlib import Path
         from capsexp.data.download import LOCK
-        from capsexp.files import locked
+        from capsexp.locks import locked
         with locked(Path(sys.argv[1], LOCK), wait=True):
             print("locked", flush=True)
             time.sleep(0.5)

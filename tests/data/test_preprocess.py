@@ -4,8 +4,9 @@ from torch.nn import functional as F
 
 from capsexp.data.affine import apply_affine
 from capsexp.data.batches import Batches
+from capsexp.data.image_ops import resized
 from capsexp.data.pairs import OverlaidPairs
-from capsexp.data.preprocess import Preprocess, resized
+from capsexp.data.preprocess import Preprocess
 from capsexp.data.split import Split
 
 EVERYTHING = {

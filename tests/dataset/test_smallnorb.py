@@ -4,15 +4,18 @@ import itertools
 import os
 import re
 import struct
+import urllib.error
 
 import numpy as np
 import pytest
 import torch
 
+from capsexp.data import download
 from capsexp.data.batches import Batches
-from capsexp.data.download import RemoteFile, StoredFile
+from capsexp.data.checked_files import RemoteFile, StoredFile
+from capsexp.data.image_ops import resized
 from capsexp.data.prepare import prepare, verify
-from capsexp.data.preprocess import Preprocess, resized
+from capsexp.data.preprocess import Preprocess
 from capsexp.dataset.smallnorb import FACTORS, FOLDER, STEM, Setup, SmallNORB
 from capsexp.errors import DataError
 
@@ -318,15 +321,25 @@ def test_a_converted_copy_is_reported_as_usable(world):
     assert lines[1] == lines[0]
 
 
-def test_a_truncated_image_file_is_refused(world):
+def test_a_truncated_image_file_is_refused_by_readers_and_fetched_anew_by_prepare(world, monkeypatch):
     path = path_of(world(), "train")
     path.write_bytes(path.read_bytes()[:-1])
     size = 24 + COUNT * 2 * 12 * 12
     message = f"{path}: must have {size} bytes, got {size - 1}"
     assert world().problems() == [message]
-    for attempt in (lambda: world().read("train"), lambda: world().prepare(silent)):
-        with pytest.raises(DataError, match=message):
-            attempt()
+    with pytest.raises(DataError, match=message):
+        world().read("train")
+    requested = []
+
+    def open_url(url):
+        requested.append(url)
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(download, "open_url", open_url)
+    assert world().damaged_files() == [f"{FOLDER}{path.name}"]
+    with pytest.raises(DataError, match=f"cannot download .*{path.name}"):
+        world().prepare(silent)
+    assert [url.rpartition("/")[2] for url in requested] == [f"{path.name}.gz"]
     assert world().read("test").size == COUNT
 
 

@@ -5,7 +5,7 @@ import pytest
 import scipy.io
 from torchvision import datasets
 
-from capsexp.data.download import RemoteFile, StoredFile
+from capsexp.data.checked_files import RemoteFile, StoredFile
 from capsexp.data.preprocess import Preprocess
 from capsexp.dataset.svhn import FOLDER, SVHN
 from capsexp.errors import DataError

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import fork_server
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -91,7 +92,7 @@ COMPOSED = [
 def environment(tmp_path_factory):
     """Environment variables under which `capsexp` is this checkout's."""
     folder = tmp_path_factory.mktemp("bin")
-    (folder / "capsexp").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m capsexp "$@"\n')
+    (folder / "capsexp").write_text(fork_server.script())
     (folder / "capsexp").chmod(0o755)
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("CAPSEXP_")}
     return inherited | {

@@ -23,7 +23,15 @@ from capsexp.training.checkpoint import (
 
 
 def state(step=0):
-    return {"step": step, "model": {"w": torch.arange(5000) + step}, "recorded": 1.5, "best_step": None}
+    """The state of a run without optimizer state, moving average and GPUs."""
+    return {
+        **{"step": step, "epoch": 1, "batch": 0, "recorded": 15, "best_accuracy": 0.5, "best_step": None},
+        "model": {"w": torch.arange(5000) + step},
+        "optimizer": {"state": {}, "param_groups": []},
+        "average": None,
+        "random": torch.get_rng_state(),
+        "random_cuda": [],
+    }
 
 
 @pytest.fixture
@@ -54,6 +62,7 @@ def manifest(path):
 def assert_same(loaded, expected):
     assert loaded.keys() == expected.keys()
     assert torch.equal(loaded["model"].pop("w"), expected["model"].pop("w"))
+    assert torch.equal(loaded.pop("random"), expected.pop("random"))
     assert loaded == expected
 
 
@@ -346,7 +355,7 @@ def saved_steps(folder):
 )
 def test_the_last_two_the_best_and_every_kth_stay(best, every, expected, tmp_path):
     for step in range(10, 80, 10):
-        save(tmp_path, {"step": step}, step=step)
+        save(tmp_path, state(step), step=step)
         prune(tmp_path, keep_last=2, keep_steps=[saved for saved in best if saved <= step], keep_every=every)
     assert saved_steps(tmp_path) == expected
     assert load(tmp_path / "last.pt")["step"] == 70

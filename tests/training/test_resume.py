@@ -10,7 +10,8 @@ from capsexp.errors import UserError
 from capsexp.schedule import Step
 from capsexp.training import checkpoint
 from capsexp.training.run_dir import RunDir
-from capsexp.training.state import State, saved_position
+from capsexp.training.saved_state import saved_position
+from capsexp.training.state import State
 
 STEPS = 15  # of a whole tiny run
 

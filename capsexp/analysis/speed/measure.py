@@ -26,12 +26,14 @@ from capsexp.errors import UserError
 from capsexp.schedule import Step
 from capsexp.training.evaluate import inference
 from capsexp.training.gradients import accumulate_gradients, gradient_norm
-from capsexp.training.memory import peak_resident
+from capsexp.training.memory import is_out_of_memory, peak_resident
 from capsexp.training.metrics import autocast
 
 WARM_UP, REPEATS = 2, 9
 MEMORY_STEPS = 3
 STEP = Step(0, 1)
+OUT_OF_MEMORY = "out of memory"
+"""Key under which a process returns the allocator's message."""
 
 
 class Variant(NamedTuple):
@@ -72,12 +74,21 @@ def in_process(kind: str, variants: Mapping[str, Variant], *, plugins: Sequence[
     )
     if child.returncode != 0:
         raise UserError(f"a measurement failed with code {child.returncode}")
-    return dict(json.loads(child.stdout.splitlines()[-1]))
+    result = dict(json.loads(child.stdout.splitlines()[-1]))
+    if OUT_OF_MEMORY in result:
+        raise MemoryError(result[OUT_OF_MEMORY])
+    return result
 
 
 def answer() -> None:
     """Do the task that stdin holds, and print the result: the work of the new process."""
-    print(json.dumps(measure(json.load(sys.stdin))))
+    try:
+        result = measure(json.load(sys.stdin))
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        result = {OUT_OF_MEMORY: str(error)}
+    print(json.dumps(result))
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:

@@ -19,12 +19,14 @@ from rich.table import Column
 from rich.text import Text
 
 from capsexp.compare.comparison import beside_paper
+from capsexp.compare.layout import STATUS_COLOURS
 from capsexp.compare.runs import read_all, read_status
-from capsexp.compare.tables import STATUS_COLOURS, as_csv, markdown, print_comparison
+from capsexp.compare.tables import as_csv, markdown, print_comparison
 from capsexp.config.naming import affects_results, job_name
 from capsexp.documents import read_json
 from capsexp.errors import Notes
-from capsexp.files import locked, write_atomic
+from capsexp.files import require_own, sweep_unfinished, write_atomic
+from capsexp.locks import locked
 from capsexp.terminal import Table, as_markup, new_console
 from capsexp.text import printable, printable_lines
 from capsexp.training.run_dir import RunDir
@@ -65,13 +67,17 @@ class Sweep:
 
         Raises:
             UserError: another sweep is running in it.
+            WriteError: it cannot be written, or holds a link where the sweep writes.
         """
 
         def refusal(owner: str) -> str:
             hint = "hydra.sweep.dir=DIR starts it in another folder"
             return f"this sweep is already running in {self.path} ({owner}): {hint}"
 
+        for name in ("sweep.lock", "sweep.json", "results.csv", "table.md", "multirun.yaml"):
+            require_own(self.path / name, replaced=name != "sweep.lock")
         with locked(self.path / "sweep.lock", refusal=refusal):
+            sweep_unfinished(self.path)
             yield
 
     def add(self, overrides: Sequence[str], *, name: str | None = None) -> RunDir:

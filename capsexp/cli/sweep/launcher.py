@@ -21,8 +21,9 @@ from capsexp.cli.sweep.directories import directories, job_config
 from capsexp.cli.sweep.folder import Sweep, job_labels, jobs_table
 from capsexp.cli.sweep.job_process import JOB_VARIABLE
 from capsexp.config.compose import to_plain
-from capsexp.config.overrides import quoted
+from capsexp.config.typed_paths import quoted
 from capsexp.errors import JobFailed, RunStopped
+from capsexp.files import make_folder, open_own
 from capsexp.terminal import new_console
 from capsexp.text import printable
 from capsexp.training.run_dir import RunDir
@@ -60,8 +61,8 @@ class JobProcess:
 
     def start(self, arguments: Sequence[str], environment: dict[str, str]) -> None:
         """Start `capsexp train` with these arguments."""
-        self.run.path.mkdir(parents=True, exist_ok=True)
-        with open(self.log, "ab") as log:
+        make_folder(self.run.path)
+        with open_own(self.log, "ab") as log:
             self._log_start = log.tell()
             # In its own session, so that Ctrl-C reaches it only once, through us. The pipe to its stdin
             # closes when this process exits.
@@ -104,20 +105,21 @@ class JobProcess:
         assert self._process is not None
         code = self._process.returncode
         stopped = self._stop_sent and (code < 0 or code > 128)  # by our signal, before it trained
-        self.run.mark_dead("interrupted" if stopped else "failed", self._exit_reason(), exit_code=code)
-        if not stopped:
-            from capsexp.training.record import end_session
+        with contextlib.suppress(OSError):  # the disk may be full, or the directory removed
+            self.run.mark_dead("interrupted" if stopped else "failed", self._exit_reason(), exit_code=code)
+            if not stopped:
+                from capsexp.training.events import end_session
 
-            end_session(self.run.path, "failed")
+                end_session(self.run.path, "failed")
 
     def _exit_reason(self) -> str:
         """Return the signal that killed the process, or its exit code and last line of output."""
         assert self._process is not None
-        code = self._process.returncode
+        code, lines = self._process.returncode, []
         if code < 0:
             killed = f"killed by {signal.Signals(-code).name}"
             return f"{killed} (out of memory?)" if -code == signal.SIGKILL else killed
-        with open(self.log, "rb") as log:
+        with contextlib.suppress(OSError), open(self.log, "rb") as log:
             log.seek(self._log_start)
             lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
         last = next((line for line in reversed(lines) if line), "no output")

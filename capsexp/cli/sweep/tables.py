@@ -13,7 +13,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from capsexp.cli.jobs import validate
+from capsexp.cli.jobs import compose_checked, validate
 from capsexp.config.compose import compose, searching
 from capsexp.config.overrides import override_values, parse_all, value
 from capsexp.config.sweeps import (
@@ -76,8 +76,7 @@ def check_sweep(
 
     def check(arguments: Sequence[str], row: str, *, sweep: bool) -> None:
         try:
-            composed = compose(name, arguments, config_dir=config_dir, sweep=sweep)
-            checked.append((composed, validate(composed, overrides)))
+            checked.append(compose_checked(name, arguments, config_dir=config_dir, sweep=sweep))
         except UserError as error:
             for problem in error.problems:
                 rows_with.setdefault(problem, []).append(row)

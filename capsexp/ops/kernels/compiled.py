@@ -8,6 +8,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from capsexp.files import locked
+from capsexp.files import read_regular, sweep_unfinished, write_atomic
+from capsexp.locks import locked
 
 SOURCES = [Path(__file__).with_name(name) for name in ("em.cpp", "dynamic.cpp")]
 HEADERS = [Path(__file__).with_name("vectors.h")]
@@ -58,13 +60,13 @@ def library_path() -> Path:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Return the library; build it if it does not exist.
+    """Return the library; build it if it does not exist, or if its file is damaged.
 
     Raises:
         NotBuiltError: no compiler, no writable folder, a compiler error, a file that is no library.
     """
     path = library_path()
-    if not path.exists():
+    if not _is_whole(path):
         _build(path)
     try:
         return ctypes.CDLL(str(path))
@@ -91,21 +93,41 @@ def _library_problem(cost: str) -> str | None:
     return None
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether the library is the file that was built. A shortened one would end the process with SIGBUS."""
+    try:
+        return _checksum(path) == read_regular(path.with_suffix(".sha256"), limit=64).decode()
+    except (OSError, ValueError):
+        return False
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(read_regular(path)).hexdigest()
+
+
 def _build(path: Path) -> None:
     cxx = compiler()
     if cxx is None:
         raise NotBuiltError("there is no C++ compiler: install g++, or name one in CXX")
+    if not _works(cxx):
+        raise NotBuiltError(f"{cxx} is no C++ compiler that works: name another one in CXX")
     if importlib.util.find_spec("ninja") is None:
         raise NotBuiltError("there is no ninja: pip install ninja")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_suffix(".lock"), wait=True):
-            if not path.exists():  # another process may have built it by now
+            if not _is_whole(path):  # another process may have built it by now
                 _compile(path, cxx)
     except OSError as error:
-        raise NotBuiltError(
-            f"{path.parent} cannot be written ({error.strerror}): set TORCH_EXTENSIONS_DIR"
-        ) from None
+        reason = error.strerror or error
+        raise NotBuiltError(f"{path.parent} cannot be written ({reason}): set TORCH_EXTENSIONS_DIR") from None
+
+
+def _works(cxx: str) -> bool:
+    try:
+        return subprocess.run([cxx, "--version"], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
 
 
 def _compile(path: Path, cxx: str) -> None:
@@ -116,6 +138,7 @@ def _compile(path: Path, cxx: str) -> None:
     start = time.monotonic()
     for leftover in path.parent.glob(f"{path.stem}-*"):  # of a build that was killed
         shutil.rmtree(leftover, ignore_errors=True)
+    sweep_unfinished(path.parent)
     with tempfile.TemporaryDirectory(prefix=f"{path.stem}-", dir=path.parent) as folder, _environment(cxx):
         try:
             cpp_extension.load(
@@ -126,10 +149,19 @@ def _compile(path: Path, cxx: str) -> None:
                 build_directory=folder,
                 is_python_module=False,
             )
-        except RuntimeError as error:
-            raise NotBuiltError(f"{cxx} failed:\n{error}") from None
-        os.replace(next(Path(folder).glob("*.so")), path)  # atomic
+        except (RuntimeError, subprocess.SubprocessError) as error:
+            raise NotBuiltError(f"{cxx} failed: {_reason(error)}") from None
+        built = next(Path(folder).glob("*.so")).read_bytes()
+    # The checksum comes last: without it the library counts as damaged.
+    write_atomic(path, lambda file: file.write(built))
+    write_atomic(path.with_suffix(".sha256"), lambda file: file.write(_checksum(path).encode()))
     print(f"capsexp: built in {time.monotonic() - start:.0f} s: {path}", file=sys.stderr, flush=True)
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of the compiler's output that names an error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "error:" in line), lines[0] if lines else type(error).__name__)
 
 
 @contextlib.contextmanager

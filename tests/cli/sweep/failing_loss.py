@@ -20,7 +20,13 @@ def raise_error():
     raise KeyError("a bug")
 
 
+def preempt():
+    Path("fixed").write_text(str(os.getpid()))
+    os.kill(os.getpid(), signal.SIGUSR2)
+
+
 WAYS = {
+    "preempted": preempt,
     "raise": raise_error,
     "exit": lambda: sys.exit(3),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),

@@ -53,7 +53,8 @@ PUBLISHED_ERRORS = {
 }
 # Our own recipes, or recipes with other settings than the published experiment.
 UNPUBLISHED = {
-    *("quickstart", "sabour2017_mnist_official", "sabour2017_cifar10", "hinton2018_smallnorb_laptop"),
+    *("quickstart", "quickstart_em", "sabour2017_mnist_official", "sabour2017_cifar10"),
+    *("hinton2018_smallnorb_laptop", "hinton2018_smallnorb_laptop_baseline"),
     *("sabour2017_mnist_uniform", "sabour2017_mnist_shared_uniform", "sabour2017_mnist_shared_r3"),
     *("hinton2018_table1_shared", "hinton2018_azimuth_laptop", "hinton2018_elevation_laptop"),
     *("sabour2017_multimnist_laptop", "sabour2017_mnist_affine", "sabour2017_mnist_affine_baseline"),

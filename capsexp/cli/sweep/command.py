@@ -54,8 +54,6 @@ def sweep(options: Namespace, flags: Sequence[str], overrides: Sequence[str]) ->
 
 def _folder(composed: DictConfig, overrides: Sequence[str]) -> Path:
     """Return the folder of a sweep: the user's choice, or one that depends only on the command."""
-    if not composed.hydra.sweep.dir:
-        raise UserError("hydra.sweep.dir must be a folder, or auto")
     if composed.hydra.sweep.dir != "auto":
         return Path(expanded(composed.hydra.sweep.dir))
     constants, swept = constants_and_swept(overrides)

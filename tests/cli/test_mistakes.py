@@ -32,7 +32,7 @@ from capsexp.cli import entry as cli
         (["train", "dataset=image_folder"], ["dataset.path has no value yet: set dataset.path=…"]),
         (
             ["train", "-cp", "own"],
-            ["--config-path is switched off: -cd DIR adds a folder of your own configs"],
+            ["-cp is switched off: capsexp has its own conf/; -cd DIR adds a folder of your own to it"],
         ),
         (
             ["train", "--experimental-rerun", "x.pickle"],

@@ -83,6 +83,15 @@ def collecting() -> Iterator[list[str]]:
         _problems.reset(token)
 
 
+@contextlib.contextmanager
+def noting(problems: list[str]) -> Iterator[None]:
+    """Add the problems of a UserError inside to a list, and go on."""
+    try:
+        yield
+    except UserError as error:
+        problems += error.problems
+
+
 def stop_if_refused() -> None:
     """End a constructor whose arguments were refused, before it passes them on; see `collecting`.
 

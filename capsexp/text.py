@@ -6,7 +6,7 @@ import unicodedata
 
 JOINERS = "\u200c\u200d"  # invisible, but part of words in many scripts
 SUBSTITUTES = str.maketrans(
-    {"─": "-", "━": "-", "│": "|", "–": "-", "…": "...", "±": "+-", "→": "->", "↑": "^", "↓": "v"}  # noqa: RUF001
+    {"─": "-", "━": "-", "│": "|", "–": "-", "…": "~", "±": "+-", "→": "->", "↑": "^", "↓": "v"}  # noqa: RUF001
 )
 """Signs of our own output for terminals that cannot show them."""
 

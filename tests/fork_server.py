@@ -1,11 +1,11 @@
 """Start commands of capsexp by forking a process that has imported torch and Hydra: 0.3 s instead of 3 s.
 
 `install` makes `subprocess.Popen` do so, in the tests and in the forked processes: for `python -m capsexp`,
-for `python -P -c` with a program that imports capsexp.cli, as the jobs of a sweep are started, and for files
-of this folder. They are processes like others, each with its own id, folder, environment, files and session,
-and signals reach them. They import capsexp themselves, so PYTHONPATH, and what capsexp reads at import, have
-their effect. Other commands start in the usual way; so do commands with `NO_FORK` in their environment, or
-with another value of a variable that Python or torch reads when it starts.
+for `python -P -c` with a program that imports capsexp.cli, as the jobs of a sweep are started, and for
+files of this folder. They are processes like others, each with its own id, folder, environment, files and
+session, and signals reach them. They import capsexp themselves, so PYTHONPATH, and what capsexp reads at
+import, have their effect. Other commands start in the usual way; so do commands with `NO_FORK` in their
+environment, or with another value of a variable that Python or torch reads when it starts.
 
 As a program, this file is the server: `python fork_server.py SOCKET` serves until its stdin closes.
 """

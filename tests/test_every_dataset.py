@@ -121,6 +121,7 @@ def test_batches_have_the_shapes_and_ranges_that_networks_expect(dataset):
     batches = dataset.batches(
         test, batch_size=8, seed=0, device="cpu", memory_format=torch.channels_last, limit=3
     )
+    assert dataset.check_test() == batches.count
     label_axis = () if dataset.labels_per_image == 1 else (dataset.labels_per_image,)
     for batch in (*batches.training(0), *batches.in_order()):
         assert tuple(batch.images.shape[1:]) == dataset.image_shape

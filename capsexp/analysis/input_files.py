@@ -1,10 +1,12 @@
 """The image files that `capsexp predict` is given."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from capsexp.data.image_files import ENDINGS, Walk
 from capsexp.errors import UserError
+from capsexp.text import printable
 
 
 def find_images(names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -23,15 +25,16 @@ def find_images(names: Sequence[str]) -> tuple[list[str], list[str]]:
     files: list[str] = []
     notes, problems = [], []
     for name in names:
-        path = Path(name)
-        if not path.is_dir():
-            problems += [] if path.exists() else [f"{name}: there is no such file"]
+        if not os.path.isdir(name):
+            problems += [] if os.path.exists(name) else [f"{printable(name)}: there is no such file"]
             files.append(name)
             continue
-        walk = Walk(path)
-        images = [entry.path for entry in walk.images(path)]
+        walk = Walk(Path(name))
+        images = [entry.path for entry in walk.images(Path(name))]
         if not images:
-            problems.append(f"{name}: there is no image in this folder (looked for {', '.join(ENDINGS)})")
+            problems.append(
+                f"{printable(name)}: there is no image in this folder (looked for {', '.join(ENDINGS)})"
+            )
         files += images
         notes += [f"{name}: {note}" for note in walk.notes()]
     if problems:

@@ -55,9 +55,10 @@ def predict(components: Components, config: Mapping[str, Any], names: Sequence[s
     problems: list[str] = []
     size = components.trainer.batch_size
     for start in range(0, len(files), size):
-        readable, images = _read(files[start : start + size], components.dataset, problems)
-        if readable:
-            batch = predict_batch(run.model, components, images)
+        images, failures = _read(files[start : start + size], components.dataset)
+        problems += map(printable, failures)
+        if readable := list(images):
+            batch = predict_batch(run.model, components, torch.stack(list(images.values())))
             table.add_rows(list(_rows(readable, batch, run.classes, config["top"])))
             if config["reconstructions"]:
                 written.save_all(readable, batch)
@@ -83,26 +84,20 @@ def _check(config: Mapping[str, Any], dataset: Dataset) -> None:
         raise UserError(*problems)
 
 
-def _read(
-    files: Sequence[str], dataset: Dataset, problems: list[str]
-) -> tuple[list[str], UInt8[Tensor, "B C H W"]]:
-    """Read files with the channels and the size of the training images; add a problem for each bad one.
+def _read(files: Sequence[str], dataset: Dataset) -> tuple[dict[str, UInt8[Tensor, "C H W"]], list[str]]:
+    """Read files with the channels and the size of the training images.
 
     Returns:
-        The names of the files that can be read, and their images.
+        The images by the names of their files, and a line for each file that cannot be read.
     """
-    channels, *size = dataset.raw_shape
+    channels, height, width = dataset.raw_shape
     reading = _reading(dataset)
 
     def read(file: str) -> tuple[str, UInt8[Tensor, "C H W"]]:
-        return file, resized(decode(file, channels, reading)[None], (size[0], size[1]))[0]
+        return file, resized(decode(file, channels, reading)[None], (height, width))[0]
 
     results, failures = try_files(read, files)
-    problems += failures
-    images = [image for _, image in results]
-    return [file for file, _ in results], torch.stack(images) if images else torch.empty(
-        0, *dataset.raw_shape
-    )
+    return dict(results), failures
 
 
 def _reading(dataset: Dataset) -> Reading:

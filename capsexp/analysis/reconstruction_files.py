@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from capsexp.analysis.predictions import PredictedBatch
+from capsexp.text import printable
 
 SHOWN = 20
 """Files that are named; the others are counted."""
@@ -52,7 +53,9 @@ class ReconstructionFolder:
                 self._save(Path(file).name, torch.cat([image, *reconstructions], dim=2))
         except OSError as error:
             reason = error.strerror or str(error)
-            self.problems.append(f"the reconstructions cannot be written into {self.folder}: {reason}")
+            self.problems.append(
+                f"the reconstructions cannot be written into {printable(self.folder)}: {reason}"
+            )
 
     def summary(self) -> list[str]:
         """Return lines that name what was written."""

@@ -10,7 +10,7 @@ from capsexp.config.paths import with_absolute_paths
 from capsexp.config.saved import load_saved_config
 from capsexp.config.settings import comparable
 from capsexp.data.dataset import NO_LIST
-from capsexp.data.manifest import Manifest, listing_of
+from capsexp.data.manifest import Manifest, hashed, listing_of
 from capsexp.errors import UserError
 
 NO_OTHER_IMAGES = {"preprocess", "download"}
@@ -46,13 +46,20 @@ def run_components(config: dict[str, Any], *, plugins: Sequence[str]) -> Compone
     if manifest is None:
         components = build_components(config, plugins=plugins)
         return components._replace(remarks=(NO_LIST,) if components.dataset.lists_files else ())
-    changes = list(_changes(_data_settings(load_saved_config(run)), _data_settings(config)))
+    stored = load_saved_config(run)
+    changes = list(_changes(_data_settings(stored), _data_settings(config)))
     if _is_moved(manifest, config, changes):
         changes = []
+    remarks = [str(change) for change in changes]
     is_own = not any(_decides_splits(change.key, config, manifest) for change in changes)
     components = build_components(config, plugins=plugins, manifest=manifest if is_own else None)
+    if is_own and _roots(stored) != _roots(config):
+        others = list(manifest.differences(components.dataset.manifest(())))
+        if others:
+            remarks += others
+            components = build_components(config, plugins=plugins)
     _require_classes(components, manifest)
-    return components._replace(remarks=tuple(map(str, changes)))
+    return components._replace(remarks=tuple(remarks))
 
 
 def _data_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,6 +74,12 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Chan
             yield Change(key, before.get(key), now.get(key))
 
 
+def _roots(config: Mapping[str, Any]) -> list[Any]:
+    """Return where the dataset and its source look for published files."""
+    nodes = with_absolute_paths([config["dataset"], config["dataset"].get("source") or {}])
+    return [node.get("root") for node in nodes]
+
+
 def _innermost(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """Return the node of the dataset whose files are read, and its key."""
     key, node = "dataset", config["dataset"]
@@ -76,17 +89,15 @@ def _innermost(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 
 def _is_moved(manifest: Manifest, config: Mapping[str, Any], changes: Sequence[Change]) -> bool:
-    """Whether only the folder is another one, and it holds the files of the run under the same names."""
+    """Whether only the folder is another one, and it holds the run's files, which all are read here."""
     key, node = _innermost(config)
     if [change.key for change in changes] != [f"{key}.path"] or not manifest.files:
         return False
     folder = Path(str(node["path"])).expanduser()
+    files = [file for listed in manifest.files.values() for file in listed]
     try:
-        return all(
-            (folder / file.path).stat().st_size == file.size
-            for files in manifest.files.values()
-            for file in files
-        )
+        same_sizes = all((folder / file.path).stat().st_size == file.size for file in files)
+        return same_sizes and all(hashed(folder / file.path)[1] == file.sha256 for file in files)
     except OSError:
         return False
 

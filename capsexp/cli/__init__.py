@@ -1,7 +1,9 @@
 """The command `capsexp`."""
 
 import os
-import signal
+
+# Not `signal`, which imports for some milliseconds: Ctrl-C would print a traceback of that.
+from _signal import SIGINT, default_int_handler, getsignal, signal  # type: ignore[import-not-found]
 
 
 def main() -> int:
@@ -9,9 +11,8 @@ def main() -> int:
 
     The console script, `python -m capsexp` and other launchers call this function.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # Ctrl-C would print a traceback of the imports below.
-        signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
+    if getsignal(SIGINT) is default_int_handler:  # until the imports below are done
+        signal(SIGINT, lambda number, _: os._exit(128 + number))
     from capsexp.cli.signals import ending_quietly
 
     with ending_quietly():

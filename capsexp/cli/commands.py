@@ -11,21 +11,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from capsexp.cli.jobs import (
-    call_hydra,
-    evaluation_job,
-    no_op,
-    train_as_worker,
-    training_job,
-    validate,
-    validate_saved,
-)
+from capsexp.cli.jobs import call_hydra, compose_checked, evaluation_job, no_op, train_as_worker, training_job
 from capsexp.cli.sweep.job_process import JOB_VARIABLE, end_with_launcher
 from capsexp.cli.torchrun import is_distributed, processes
 from capsexp.config.compose import compose, conf_dir, option_names, to_plain
 from capsexp.config.naming import new_run_dir
-from capsexp.config.overrides import parse, plugins, quoted, value
+from capsexp.config.overrides import parse, plugins, value
 from capsexp.config.saved import register_saved_config
+from capsexp.config.typed_paths import expanded, quoted
 from capsexp.errors import UserError, nearest
 from capsexp.files import make_folder
 
@@ -44,14 +37,15 @@ def train(arguments: Sequence[str]) -> int:
         from capsexp.cli.sweep.command import sweep
 
         return sweep(options, flags, overrides)
-    composed = compose(options.config_name or "train", overrides, config_dir=options.config_dir)
+    name = options.config_name or "train"
     if options.cfg or options.info:
-        return call_hydra([*flags, *overrides], "train", no_op)
+        return _show(name, options, flags, overrides)
     if is_distributed():
         from capsexp.cli.agreement import require_agreement
 
+        composed = compose(name, overrides, config_dir=options.config_dir)
         require_agreement(to_plain(composed), processes())
-    components = validate(composed, overrides)
+    composed, components = compose_checked(name, overrides, config_dir=options.config_dir)
     components.dataset.require_files()
     if is_distributed():
         from capsexp.training.parallel import check
@@ -68,28 +62,31 @@ def evaluate(arguments: Sequence[str]) -> int:
     options, flags, overrides = parse(arguments)
     overrides = _with_new_names(overrides, RENAMED_SETTINGS)
     register_saved_config(overrides, command="eval", split="test", weights="best")
-    composed = compose("eval_run", overrides, config_dir=options.config_dir)
-    if not (options.cfg or options.info):
-        validate_saved(composed, overrides)
+    if options.cfg or options.info:
+        return _show("eval_run", options, flags, overrides)
+    compose_checked("eval_run", overrides, config_dir=options.config_dir, saved=True)
     return call_hydra([*flags, *overrides], "eval_run", evaluation_job)
 
 
 def predict(arguments: Sequence[str]) -> int:
     """Run `capsexp predict`."""
     options, flags, rest = parse(arguments)
-    files = [text for text in rest if "=" not in text or Path(text).exists()]
+    files = [text for text in rest if "=" not in text or os.path.exists(text)]
     overrides = [text for text in rest if text not in files]
     extra: dict[str, Any] = {"top": 3, "weights": "best", "reconstructions": True, "output": None}
     register_saved_config(overrides, command="predict", **extra)
-    composed = compose("predict_run", overrides, config_dir=options.config_dir)
     if options.cfg or options.info:
-        return call_hydra([*flags, *overrides], "predict_run", no_op)
+        return _show("predict_run", options, flags, overrides)
     if not files:
         raise UserError("capsexp predict needs images: capsexp predict run=DIR FILES")
     from capsexp.analysis.predict import predict
     from capsexp.training.memory import explain_out_of_memory
 
-    components, plain = validate_saved(composed, overrides), to_plain(composed)
+    composed, components = compose_checked(
+        "predict_run", overrides, config_dir=options.config_dir, saved=True
+    )
+    plain = to_plain(composed)
+    files = [text if os.path.exists(text) else expanded(text) for text in files]
     with explain_out_of_memory(components, plain, training=False):
         return predict(components, plain, files)
 
@@ -100,15 +97,16 @@ def analyze(arguments: Sequence[str]) -> int:
     register_saved_config(overrides, command="analyze", groups={"study": "???"}, weights="best", limit=None)
     if not any(text.startswith("study=") for text in overrides):
         raise UserError(f"capsexp analyze needs a study: study=NAME{nearest('', option_names('study'))}")
-    composed = compose("analyze_run", overrides, config_dir=options.config_dir)
     if options.cfg or options.info:
-        return call_hydra([*flags, *overrides], "analyze_run", no_op)
-    components, plain = validate_saved(composed, overrides), to_plain(composed)
+        return _show("analyze_run", options, flags, overrides)
+    composed, components = compose_checked(
+        "analyze_run", overrides, config_dir=options.config_dir, saved=True
+    )
     from capsexp.analysis.analyze import analyze
     from capsexp.config.build import build_checked
     from capsexp.training.memory import explain_out_of_memory
 
-    packages = plugins(overrides)
+    packages, plain = plugins(overrides), to_plain(composed)
     study = build_checked(plain["study"], at="study", plugins=packages)
     name = composed.hydra.runtime.choices["study"]
     with explain_out_of_memory(components, plain, training=False):
@@ -125,10 +123,11 @@ def bench(arguments: Sequence[str]) -> int:
     overrides = [text for text in overrides if text.partition("=")[0] not in ("growth", "compiled")]
     if not isinstance(compiled, bool):
         raise UserError(f"compiled must be true or false, got {compiled}")
-    composed = compose(options.config_name or "train", overrides, config_dir=options.config_dir)
+    name = options.config_name or "train"
     if options.cfg or options.info:
-        return call_hydra([*flags, *overrides], "train", no_op)
-    components, plain = validate(composed, overrides), to_plain(composed)
+        return _show(name, options, flags, overrides)
+    composed, components = compose_checked(name, overrides, config_dir=options.config_dir)
+    plain = to_plain(composed)
     from capsexp.training.memory import explain_out_of_memory
 
     with explain_out_of_memory(components, plain, training=True):
@@ -183,6 +182,15 @@ def _asks_for_help(options: Namespace) -> bool:
     return bool(options.help or options.hydra_help)
 
 
+def _show(name: str, options: Namespace, flags: Sequence[str], overrides: Sequence[str]) -> int:
+    """Let Hydra print a config, or what it knows about it."""
+    composed = compose(name, overrides, config_dir=options.config_dir)
+    package = options.package
+    if package is not None and OmegaConf.select(composed, package) is None:
+        raise UserError(f"-p {package}: the config has no such part{nearest(package, map(str, composed))}")
+    return call_hydra([*flags, *overrides], name, no_op)
+
+
 def _with_new_names(overrides: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
     keys = (text.partition("=")[0] for text in overrides)
     return [renamed.get(key, key) + text.removeprefix(key) for key, text in zip(keys, overrides, strict=True)]
@@ -191,14 +199,18 @@ def _with_new_names(overrides: Sequence[str], renamed: Mapping[str, str]) -> lis
 def _run_override(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
     """Return an override that names a new directory for the run, unless the user chose a directory."""
     if composed.run is not None:
-        make_folder(Path(composed.run))  # Hydra would fail with a traceback
-    if composed.run is not None or "hydra.run.dir" in {text.partition("=")[0] for text in overrides}:
+        run = expanded(composed.run)
+        make_folder(Path(run))  # Hydra would fail with a traceback
+        return [f"run={quoted(run)}"] if run != composed.run else []
+    if "hydra.run.dir" in {text.partition("=")[0] for text in overrides}:
         return []
     choices = composed.hydra.runtime.choices
     folder = choices.get("experiment") or f"{choices['model']}-{choices['dataset']}"
     in_folder = ("model", "dataset", "experiment")
     settings = [text for text in overrides if text.partition("=")[0] not in in_folder]
-    return [f"run={quoted(new_run_dir(Path(composed.output_root) / folder, label='-'.join(settings)))}"]
+    return [
+        f"run={quoted(new_run_dir(Path(expanded(composed.output_root)) / folder, label='-'.join(settings)))}"
+    ]
 
 
 def _datasets(overrides: Sequence[str], names: Sequence[str] | None) -> dict[str, Any]:

@@ -46,12 +46,14 @@ COMMANDS = {
     ),
     "predict": Command(
         "classify image files",
-        "run=DIR FILES [top=N] [reconstructions=false] [weights=WEIGHTS] [KEY=VALUE]",
+        "run=DIR FILES [top=N] [reconstructions=false] [output=DIR] [weights=WEIGHTS] [KEY=VALUE]",
         "capsexp predict run=outputs/demo digit.png top=5",
         {
             "run": "directory of the run",
             "top": "number of classes to print (3)",
+            "FILES": "images, and folders of images",
             "reconstructions": "true (default) writes FILE.reconstruction.png if the network has a decoder",
+            "output": "folder of the reconstructions (null: RUN/predictions)",
             "weights": WEIGHTS,
             "KEY=VALUE": "changes the run's config for these predictions",
         },

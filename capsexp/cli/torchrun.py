@@ -88,7 +88,8 @@ def _join() -> None:
     backend = "cpu:gloo,cuda:nccl" if is_available() and dist.is_nccl_available() else "gloo"
     # A restart by torchrun finds the store of the earlier attempt, with the addresses of dead processes.
     _store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    _check_number(rank, size)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun counts by itself, and anew after a loss
+        _check_number(rank, size)
     with _reaching_the_others():
         dist.init_process_group(backend, store=_store, rank=rank, world_size=size)
     if rank == 0:

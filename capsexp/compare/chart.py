@@ -84,8 +84,10 @@ def chart(curves: Sequence[Curve], tag: str) -> str:
 def _axis(values: Iterable[float], start: int, end: int, *, margin: float) -> Axis:
     values = list(values)
     low, high = min(values), max(values)
-    if high == low:
-        low, high = low - 0.5, high + 0.5
+    magnitude = max(abs(low), abs(high))
+    if high - low <= 1e-12 * magnitude + 1e-300:  # no ticks fit between them
+        half = max(0.5, magnitude / 1000)
+        low, high = low - half, high + half
     padding = margin * (high - low)
     return Axis(low - padding, high + padding, start, end)
 

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ def setting_columns(runs: Sequence[Run], *, without: Collection[str] = ()) -> li
     keys = distinct_keys(runs)
     titles = short_titles(keys)
     groups = [group for group in GROUPS if _choices_differ(group, runs)]
-    typed = {key for run in runs for key in re.findall(r"[\w.]+(?==)", run.command)}
+    typed = {key for run in runs for key in _typed_keys(run.command)}
     candidates = [key for key in keys if not {key, key.partition(".")[0]} & {*without} and key not in groups]
     columns = [Column(group, group) for group in groups if group not in without]
     return columns + [Column(key, titles[key]) for key in candidates if _has_column(key, groups, typed, runs)]
@@ -148,6 +148,14 @@ def _repeats(key: str, original: str, all_settings: Iterable[Mapping[str, Any]])
         key not in settings or (original in settings and settings[original] == settings[key])
         for settings in all_settings
     )
+
+
+def _typed_keys(command: str) -> Iterator[str]:
+    """Yield the keys of all KEY=VALUE in a command."""
+    for text in command.split("=")[:-1]:
+        # From the end: a search for the end of a long word would start at each of its letters.
+        if backwards := re.match(r"[\w.]+", text[::-1]):
+            yield backwards[0][::-1]
 
 
 def _choices_differ(group: str, runs: Iterable[Run]) -> bool:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from capsexp.compare import selection, tables
+from capsexp.compare import layout, selection, tables
 from capsexp.compare.comparison import Comparison, compare
 from capsexp.compare.curves import TAGS, draw, learning_curves, mean_over_seeds
 from capsexp.errors import Notes, UserError
-from capsexp.files import require_figure_file
+from capsexp.files import require_figure_file, require_output
 from capsexp.text import printable
 
 ARGUMENTS = """\
@@ -47,11 +47,8 @@ def run(command: str, arguments: Sequence[str], *, heading: str, example: str) -
     """
     parser = _parser(command, heading, example)
     notes = Notes()
-    try:
-        options = parser.parse_intermixed_args(list(arguments))
-        {"runs": _runs, "compare": _compare, "report": _report}[command](options, notes)
-    except KeyboardInterrupt:
-        return 130
+    options = parser.parse_intermixed_args(list(arguments))
+    {"runs": _runs, "compare": _compare, "report": _report}[command](options, notes)
     for line in notes.warnings:
         print(f"capsexp: {printable(line)}", file=sys.stderr)
     if notes.errors:
@@ -154,7 +151,7 @@ def _compare(options: argparse.Namespace, notes: Notes) -> None:
     comparison = _comparison(options, notes, group_by=options.group_by)
     forms = {"csv": tables.csv_text, "md": tables.markdown, "json": tables.json_text}
     if options.form:
-        tables.write_stdout(forms[options.form](comparison))
+        layout.write_stdout(forms[options.form](comparison))
     else:
         tables.print_comparison(comparison)
     if options.plot:
@@ -174,13 +171,14 @@ def _report(options: argparse.Namespace, notes: Notes) -> None:
         raise UserError(f"--output: {file} is a folder")
     if not file.absolute().parent.is_dir():
         raise UserError(f"--output: no such folder: {file.parent}")
+    require_output(file)
     from capsexp.compare.report import write  # imports jinja2, which no other command needs
 
     comparison = _comparison(options, notes)
     if comparison.rows:
-        write(file, comparison, options.metric or TAGS, notes)
+        size = write(file, comparison, options.metric or TAGS, notes)
         count = len(comparison.rows)
-        print(f"{printable(file)}: {count} run{'s' * (count != 1)}, {file.stat().st_size / 1e6:.1f} MB")
+        print(f"{printable(file)}: {count} run{'s' * (count != 1)}, {size / 1e6:.1f} MB")
     else:
         notes.warning(f"no runs to show: {file} is not written")
 

@@ -1,6 +1,8 @@
 """Learning curves: one for each setting, averaged over its seeds."""
 
+import io
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +13,7 @@ from capsexp.compare.comparison import Comparison, compare, row_label
 from capsexp.compare.means import Row, spread
 from capsexp.compare.runs import Run
 from capsexp.errors import Notes
-from capsexp.files import write_atomic
+from capsexp.files import write_output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +23,11 @@ TAGS = ("validation/accuracy", "train/loss")
 COLOURS = ("#2f6fde", "#d9730d", "#1f9d63", "#cf3f5b", "#8250df", "#0f9bb0", "#c2409b", "#8a6a45")
 OTHER_COLOUR = "#9aa0a6"
 MAX_POINTS = 200  # a panel cannot show more
+MAX_LINES = 120  # in all panels together
+MIN_CURVES = 8  # however many panels there are
+MAX_RUNS = 100  # that one curve is the mean of
+LARGEST = 1e100
+"""Values beyond it are left out, like those that are not finite: a panel cannot show them."""
 
 
 class Point(NamedTuple):
@@ -50,7 +57,7 @@ class Curve:
 def learning_curves(
     comparison: Comparison, tags: Sequence[str], notes: Notes, *, option: str = "--metric"
 ) -> list[Curve]:
-    """Return a curve for each row that has values, in the order of the rows.
+    """Return a curve for each of the first rows that have values, in the order of the rows.
 
     Args:
         comparison: the rows.
@@ -58,11 +65,19 @@ def learning_curves(
         notes: collects unknown tags and warnings about files.
         option: the command-line option that names the tags, for messages.
     """
-    curves = [_learning_curve(row, comparison, tags, notes) for row in comparison.rows]
+    rows = [row for row in comparison.rows if any(map(_has_metrics, row.runs))]
+    drawn = rows[: max(MIN_CURVES, MAX_LINES // max(1, len(tags)))]
+    if len(drawn) < len(rows):
+        notes.warning(f"the first {len(drawn)} of {len(rows)} curves are drawn, in the order of the table")
+    curves = [_learning_curve(row, comparison, tags, notes) for row in drawn]
     for tag in tags:
         if curves and not any(curve.points[tag] for curve in curves):
             runs = [run for curve in curves for run in curve.runs]
-            notes.error(f"{option}: {history.unknown_tag(tag, runs)}")
+            message = history.unknown_tag(tag, runs)
+            if tuple(tags) == TAGS:  # the user has not typed them
+                notes.warning(message)
+            else:
+                notes.error(f"{option}: {message}")
     return [curve for curve in curves if any(curve.points.values())]
 
 
@@ -118,8 +133,9 @@ def draw(curves: Sequence[Curve], tags: Sequence[str], file: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     lines = [Line2D([], [], color=colour(index), label=label) for index, label in enumerate(labels)]
     figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False)
-    extension = file.suffix.removeprefix(".")
-    write_atomic(file, lambda opened: figure.savefig(opened, format=extension, dpi=130))
+    content = io.BytesIO()
+    figure.savefig(content, format=file.suffix.removeprefix("."), dpi=130)
+    write_output(file, content.getvalue())
 
 
 def _draw_curve(axes: "Axes", points: Sequence[Point], colour: str, *, is_other: bool) -> None:
@@ -132,9 +148,19 @@ def _draw_curve(axes: "Axes", points: Sequence[Point], colour: str, *, is_other:
 
 
 def _learning_curve(row: Row, comparison: Comparison, tags: Sequence[str], notes: Notes) -> Curve:
+    if len(row.runs) > MAX_RUNS:
+        notes.warning(f"a curve is the mean of at most {MAX_RUNS} runs; one setting has {len(row.runs)}")
+        row = replace(row, runs=row.runs[:MAX_RUNS])
     values = [history.all_values(run.path, tags, notes) for run in row.runs]
     points = {tag: downsample(_means([series[tag] for series in values])) for tag in tags}
     return Curve(_label(row, comparison), row.runs, points)
+
+
+def _has_metrics(run: Run) -> bool:
+    try:
+        return os.path.getsize(run.path / "metrics.jsonl") > 0
+    except OSError:
+        return False
 
 
 def _label(row: Row, comparison: Comparison) -> str:
@@ -146,11 +172,11 @@ def _label(row: Row, comparison: Comparison) -> str:
 
 
 def _means(all_series: Iterable[history.Series]) -> list[Point]:
-    """Average step by step over the runs that have the step. Non-finite values are left out."""
+    """Average step by step over the runs that have the step. Values that cannot be drawn are left out."""
     by_step: dict[int, list[float]] = {}
     for series in all_series:
         for step, value in series.items():
-            if math.isfinite(value):
+            if abs(value) < LARGEST:  # not for NaN
                 by_step.setdefault(step, []).append(value)
     spreads = {step: spread(by_step[step]) for step in sorted(by_step)}
     return [Point(float(step), value.mean, value.sd or 0.0) for step, value in spreads.items()]

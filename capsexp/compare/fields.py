@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+from capsexp.config.settings import Published
 from capsexp.errors import is_number
 
 LARGEST_COUNT = 2**53
@@ -26,6 +27,18 @@ def get_count(node: Mapping[str, Any], key: str) -> int | None:
     value = node.get(key)
     is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_COUNT
     return value if is_count else None
+
+
+class Files(NamedTuple):
+    """What the files of a run say that tables show."""
+
+    status: Mapping[str, Any]
+    """status.json as `capsexp.compare.runs.read_status` returns it."""
+    settings: Mapping[str, Any]
+    """See `capsexp.compare.runs.Run`."""
+    paper: Published | None
+    command: str
+    version: str | None
 
 
 class Fields:

@@ -85,6 +85,9 @@ def _parts(rows: Sequence[Row], averaged: Sequence[str]) -> list[tuple[list[Row]
 
     A run of an earlier version may lack a setting that later ones have: its value then is not known.
     """
+    known = [row.runs[0].settings.keys() for row in rows]
+    if known[0] and all(keys == known[0] for keys in known):
+        return [(list(rows), "")]
     keys = [key for key in distinct_keys(row.runs[0] for row in rows) if not _is_averaged(key, averaged)]
     parts: dict[Hashable, tuple[list[Row], str]] = {}
     for row in rows:
@@ -126,7 +129,10 @@ def _mean_row(
 def _counted(runs: Sequence[Run], averaged: Sequence[str]) -> tuple[Run, ...]:
     """Return the finished runs; of those with equal seeds, which repeat each other, only the newest."""
     newest: dict[Hashable, Run] = {}
-    for run in newest_first(run for run in runs if run.status == "finished"):
+    finished = [run for run in runs if run.status == "finished"]
+    if len(finished) < 2:
+        return tuple(finished)
+    for run in newest_first(finished):
         values = {**run.choices, **run.settings}
         seed = {key: value for key, value in values.items() if _is_averaged(key, averaged)}
         newest.setdefault(hashable(seed), run)

@@ -5,24 +5,33 @@ import importlib.metadata
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from markupsafe import escape
 
 from capsexp.compare.chart import chart
 from capsexp.compare.columns import Column, as_override, distinct_keys
 from capsexp.compare.comparison import Comparison, row_label
 from capsexp.compare.curves import COLOURS, Curve, colour, learning_curves, mean_over_seeds
+from capsexp.compare.layout import single_line
 from capsexp.compare.means import Row, Spread
 from capsexp.compare.runs import Run
-from capsexp.compare.tables import ABSENT, cell_text, common_folder, is_numeric
+from capsexp.compare.tables import ABSENT, cell_text, common_folder, is_numeric, shown_columns
 from capsexp.compare.templates import render
 from capsexp.errors import Notes, is_number
-from capsexp.files import write_atomic
+from capsexp.files import read_regular, write_output
+from capsexp.text import printable_lines
 from capsexp.training.progress import clock
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SMALL_WIDTH = 400  # pixels; narrower figures are enlarged
+LARGEST_PAGE = 10_000_000  # bytes
+SPARE_BYTES = 300_000  # of what has no budget: styles, scripts, the legend
+PANEL_BYTES, TABLE_BYTES, DETAILS_BYTES = 2_000_000, 4_200_000, 2_800_000  # figures get what is left
+CELL_BYTES, TEXT_BYTES, SECTION_BYTES, FIGURE_BYTES = 90, 70, 700, 1000  # of the HTML around them
+LONGEST_FACT = 10_000  # characters
 MAX_OPEN = 4  # with more runs than this, all are folded
 
 
@@ -72,52 +81,129 @@ class FigureFile(NamedTuple):
     is_small: bool
 
 
-def write(file: Path, comparison: Comparison, tags: Sequence[str], notes: Notes) -> None:
-    """Write the page atomically.
+class Budget:
+    """Bytes of a part of the page.
+
+    Args:
+        size: the most that fit.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self.used = 0
+        self.left_out = 0
+
+    @property
+    def left(self) -> int:
+        """Bytes that still fit; none after something did not, so that what is shown comes first in order."""
+        return 0 if self.left_out else self._size - self.used
+
+    def take(self, size: int) -> bool:
+        """Return whether something of this size fits, and count it."""
+        if size > self.left:
+            self.left_out += 1
+            return False
+        self.used += size
+        return True
+
+
+def write(file: Path, comparison: Comparison, tags: Sequence[str], notes: Notes) -> int:
+    """Write the page; return its size in bytes.
 
     Args:
         file: the page.
         comparison: the table; each row is a run.
         tags: of metrics.jsonl, to draw learning curves of.
-        notes: collects unknown tags, and warnings about files.
+        notes: collects unknown tags, what the page leaves out, and warnings about files.
+
+    Raises:
+        UserError: the file cannot be written.
     """
     curves = learning_curves(mean_over_seeds(comparison, notes), tags, notes)
-    content = page(comparison, curves, tags, notes)
-    write_atomic(file, lambda opened: opened.write(content.encode()))
+    content = page(comparison, curves, tags, notes).encode()
+    write_output(file, content)
+    return len(content)
 
 
 def page(comparison: Comparison, curves: Sequence[Curve], tags: Sequence[str], notes: Notes) -> str:
-    """Return the page as HTML."""
+    """Return the page as HTML, of at most `LARGEST_PAGE` bytes; it says what it leaves out."""
     count = len(comparison.rows)
     folder = common_folder(row.runs[0].path for row in comparison.rows)
-    folder_name = Path.cwd().name if folder == Path() else folder
-    now = time.strftime("%Y-%m-%d %H:%M %Z")
     legend = [
-        LegendEntry(index + 1, colour(index), f"{curve.label} ({len(curve.runs)})")
+        LegendEntry(index + 1, colour(index), f"{single_line(curve.label)} ({len(curve.runs)})")
         for index, curve in enumerate(curves)
     ]
     entries = {run.path: entry for entry, curve in zip(legend, curves, strict=True) for run in curve.runs}
-    return render(
+    panels, table, details = Budget(PANEL_BYTES), Budget(TABLE_BYTES), Budget(DETAILS_BYTES)
+    charts = [panel for panel in _panels(curves, tags) if panels.take(len(panel["chart"]))]
+    runs = list(_table_rows(comparison, entries, folder, table))
+    sections = list(_sections(comparison, runs, folder, details))
+    figures = Budget(LARGEST_PAGE - SPARE_BYTES - panels.used - table.used - details.used)
+    for section, row in zip(sections, comparison.rows, strict=False):
+        section["figures"] = list(_figures(row.runs[0], figures, notes))
+    parts = {"panels": panels, "rows of the table": table, "details of runs": details, "figures": figures}
+    left_out = ", ".join(f"{part.left_out} {name}" for name, part in parts.items() if part.left_out)
+    if left_out:
+        notes.warning(f"the page leaves out {left_out}, to stay below {LARGEST_PAGE / 1e6:.0f} MB")
+    now = time.strftime("%Y-%m-%d %H:%M %Z")
+    text = render(
         "report.html",
-        title=f"{count} run{'s' * (count != 1)} in {folder_name}",
+        title=f"{count} run{'s' * (count != 1)} in {Path.cwd().name if folder == Path() else folder}",
         written=f"Written {now} by capsexp {importlib.metadata.version('capsexp')}",
-        heads=[_head(column, comparison) for column in comparison.columns],
-        runs=[
-            {"anchor": f"run-{index}", "curve": entries.get(row.runs[0].path)}
-            | _run_section(row, comparison.columns, folder, notes)
-            for index, row in enumerate(comparison.rows)
-        ],
+        left_out=[line for line in notes.warnings if line.startswith(("the page leaves out", "the first "))],
+        heads=[_head(column, comparison) for column in shown_columns(comparison)],
+        runs=runs,
+        sections=sections,
         curves=legend,
         coloured=len(COLOURS),
-        panels=[
-            {"tag": tag, "chart": chart(curves, tag)}
-            for tag in tags
-            if any(curve.points[tag] for curve in curves)
-        ],
+        panels=charts,
         opened=count <= MAX_OPEN,
         absent=ABSENT,
         zip=zip,
     )
+    return printable_lines(text)
+
+
+def _panels(curves: Sequence[Curve], tags: Sequence[str]) -> Iterator[dict[str, str]]:
+    for tag in tags:
+        if any(curve.points[tag] for curve in curves):
+            yield {"tag": tag, "chart": chart(curves, tag)}
+
+
+def _table_rows(
+    comparison: Comparison, entries: Mapping[Path, LegendEntry], folder: Path, budget: Budget
+) -> Iterator[dict[str, Any]]:
+    """Yield the first rows of the table, as many as fit."""
+    for index, row in enumerate(comparison.rows):
+        cells = [_cell(row, column, folder) for column in shown_columns(comparison)]
+        size = sum(2 * _size(cell.text) for cell in cells) + CELL_BYTES * len(cells)
+        if budget.take(size):
+            run = row.runs[0]
+            curve = entries.get(run.path)
+            yield {
+                "anchor": f"run-{index}",
+                "curve": curve,
+                "status": run.status,
+                "cells": cells,
+                "open": False,
+            }
+
+
+def _sections(
+    comparison: Comparison, runs: Sequence[dict[str, Any]], folder: Path, budget: Budget
+) -> Iterator[dict[str, Any]]:
+    """Yield the details of the runs in the table, of as many as fit; their rows link to them."""
+    for entry, row in zip(runs, comparison.rows, strict=False):
+        section = _section(row, comparison.columns, folder)
+        texts = [*section["settings"], *(fact.value for fact in section["facts"]), section["label"]]
+        if budget.take(sum(map(_size, texts)) + TEXT_BYTES * len(texts) + SECTION_BYTES):
+            entry["open"] = True
+            yield {**section, "anchor": entry["anchor"]}
+
+
+def _size(text: str) -> int:
+    """Return the bytes of a text in HTML."""
+    return len(escape(printable_lines(text)).encode())
 
 
 def _head(column: Column, comparison: Comparison) -> Head:
@@ -131,16 +217,15 @@ def _head(column: Column, comparison: Comparison) -> Head:
     )
 
 
-def _run_section(row: Row, columns: Sequence[Column], folder: Path, notes: Notes) -> dict[str, Any]:
+def _section(row: Row, columns: Sequence[Column], folder: Path) -> dict[str, Any]:
     (run,) = row.runs
+    settings = (f"{key}={as_override(run.settings[key])}" for key in distinct_keys([run]))
     return {
         "name": os.path.relpath(run.path, folder),
-        "label": row_label(row, columns),
+        "label": single_line(row_label(row, columns)),
         "status": run.status,
-        "cells": [_cell(row, column, folder) for column in columns],
         "facts": [fact for fact in _facts(run) if fact.value],
-        "settings": [f"{key}={as_override(run.settings[key])}" for key in distinct_keys([run])],
-        "figures": list(_figures(run, notes)),
+        "settings": [setting[:LONGEST_FACT] for setting in settings],
     }
 
 
@@ -157,8 +242,8 @@ def _cell(row: Row, column: Column, folder: Path) -> Cell:
 
 def _facts(run: Run) -> Iterator[Fact]:
     """Yield the facts about a run, without its settings. A value may be missing."""
-    yield Fact("error", run.error, is_code=True)
-    yield Fact("command", run.command, is_code=True)
+    yield Fact("error", run.error[:LONGEST_FACT], is_code=True)
+    yield Fact("command", run.command[:LONGEST_FACT], is_code=True)
     yield Fact("directory", str(run.path))
     if run.started is not None:
         yield Fact("started", time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(run.started)))
@@ -172,12 +257,16 @@ def _facts(run: Run) -> Iterator[Fact]:
     yield Fact("capsexp", run.version)
 
 
-def _figures(run: Run, notes: Notes) -> Iterator[FigureFile]:
+def _figures(run: Run, budget: Budget, notes: Notes) -> Iterator[FigureFile]:
+    """Yield the figures of a run, as many as fit."""
     for file in sorted(run.path.glob("figures/*.png")):
         try:
-            content = file.read_bytes()
+            fits = budget.take(os.path.getsize(file) * 4 // 3 + FIGURE_BYTES)
+            content = read_regular(file, limit=LARGEST_PAGE) if fits else None
         except OSError:
             content = b""
+        if content is None:
+            continue
         if not content.startswith(PNG):
             notes.warning(f"{file} is not shown: not a PNG file")
             continue

@@ -1,17 +1,16 @@
-"""Find the runs below a directory and read their files."""
+"""Read the files of runs."""
 
 import importlib.metadata
-import os
-import re
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from capsexp.compare.fields import Fields
+from capsexp.compare.fields import Fields, Files
+from capsexp.compare.index import MIN_RUNS, Index, signature
 from capsexp.config.saved import parse_saved
 from capsexp.config.settings import Published, comparable, published
 from capsexp.documents import LARGEST, damage, parse_json
@@ -21,7 +20,7 @@ from capsexp.training.run_dir import RunDir
 
 DISPLAYED = {"completed": "finished"}  # statuses of status.json that users see under another name
 STATUSES = ("running", "finished", "failed", "interrupted", "died", "unknown")
-MAX_FOLDERS = 200_000  # that are searched for runs
+MAX_SETTINGS = 1000  # of a run
 MAX_VERSIONS = 5  # of capsexp, in messages
 LARGEST_TEXT = 2**20  # bytes of command.txt
 HEARTBEAT_TIMEOUT = 600.0  # seconds; a run on another machine that is silent for longer has died
@@ -59,99 +58,14 @@ class Run:
     """The version of capsexp that wrote the run."""
 
 
-class Files(NamedTuple):
-    """What the files of a run say that tables show."""
-
-    status: Mapping[str, Any]
-    """status.json as `read_status` returns it."""
-    settings: Mapping[str, Any]
-    """See `Run`."""
-    paper: Published | None
-    command: str
-    version: str | None
-
-
-def default_root() -> Path:
-    """Return $CAPSEXP_OUTPUTS, or `outputs` if it is not set."""
-    return Path(os.environ.get("CAPSEXP_OUTPUTS", "outputs"))
-
-
-def find(root: Path, notes: Notes) -> Iterator[Path]:
-    """Yield the run directories at or below a folder. Does not descend into run directories.
-
-    Links are followed, but each folder is visited once, and none above the root.
-    """
-    visited = {_identity(path) for path in (root, *Path(os.path.realpath(root)).parents)}
-    waiting, scanned = [root], 0
-    while waiting:
-        folder = waiting.pop()
-        if is_run(folder):
-            yield folder
-            continue
-        if (scanned := scanned + 1) > MAX_FOLDERS:
-            notes.warning(f"{root}: searched {MAX_FOLDERS} folders and left out the others")
-            return
-        below = [(_identity(path), path) for path in _subfolders(folder, notes)]
-        new = [path for identity, path in below if identity not in visited]
-        visited.update(identity for identity, _ in below)
-        waiting += reversed(new)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder has a file of a run; it may be damaged, but is no folder."""
-    for name in ("status.json", "resolved_config.yaml"):
-        file = os.path.join(folder, name)
-        if os.path.lexists(file) and not os.path.isdir(file):
-            return True
-    return False
-
-
-def _identity(folder: Path) -> tuple[int, int] | None:
-    try:
-        status = os.stat(folder)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _subfolders(folder: Path, notes: Notes) -> list[Path]:
-    try:
-        with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if entry.name[0] != "." and _is_folder(entry)]
-    except OSError as error:
-        notes.warning(str(error))
-        return []
-    return [folder / name for name in sorted(names, key=_natural_key)]
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a loop of links
-        return False
-
-
-def find_all(roots: Iterable[Path], notes: Notes) -> list[Path]:
-    """Return the run directories at or below some folders, each once. A folder without runs is an error."""
-    found: dict[str, Path] = {}
-    for root in roots:
-        paths = list(find(root, notes)) if root.is_dir() else []
-        for path in paths:
-            found.setdefault(os.path.realpath(path), path)
-        if not root.exists():
-            notes.error(f"{root}: no such directory")
-        elif not root.is_dir():
-            notes.error(f"{root} is a file, not a run directory")
-        elif not paths and (root / "sweep.json").exists():
-            notes.warning(f"{root}: this sweep has no runs yet")
-        elif not paths:
-            notes.error(f"{root}: no runs at or below this folder")
-    return list(found.values())
-
-
 def read_all(paths: Iterable[Path], notes: Notes) -> list[Run]:
     """Read runs. Warn about runs that another version of capsexp wrote."""
-    runs = [read(path, notes) for path in paths]
+    paths = list(paths)
+    counts = Counter(path.parent for path in paths)
+    indexes = {folder: Index(folder) for folder, count in counts.items() if count >= MIN_RUNS}
+    runs = [_read_indexed(path, indexes.get(path.parent), notes) for path in paths]
+    for folder, index in indexes.items():
+        index.write({path.name for path in paths if path.parent == folder})
     own = importlib.metadata.version("capsexp")
     others = Counter(run.version for run in runs if run.version not in (own, None))
     for version, count in sorted(others.items())[:MAX_VERSIONS]:
@@ -162,6 +76,23 @@ def read_all(paths: Iterable[Path], notes: Notes) -> list[Run]:
     return runs
 
 
+def _read_indexed(path: Path, index: Index | None, notes: Notes) -> Run:
+    """Read one run; its files only if the index does not know them."""
+    before = (
+        None if index is None else signature(path)
+    )  # before the files are read: they may change meanwhile
+    if index is None or before is None:
+        return read(path, notes)
+    if (files := index.get(path.name, before)) is None:
+        own = Notes()
+        files = read_files(path, own)
+        for line in own.warnings:
+            notes.warning(line)
+        if not own.warnings:
+            index.add(path.name, before, files)
+    return run_of(path, files, notes)
+
+
 def read(path: Path, notes: Notes) -> Run:
     """Read one run."""
     return run_of(path, read_files(path, notes), notes)
@@ -169,13 +100,14 @@ def read(path: Path, notes: Notes) -> Run:
 
 def read_files(path: Path, notes: Notes) -> Files:
     """Read the files of a run that tables show."""
+    status = read_status(path, notes)
     config = _mapping(path / "resolved_config.yaml", parse_saved, notes) or {}
     environment = Fields(_mapping(path / "env.json", parse_json, notes) or {})
     version = environment.section("versions").name("capsexp")
     _warn_of_values(path / "env.json", environment, notes)
     return Files(
-        status=read_status(path, notes),
-        settings=comparable(config),
+        status=status,
+        settings=_settings(path, config, notes),
         paper=_published(path, config, notes),
         command=_read_text(path / "command.txt", notes),
         version=version,
@@ -239,11 +171,6 @@ def count_statuses(statuses: Sequence[str]) -> str:
     return ", ".join(f"{statuses.count(status)} {status}" for status in STATUSES if status in statuses)
 
 
-def _natural_key(name: str) -> list[Any]:
-    """Return a sort key that puts 10 after 9."""
-    return [int(text) if index % 2 else text for index, text in enumerate(re.split(r"(\d+)", name))]
-
-
 def _is_alive(path: Path, status: Mapping[str, Any]) -> bool:
     if status.get("host") == socket.gethostname():
         return RunDir(path).is_locked()
@@ -268,6 +195,14 @@ def _mapping(file: Path, parse: Callable[[bytes], Any], notes: Notes) -> dict[st
 def _warn_of_values(file: Path, fields: Fields, notes: Notes) -> None:
     if fields.wrong:
         notes.warning(f"{file}: ignored values that cannot be right: {', '.join(fields.wrong)}")
+
+
+def _settings(path: Path, config: Mapping[str, Any], notes: Notes) -> dict[str, Any]:
+    settings = comparable(config)
+    if len(settings) > MAX_SETTINGS:
+        notes.warning(f"{path}/resolved_config.yaml is not used: it has {len(settings)} settings")
+        return {}
+    return settings
 
 
 def _published(path: Path, config: Mapping[str, Any], notes: Notes) -> Published | None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from capsexp.compare import runs
+from capsexp.compare import find, runs
 from capsexp.compare.columns import as_override, distinct_keys, full_key
 from capsexp.compare.runs import STATUSES, Run
 from capsexp.errors import Notes, UserError, is_number, nearest
@@ -23,10 +23,10 @@ def select(arguments: Sequence[str], notes: Notes) -> list[Run]:
     filters = [argument for argument in arguments if "=" in argument and not Path(argument).is_dir()]
     folders = [Path(argument) for argument in arguments if argument not in filters]
     if folders:
-        found = runs.read_all(runs.find_all(folders, notes), notes)
+        found = runs.read_all(find.find_all(folders, notes), notes)
     else:
-        root = runs.default_root()
-        found = runs.read_all(runs.find(root, notes) if root.is_dir() else [], notes)
+        root = find.default_root()
+        found = runs.read_all(find.find(root, notes) if root.is_dir() else [], notes)
         if not found:
             notes.warning(f"{root}: no runs yet; start one with `capsexp train`")
     if not found:

@@ -5,46 +5,39 @@ import io
 import json
 import math
 import os
-import sys
+import re
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.text import Text
-
-from capsexp.compare import runs
 from capsexp.compare.columns import EPOCHS, ERROR, PAPER, RUN, STATUS, TOTAL, Column, as_override
 from capsexp.compare.comparison import Comparison, compare
+from capsexp.compare.find import find_all
+from capsexp.compare.layout import print_table, single_line, write_stdout
 from capsexp.compare.means import Row, Spread
-from capsexp.compare.runs import Run, newest_first
+from capsexp.compare.runs import Run, newest_first, read_all
 from capsexp.errors import Notes, is_number
-from capsexp.terminal import Table, new_console
+from capsexp.text import printable
 from capsexp.training.progress import clock
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠")  # noqa: RUF001
+_MARKDOWN = re.compile(r"[\\|`*<]|\](?=\()")
+MAX_SETTINGS = 40
+"""Columns of settings in tables for people; CSV and JSON have all."""
 ABSENT = "–"  # noqa: RUF001
-MAX_WIDTH = 100_000
-STATUS_COLOURS = {
-    "finished": "green",
-    "running": "cyan",
-    "failed": "red",
-    "died": "red",
-    "interrupted": "yellow",
-    "unknown": "yellow",
-}
 
 
 def as_csv(paths: Iterable[Path], notes: Notes) -> str:
     """Compare all runs at or below some directories; return the table as CSV."""
-    return csv_text(compare(runs.read_all(runs.find_all(paths, notes), notes), notes))
+    return csv_text(compare(read_all(find_all(paths, notes), notes), notes))
 
 
 def csv_text(comparison: Comparison) -> str:
     """Return the table as CSV: full names, metrics in full precision, missing values empty."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(_field_names(comparison))
+    writer.writerow(map(_csv_cell, _field_names(comparison)))
     writer.writerows(_csv_row(row, comparison) for row in comparison.rows)
     return file.getvalue()
 
@@ -52,9 +45,9 @@ def csv_text(comparison: Comparison) -> str:
 def markdown(comparison: Comparison) -> str:
     """Return the table for people as Markdown: short names, rounded metrics."""
     titles, rows = _display_table(comparison)
-    lines = [titles, ["---"] * len(titles), *rows]
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
+    escaped = [[_MARKDOWN.sub(r"\\\g<0>", cell) for cell in line] for line in (titles, *rows)]
+    lines = [escaped[0], ["---"] * len(titles), *escaped[1:]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def json_text(comparison: Comparison) -> str:
@@ -63,64 +56,52 @@ def json_text(comparison: Comparison) -> str:
     nulls = {name: None for name in _field_names(comparison) if name not in settings}
     records = [nulls | _record(row, comparison) for row in comparison.rows]
     finite = [{name: _finite(value) for name, value in record.items()} for record in records]
-    return json.dumps(finite, indent=1, ensure_ascii=False, default=str) + "\n"
+    content = json.dumps(finite, indent=1, ensure_ascii=False, default=str)
+    return "".join(f"{_with_escapes(line)}\n" for line in content.split("\n"))
+
+
+def _with_escapes(line: str) -> str:
+    """Return a line of JSON in which what a terminal obeys is escaped."""
+    if line.isprintable():
+        return line
+    return "".join(json.dumps(letter)[1:-1] if printable(letter) != letter else letter for letter in line)
 
 
 def print_comparison(comparison: Comparison) -> None:
     """Print the table for people, and the folder that contains all its runs."""
     if not comparison.rows:
         return
-    columns, (titles, rows) = _display_columns(comparison), _display_table(comparison)
-    table = _new_table()
-    for column, title in zip(columns, titles, strict=True):
-        arrow = (" ↓" if comparison.descending else " ↑") if column == comparison.order else ""
-        table.add_column(title + arrow, justify="right" if is_numeric(column, comparison) else "left")
-    for row in rows:
-        table.add_row(*map(_styled_cell, row, columns))
-    print_table(table)
-    folder = common_folder(run.path for row in comparison.rows for run in row.runs)
+    columns, (titles, rows) = shown_columns(comparison), _display_table(comparison)
+    arrows = [
+        (" ↓" if comparison.descending else " ↑") if column == comparison.order else "" for column in columns
+    ]
+    print_table(
+        [title + arrow for title, arrow in zip(titles, arrows, strict=True)],
+        rows,
+        right=[is_numeric(column, comparison) for column in columns],
+        status=columns.index(STATUS),
+    )
+    folder = printable(common_folder(run.path for row in comparison.rows for run in row.runs))
     count = sum(len(row.runs) for row in comparison.rows)
     means = f"; mean ± sample sd over {', '.join(comparison.grouped_by)}" if comparison.grouped_by else ""
-    write_stdout(f"{count} run{'s' * (count != 1)} in {folder}{means}\n")
+    hidden = len(comparison.columns) - len(columns) - bool(comparison.grouped_by)
+    more = f"; --csv shows {hidden} more settings that differ" * (hidden > 0)
+    write_stdout(f"{count} run{'s' * (count != 1)} in {folder}{printable(means)}{more}\n")
 
 
 def print_runs(found: Sequence[Run]) -> None:
     """Print one line for each run, newest first; below a failed run, its error."""
     ordered = newest_first(found)
-    table = _new_table()
-    for title in ("status", "age", "model", "dataset", "step", "validation", "test", "run"):
-        table.add_column(title, justify="right" if title in ("age", "step", "validation", "test") else "left")
+    titles = ("status", "age", "model", "dataset", "step", "validation", "test", "run")
+    rows = []
     for run in ordered:
         metrics = [None if value is None else f"{value:.4f}" for value in (run.best, run.test)]
         choices = [run.choices.get("model"), run.choices.get("dataset")]
-        cells = [age(run), *choices, _progress(run), *metrics, str(run.path)]
-        status = Text(run.status, STATUS_COLOURS.get(run.status, ""))
-        table.add_row(status, *(Text(printable_line(cell or ABSENT)) for cell in cells))
-    if ordered:
-        print_table(table, below=[printable_line(run.error) for run in ordered])
-
-
-def print_table(table: Table, *, below: Sequence[str] = ()) -> None:
-    """Print a table, each row on one line however long.
-
-    Args:
-        table: a table whose cells are single lines.
-        below: a remark to print below each row; empty for none.
-    """
-    # rich ignores the width unless the height is set too, on terminals with few features.
-    console = new_console(width=MAX_WIDTH, height=100)
-    with console.capture() as captured:
-        console.print(table)
-    head, rule, *rows = (line.rstrip() for line in captured.get().splitlines() if line.strip())
-    write_stdout(f"{head}\n{rule}\n")
-    for row, remark in zip(rows, below or [""] * len(rows), strict=True):
-        write_stdout(f"{row}\n" + f"    {remark}\n" * bool(remark))
-
-
-def write_stdout(content: str) -> None:
-    """Write to stdout and flush, so that a closed pipe raises here and not at exit."""
-    sys.stdout.write(content)
-    sys.stdout.flush()
+        cells = [run.status, age(run), *choices, _progress(run), *metrics, str(run.path)]
+        rows.append([single_line(cell or ABSENT) for cell in cells])
+    right = [title in ("age", "step", "validation", "test") for title in titles]
+    if rows:
+        print_table(titles, rows, right=right, status=0, below=[_first_line(run.error) for run in ordered])
 
 
 def common_folder(paths: Iterable[Path]) -> Path:
@@ -160,12 +141,12 @@ def cell_text(row: Row, column: Column, folder: Path) -> str:
         return ABSENT
     value: Any = row.cells[column.name]
     if column == RUN:
-        return printable_line(os.path.relpath(value, folder))
+        return single_line(os.path.relpath(value, folder))
     if isinstance(value, Spread):
         sd = "" if value.sd is None else f" ± {format_metric(value.sd, column)}"
         n = "" if value.n is None else f" ({value.n})"
         return f"{format_metric(value.mean, column)}{sd}{n}"
-    return format_metric(value, column) if column.is_metric else printable_line(as_override(value))
+    return format_metric(value, column) if column.is_metric else single_line(as_override(value))
 
 
 def age(run: Run) -> str | None:
@@ -179,30 +160,18 @@ def age(run: Run) -> str | None:
     return f"{seconds:.0f} s"
 
 
-def printable_line(string: str) -> str:
-    """Return the first line of a string, with control characters replaced by spaces."""
-    first = next(iter(string.strip().splitlines()), "")
-    return "".join(letter if letter.isprintable() else " " for letter in first)
-
-
-def _new_table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-
-
-def _styled_cell(content: str, column: Column) -> Text:
-    return Text(content, STATUS_COLOURS.get(content, "") if column == STATUS else "")
-
-
-def _display_columns(comparison: Comparison) -> list[Column]:
-    """Return the columns for people: all, but without run directories if rows are means."""
-    return [column for column in comparison.columns if column != RUN or not comparison.grouped_by]
+def shown_columns(comparison: Comparison) -> list[Column]:
+    """Return the columns for people: the first settings, and no run directories if rows are means."""
+    settings = [column for column in comparison.columns if column.is_setting]
+    hidden = {*settings[MAX_SETTINGS:], *([RUN] if comparison.grouped_by else [])} - {comparison.order}
+    return [column for column in comparison.columns if column not in hidden]
 
 
 def _display_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Return short titles, and rows of rounded metrics and of run directories relative to their folder."""
-    columns = _display_columns(comparison)
+    columns = shown_columns(comparison)
     means = [column.is_metric and column != PAPER and bool(comparison.grouped_by) for column in columns]
-    titles = [column.title + " (n)" * is_mean for column, is_mean in zip(columns, means, strict=True)]
+    titles = [single_line(column.title) + " (n)" * mean for column, mean in zip(columns, means, strict=True)]
     folder = common_folder(run.path for row in comparison.rows for run in row.runs)
     return titles, [[cell_text(row, column, folder) for column in columns] for row in comparison.rows]
 
@@ -238,7 +207,21 @@ def _csv_row(row: Row, comparison: Comparison) -> list[str]:
     record = _record(row, comparison)
     if comparison.grouped_by:
         record[RUN.name] = " ".join(record[RUN.name])
-    return [as_override(record[name]) if name in record else "" for name in _field_names(comparison)]
+    names = _field_names(comparison)
+    return [_csv_cell(as_override(record[name])) if name in record else "" for name in names]
+
+
+def _csv_cell(content: str) -> str:
+    """Return a text that no spreadsheet takes for a formula: names come from anywhere."""
+    try:
+        float(content)
+    except ValueError:
+        return "'" * content.lstrip().startswith(_FORMULA) + printable(content)
+    return content
+
+
+def _first_line(content: str) -> str:
+    return single_line(content.strip().partition("\n")[0])
 
 
 def _progress(run: Run) -> str:

@@ -18,14 +18,16 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from capsexp.config import yaml_files
 from capsexp.config.diagnosis import diagnose, plugin_hint, sweep_problems
 from capsexp.config.naming import job_name
-from capsexp.config.overrides import FAILURES, one_line, parse_all, single_values
+from capsexp.config.overrides import one_line, parse_all, single_values
 from capsexp.errors import UserError
 
 VERSION_BASE = "1.3"  # the version of Hydra whose defaults apply
 
 OmegaConf.register_new_resolver("capsexp.job_name", job_name, replace=True)
+yaml_files.register()
 
 
 def conf_dir() -> str:
@@ -121,5 +123,7 @@ def _compose(config_name: str, overrides: list[str]) -> DictConfig:
     except MissingConfigException as error:
         missing = str(error.missing_cfg_file).rpartition("/")[2]
         raise UserError(one_line(error) + plugin_hint(missing, [])) from None
-    except (*FAILURES, ValueError) as error:  # ValueError: a value that cannot name an option of a group
-        raise UserError(one_line(error)) from None
+    except UserError:
+        raise
+    except Exception as error:  # only Hydra works here, on what the user has typed and written
+        raise UserError(one_line(error)) from error

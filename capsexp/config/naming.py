@@ -35,7 +35,7 @@ def job_name(overrides: Sequence[str]) -> str:
     return f"{_label(settings) or 'default'}-{fingerprint(settings)}"
 
 
-def sweep_name(choices: Mapping[str, str], constants: Sequence[str], swept: Sequence[str]) -> str:
+def sweep_name(choices: Mapping[str, str | None], constants: Sequence[str], swept: Sequence[str]) -> str:
     """Return the folder of a sweep: the same for the same command, and for one with longer lists.
 
     Args:
@@ -47,7 +47,7 @@ def sweep_name(choices: Mapping[str, str], constants: Sequence[str], swept: Sequ
     constants = sorted(text for text in constants if affects_results(text) or _key(text) == "hydra/sweeper")
     swept = sorted(swept)
     groups = ("experiment",) if choices.get("experiment") else ("model", "dataset")
-    label = [choices[group] for group in groups if group not in swept]
+    label = [str(choices[group]) for group in groups if group not in swept]
     label += [key.rpartition(".")[2] for key in swept]
     return f"{_slug('-'.join(label))}-{fingerprint((constants, swept))}"
 

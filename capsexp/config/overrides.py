@@ -2,9 +2,10 @@
 
 import itertools
 import math
+import re
+import shlex
 from argparse import Namespace
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
@@ -14,6 +15,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from capsexp.config.typed_paths import expanded, quoted, with_typed_path
 from capsexp.errors import UserError, first_line
 
 MOST_VALUES = 10_000
@@ -34,15 +36,33 @@ def parse(arguments: Sequence[str]) -> tuple[Namespace, list[str], list[str]]:
     """
     parser = get_args_parser()
     parser.error = _refuse  # type: ignore[method-assign] # argparse would print Hydra's usage
+    parser.allow_abbrev = False
     options = parser.parse_intermixed_args(list(arguments))
-    if options.experimental_rerun is not None:
-        raise UserError("--experimental-rerun is switched off: it loads a pickle; use run=DIR")
-    if options.multirun and (options.cfg or options.info):
-        raise UserError("--cfg and --info show one run: leave -m out")
+    if problems := list(_option_problems(options)):
+        raise UserError(*problems)
     flags = list(arguments)
     for text in options.overrides:
         flags.remove(text)
-    return options, flags, list(options.overrides)
+    if options.config_dir is not None:
+        folder = expanded(options.config_dir)
+        flags = [re.sub(f"{re.escape(options.config_dir)}$", lambda _: folder, text) for text in flags]
+        options.config_dir = folder
+    return options, flags, [with_typed_path(text, sweep=options.multirun) for text in options.overrides]
+
+
+def _option_problems(options: Namespace) -> Iterator[str]:
+    if options.experimental_rerun is not None:
+        yield "--experimental-rerun is switched off: it loads a pickle; use run=DIR"
+    if options.multirun and (options.cfg or options.info):
+        yield "--cfg and --info show one run: leave -m out"
+    if options.config_path is not None:
+        yield "-cp is switched off: capsexp has its own conf/; -cd DIR adds a folder of your own to it"
+    if options.shell_completion:
+        yield "-sc follows capsexp itself: capsexp -sc install=bash"
+    if options.multirun and options.run:
+        yield "-r and -m exclude each other"
+    if (options.package or options.resolve) and not options.cfg:
+        yield "-p and --resolve are for --cfg: capsexp train --cfg job -p model"
 
 
 def plugins(overrides: Sequence[str]) -> list[str]:
@@ -57,13 +77,7 @@ def value(overrides: Sequence[str], key: str) -> Any:
     try:
         return OverridesParser.create().parse_override(texts[-1]).value() if texts else None
     except HydraException as error:
-        raise UserError(f"cannot read {texts[-1]!r}: {' '.join(str(error).split())}") from None
-
-
-def quoted(path: Path) -> str:
-    """Return a path as a value in Hydra's grammar, in which `=`, `,` and blanks have a meaning."""
-    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"
+        raise UserError(_unreadable(texts[-1], error)) from None
 
 
 def parse_all(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
@@ -84,7 +98,7 @@ def parse_all(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
             else:
                 parsed.append(override)
         except FAILURES as error:
-            problems.append(f"cannot read {text!r}: {one_line(error)}; an override has the form KEY=VALUE")
+            problems.append(_unreadable(text, error))
     return parsed, problems
 
 
@@ -100,10 +114,8 @@ def unusable_values(override: Override) -> str:
     except (ValueError, ArithmeticError) as error:
         return first_line(error) if isinstance(error, ValueError) else "a range takes finite numbers"
     if not values:
-        options = group_options(override.key_or_group)
-        return (
-            f"no value fits; choose from {', '.join(options)}" if options else "the list of values is empty"
-        )
+        options = ", ".join(group_options(override.key_or_group))
+        return f"no option fits; choose from {options}" if options else "the list of values is empty"
     return f"more than {MOST_VALUES:,} values" if len(values) > MOST_VALUES else ""
 
 
@@ -133,6 +145,15 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip() for text in texts for line in text.splitlines()]
     noise = ("full_key", "object_type", "provider=", "Config search path")
     return " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
+
+
+def _unreadable(text: str, error: BaseException) -> str:
+    """Return the line about an override that cannot be read, with the quoting that helps."""
+    key, _, typed = text.partition("=")
+    hint = "; an override has the form KEY=VALUE"
+    if key and typed:
+        hint = f"; as a text it is written {shlex.quote(f'{key}={quoted(typed)}')}"
+    return f"cannot read {text!r}: {one_line(error)}{hint}"
 
 
 def _refuse(message: str) -> NoReturn:

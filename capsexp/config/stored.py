@@ -18,7 +18,7 @@ def without_resolvers(composed: Any, resolved: Any) -> Any:
     Args:
         composed: the config, with interpolations, or a part of it.
         resolved: the same part of the config with their values, from resolved_config.yaml. A value that needs
-            a resolver is taken from there; if it is missing there, it stays as text.
+            a resolver is taken from there; if it is missing, the text of the interpolation is the value.
     """
     if isinstance(composed, Mapping):
         parts = resolved if isinstance(resolved, Mapping) else {}

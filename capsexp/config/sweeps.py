@@ -10,37 +10,47 @@ from hydra.core.override_parser.types import Override
 
 from capsexp.config.compose import searching
 from capsexp.config.overrides import MOST_VALUES, group_options, parse_all, single_values
+from capsexp.errors import UserError
 
 DATA_KEYS = ("dataset", "experiment", "data_root")
 MOST_COMBINATIONS = 100
 
 
-def list_problems(overrides: Sequence[str], *, config_dir: str | None, searches: bool) -> Iterator[str]:
-    """Yield one line for each override whose values cannot make the jobs of a sweep.
+def intervals(overrides: Sequence[str], *, config_dir: str | None) -> list[str]:
+    """Return the overrides that name an interval, in which only a search can choose values."""
+    with searching(config_dir):
+        parsed, _ = parse_all(overrides)
+        return [
+            str(override.input_line)
+            for override in parsed
+            if override.is_sweep_override() and not override.is_discrete_sweep()
+        ]
 
-    Args:
-        overrides: as typed.
-        config_dir: see `compose`.
-        searches: whether a search chooses the values, which takes intervals, too.
-    """
+
+def list_problems(overrides: Sequence[str], *, config_dir: str | None) -> Iterator[str]:
+    """Yield one line for each override whose values cannot make the jobs of a sweep."""
     with searching(config_dir):
         parsed = [override for override in parse_all(overrides)[0] if override.is_sweep_override()]
         for override in parsed:
             text = override.input_line
             if override.key_or_group.startswith(("hydra.", "hydra/")):
                 yield f"{text}: the settings of the sweep itself have one value"
-                continue
-            if not override.is_discrete_sweep():
-                if not searches:
-                    hint = "a sweep takes values, A,B,C or range(A,B); hydra/sweeper=search takes intervals"
-                    yield f"{text}: {hint}"
-                continue
-            values = list(override.sweep_string_iterator())
-            if repeated := [value for value, count in Counter(values).items() if count > 1]:
-                yield f"{text}: {', '.join(repeated)} is there more than once"
-        jobs = math.prod(len(single_values(override)) for override in parsed)
-        if jobs > MOST_VALUES and not searches:
-            yield f"this sweep has {jobs:,} jobs; the most are {MOST_VALUES:,}"
+            elif override.is_discrete_sweep():
+                counts = Counter(override.sweep_string_iterator())
+                if repeated := [value for value, count in counts.items() if count > 1]:
+                    yield f"{text}: {', '.join(repeated)} is there more than once"
+
+
+def require_feasible(overrides: Sequence[str], *, config_dir: str | None) -> None:
+    """Check the number of jobs of a plain sweep.
+
+    Raises:
+        UserError: more than anybody can run; checking their values alone would take hours.
+    """
+    with searching(config_dir):
+        jobs = math.prod(len(single_values(override)) for override in parse_all(overrides)[0])
+    if jobs > MOST_VALUES:
+        raise UserError(f"this sweep has {jobs:,} jobs; the most are {MOST_VALUES:,}")
 
 
 def data_variants(overrides: Sequence[str], *, config_dir: str | None) -> list[list[str]]:

@@ -190,7 +190,7 @@ def _formats() -> list[str]:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return f"it is not an image of a format that is read ({', '.join(_formats())})"
+        return "it is not an image of a known format"
     if isinstance(error, Image.DecompressionBombError):
         return f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
     return (error.strerror if isinstance(error, OSError) else None) or first_line(error)

@@ -11,7 +11,6 @@ from capsexp.data.image_survey import survey
 from capsexp.data.manifest import ListedSplit
 from capsexp.data.preprocess import Shape
 from capsexp.data.split import draw_by_name
-from capsexp.data.threads import refuse
 from capsexp.errors import DataError
 
 BackgroundChoice = Literal["auto", "white", "black"]
@@ -80,7 +79,6 @@ def find_images(
     layout = find_layout(walk, folder)
     classes = tuple(_classes(walk, layout.train))
     splits, notes = _splits(walk, layout, draws)
-    refuse([f"{path} is a link that leads nowhere" for path in walk.broken])
     entries = [entry for by_class in splits.values() for one in by_class.values() for entry in one]
     found = survey(entries, resize=resize, background=background, white_level=white_level)
     label = {name: number for number, name in enumerate(classes)}

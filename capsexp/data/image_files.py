@@ -51,8 +51,6 @@ class Walk:
         """Files with the ending of an image that are not regular files."""
         self.links: list[str] = []
         """Links to what the dataset holds already."""
-        self.broken: list[str] = []
-        """Links with the ending of an image that lead nowhere."""
         self._root = os.path.realpath(root)
         self._trees = [self._root]
         self._seen: set[tuple[int, int]] = set()
@@ -97,7 +95,7 @@ class Walk:
             parts = ", ".join(f"{count} {printable(ending)}" for ending, count in self.passed.most_common(10))
             others = sum(count for _, count in self.passed.most_common()[10:])
             more = f" and {others} others" if others else ""
-            lines.append(f"files passed over: {parts}{more} (read are {', '.join(ENDINGS)})")
+            lines.append(f"files passed over, whose endings are not those of images: {parts}{more}")
         for names, text in (
             (self.special, "not regular files, so never opened"),
             (self.links, "not followed, because they lead nowhere, or to what the dataset holds already"),
@@ -110,8 +108,11 @@ class Walk:
         ending = os.path.splitext(entry.name)[1].lower()
         try:
             status = os.stat(entry.path)
-        except OSError:
-            (self.broken if ending in ENDINGS else self.links).append(entry.path)
+        except OSError:  # a link that leads nowhere; as an image it is listed, so that reading it fails
+            if ending in ENDINGS:
+                listing.images.append(Entry(entry.path, 0, 0))
+            else:
+                self.links.append(entry.path)
             return
         if stat.S_ISDIR(status.st_mode):
             if self._is_new(entry, status):

@@ -1,5 +1,6 @@
 """Decode the images of a split in threads, and look at them before anything is trained on."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,8 +22,12 @@ class ReadImages(NamedTuple):
     """Empty if they are not kept; without meaning if there are problems."""
     problems: list[str]
     """A line for each file that cannot be decoded."""
+    contrast: int
+    """The largest difference of two bytes of one channel in one image."""
     plain: dict[str, tuple[int, ...]]
     """The files that show one color, and that color."""
+    digests: dict[bytes, str]
+    """The other files by a hash of their pixels; of equal ones the last."""
 
 
 def read_images(
@@ -39,8 +44,8 @@ def read_images(
     """
     images = _empty(len(paths) if keep else 0, shape)
 
-    def read(place: int) -> tuple[int, ...] | None:
-        """Decode an image; return its color if it has only one."""
+    def read(place: int) -> tuple[int, tuple[int, ...] | bytes]:
+        """Decode an image; return its contrast, and its color if it has only one, or a hash of its pixels."""
         image = decode(paths[place], shape[0], reading)
         small = preprocess.resize_all(image[None])[0]
         if tuple(small.shape) != shape:
@@ -48,12 +53,23 @@ def read_images(
             raise DataError(f"{paths[place]} has another size than the other images: {' and '.join(sizes)}")
         if keep:
             images[place] = small
-        color = image[:, :1, :1]
-        return tuple(color.flatten().tolist()) if bool((image == color).all()) else None
+        lowest, highest = image.amin((1, 2)), image.amax((1, 2))
+        contrast = int((highest - lowest).max())
+        if contrast == 0:
+            return 0, tuple(lowest.tolist())
+        return contrast, hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest()
 
-    colors, problems = try_files(read, range(len(paths)))
-    by_path = {} if problems else dict(zip(paths, colors, strict=True))
-    return ReadImages(images, problems, {path: color for path, color in by_path.items() if color})
+    seen, problems = try_files(read, range(len(paths)))
+    if problems:
+        return ReadImages(images, problems, 0, {}, {})
+    by_path = {path: content for path, (_, content) in zip(paths, seen, strict=True)}
+    return ReadImages(
+        images,
+        problems,
+        max((contrast for contrast, _ in seen), default=0),
+        plain={path: content for path, content in by_path.items() if isinstance(content, tuple)},
+        digests={content: path for path, content in by_path.items() if isinstance(content, bytes)},
+    )
 
 
 def _empty(count: int, shape: Shape) -> UInt8[Tensor, "N C H W"]:

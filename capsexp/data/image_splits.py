@@ -92,7 +92,8 @@ def find_layout(walk: Walk, root: Path) -> Layout:
     folders = walk.listing(root).folders
     named = _split_folders(walk, folders)
     if not named:
-        _refuse_splits_in_classes(walk, folders)
+        if len(folders) > 1:
+            _refuse_splits_in_classes(walk, folders)
         return Layout(root)
     others = [path for path in folders if path not in {folder.path for folder in named}]
     others = [path for path in others if walk.has_images(path)]
@@ -116,7 +117,7 @@ def _divided(walk: Walk, root: Path, named: Sequence[SplitFolder], others: Seque
         raise DataError(_lonely(walk, root, named, others))
     if len(by_split) == 1:
         raise DataError(
-            f"image_folder: {named[0].path} exists but {root / 'test'} does not; add it, or use "
+            f"image_folder: {named[0].path} exists but {_absent(root / 'test')}; add it, or use "
             f"{root}/CLASS/…, for example dataset.path={named[0].path}"
         )
     found = {folder.split: descend(walk, folder) for folder in named}
@@ -176,8 +177,13 @@ def _lonely(walk: Walk, root: Path, named: Sequence[SplitFolder], others: Sequen
             f"image_folder: {root} holds {names}, named like splits, beside "
             f"{a_few([path.name for path in others])}; move them away, or rename them if they are classes"
         )
-    train = root / "train"
-    return f"image_folder: {named[0].path} exists but {train} does not; add it, or use {root}/CLASS/…"
+    absent = _absent(root / "train")
+    return f"image_folder: {named[0].path} exists but {absent}; add it, or use {root}/CLASS/…"
+
+
+def _absent(path: Path) -> str:
+    is_link = path.is_symlink()
+    return f"{path} {'is a link to what the dataset holds already' if is_link else 'does not'}"
 
 
 def _require_classes(walk: Walk, splits: dict[ListedSplit, Path]) -> None:

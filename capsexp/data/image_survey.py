@@ -4,9 +4,9 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from capsexp.data.decode import Header, Reading, full_scale, read_header
+from capsexp.data.decode import Header, Reading, decode, full_scale, read_header
 from capsexp.data.image_files import Entry, a_few
-from capsexp.data.threads import map_files
+from capsexp.data.threads import refuse, try_files
 from capsexp.errors import DataError
 
 LOST = 16
@@ -51,21 +51,29 @@ def survey(
     headers = _headers(tuple(entries))
     white, white_note = _white(headers, "whole", white_level)
     float_white, float_note = _white(headers, "float", white_level)
-    _refuse_dark_colors(headers)
+    upper_note = _upper(headers)
     ground, ground_note = _background(headers, background)
     return Survey(
         channels=1 if all(header.is_gray for header in headers.values()) else 3,
         size=resize or _common_size(headers),
         reading=Reading(white, float_white, ground),
-        notes=tuple(note for note in (white_note, float_note, ground_note) if note),
+        notes=tuple(note for note in (white_note, float_note, upper_note, ground_note) if note),
     )
 
 
 @functools.lru_cache(maxsize=2)
 def _headers(entries: tuple[Entry, ...]) -> Headers:
     """Read all headers. A command builds its dataset twice, so the last ones are kept."""
-    headers = map_files(read_header, [entry.path for entry in entries])
-    return dict(zip((entry.path for entry in entries), headers, strict=True))
+    paths = [entry.path for entry in entries]
+    headers, problems = try_files(read_header, paths)
+    if problems:  # name the images that are damaged behind their headers, too
+        _, problems = try_files(_read_whole, paths)
+    refuse(problems)
+    return dict(zip(paths, headers, strict=True))
+
+
+def _read_whole(path: str) -> None:
+    decode(path, 1 if read_header(path).is_gray else 3)
 
 
 def _white(
@@ -112,13 +120,15 @@ def _lost(headers: Headers, ground: int) -> list[str]:
     return [path for path, both in contrasts if both and both[ground] < LOST <= both[1 - ground]]
 
 
-def _refuse_dark_colors(headers: Headers) -> None:
+def _upper(headers: Headers) -> str:
+    """Return a line about colors of 16 bits; refuse those that the upper 8 bits do not show."""
     upper = {path: header.largest for path, header in headers.items() if header.pixels == "upper"}
     if upper and max(upper.values()) < LOWEST_UPPER:
         raise DataError(
             f"image_folder: the colors of {a_few(list(upper))} have 16 bits, of which the upper 8 are read, "
             f"and those are below {LOWEST_UPPER}; convert the images to 8 bits"
         )
+    return f"images in colors of 16 bits, of which the upper 8 are read: {len(upper)}" if upper else ""
 
 
 def _common_size(headers: Headers) -> tuple[int, int]:

@@ -18,8 +18,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from capsexp.data.image_files import a_few
 from capsexp.errors import UserError
 from capsexp.files import read_regular, write_atomic
+from capsexp.text import printable
 
 FILE = "data.json"
 """Name of the manifest in a run directory."""
@@ -29,9 +31,6 @@ FORMAT = 1
 
 ListedSplit = Literal["train", "validation", "test"]
 SPLITS: tuple[ListedSplit, ...] = ("train", "validation", "test")
-
-SHOWN = 3
-"""Files that a message names before it counts the others."""
 
 NAMED = 10
 """Classes that a message names before it counts them."""
@@ -77,7 +76,7 @@ class Manifest:
         Args:
             now: the data as they are. Only its splits and fingerprints are compared, so it may hold a part.
         """
-        where = now.folder or now.dataset
+        where = printable(now.folder or now.dataset)
         if now.dataset != self.dataset:
             yield f"the dataset was {self.dataset}, is {now.dataset}"
         if now.classes != self.classes:
@@ -221,16 +220,10 @@ def digest_of(*arrays: NDArray[Any]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def a_few(names: Iterable[str]) -> str:
-    """Return names for a message: the first ones, and the number of the others."""
-    names = list(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
-
-
 def listing_of(classes: Sequence[str]) -> str:
     """Return the names of classes for a message."""
-    return f"{', '.join(classes[:NAMED])} … ({len(classes)})" if len(classes) > NAMED else ", ".join(classes)
+    more = f" … ({len(classes)})" if len(classes) > NAMED else ""
+    return ", ".join(map(printable, classes[:NAMED])) + more
 
 
 def _file_differences(

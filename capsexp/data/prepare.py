@@ -102,10 +102,10 @@ def verify(dataset: Dataset, *, print_line: PrintLine) -> int:
         Exit code: 0 without problems, otherwise 1.
     """
     problems = dataset.problems()
-    for problem in problems:
-        print_line(f"{dataset.name}: {problem}")
     for note in dataset.notes():
         print_line(note)
+    for problem in problems:
+        print_line(f"{dataset.name}: {problem}")
     if not problems:
         print_line(
             f"{dataset.name}: verified" + (f" in {dataset.folder}" if dataset.folder else " (embedded)")

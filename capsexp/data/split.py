@@ -99,8 +99,8 @@ def draw_by_name(
     count = amount if isinstance(amount, int) else max(1, below)
     if count > len(allowed):
         raise ValueError(
-            f"{purpose} must leave an image of every class to train on: got {amount}, and at most "
-            f"{len(allowed)} images can be drawn"
+            f"{purpose} must leave an image of every class to train on, got {amount}: at most "
+            f"{len(allowed)} images can be drawn; use more images, or 0 for none"
         )
     return {name for _, name in allowed[:count]}
 

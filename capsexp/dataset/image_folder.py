@@ -15,6 +15,7 @@ from capsexp.data.find_images import BackgroundChoice, Draws, FoundImages, find_
 from capsexp.data.image_files import a_few
 from capsexp.data.image_manifest import added_files, classes_now, found_in, listed_now
 from capsexp.data.image_reader import ReadImages, read_images
+from capsexp.data.image_survey import LOST
 from capsexp.data.manifest import SPLITS, ListedSplit, Manifest
 from capsexp.data.preprocess import Preprocess
 from capsexp.data.split import Split, SplitName
@@ -167,14 +168,13 @@ class ImageFolder(Dataset):
         Raises:
             DataError: a line for each image that cannot be decoded.
         """
+        self.require_stored(("test",))
         self._look_at("test")
         return len(self.found.files["test"])
 
     def notes(self) -> list[str]:
-        """Return lines about how the folder is read; also about images of one color, if they were decoded."""
-        plain = [path for split in self._seen.plain.values() for path in split]
-        line = f"images that show only one color: {len(plain)} ({a_few(plain)})"
-        return [f"{self.name}: {text}" for text in (*self.found.notes, *([line] if plain else []))]
+        """Return lines about how the folder is read, and about images that a check has found strange."""
+        return [f"{self.name}: {line}" for line in (*self.found.notes, *self._seen.notes())]
 
     def _load(self, split: SplitName) -> Split:
         return self._read(split)
@@ -189,6 +189,8 @@ class ImageFolder(Dataset):
                 if result.problems:
                     continue
                 self._seen.plain[split] = result.plain
+                self._seen.contrast = max(self._seen.contrast, result.contrast)
+                self._seen.digests[split] = result.digests
                 if split != "test":
                     self._seen.images[split] = result.images
         refuse(problems)
@@ -222,8 +224,32 @@ class _Seen:
     def __init__(self) -> None:
         self.plain: dict[ListedSplit, dict[str, tuple[int, ...]]] = {}
         """The images of one color, of each split that was decoded."""
+        self.contrast = 0
+        """The largest difference of two bytes of one channel in one image."""
+        self.digests: dict[ListedSplit, dict[bytes, str]] = {}
+        """The other images, by a hash of their pixels."""
         self.images: dict[ListedSplit, Tensor] = {}
         """Decoded images that are still to be read. Each split is taken out once, to save memory."""
+
+    def notes(self) -> list[str]:
+        """Return lines about images without contrast, and about copies in two splits."""
+        plain = [path for split in self.plain.values() for path in split]
+        lines = [f"images that show only one color: {len(plain)} ({a_few(plain)})"] if plain else []
+        if self.plain and self.contrast < LOST:
+            lines.append(
+                f"images have little contrast: no two pixels of one differ by more than {self.contrast}"
+            )
+        return lines + self._copies()
+
+    def _copies(self) -> list[str]:
+        """Return a line about test and validation images that are training images, too."""
+        train = self.digests.get("train", {})
+        others = [self.digests[split] for split in self.digests if split != "train"]
+        paths = [other[digest] for other in others for digest in other if digest in train]
+        text = (
+            f"images for validation or testing that are training images, too: {len(paths)} ({a_few(paths)})"
+        )
+        return [text] if paths else []
 
 
 _SEEN: "weakref.WeakValueDictionary[Hashable, _Seen]" = weakref.WeakValueDictionary()

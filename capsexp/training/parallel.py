@@ -6,6 +6,7 @@ rank 0 writes files and prints. A single process sends nothing.
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -175,4 +176,9 @@ def _detect_lost_process() -> Iterator[None]:
         yield
     except RuntimeError as error:
         hint = "run the same command to resume from the last checkpoint"
-        raise ProcessLostError(f"lost another process of this run ({first_line(error)}); {hint}") from error
+        raise ProcessLostError(f"lost another process of this run ({_reason(error)}); {hint}") from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return the first sentence of an error of gloo or NCCL, without the place in their source code."""
+    return re.sub(r"^\[\S+:\d+\] ", "", first_line(error)).partition(". ")[0]

@@ -41,11 +41,11 @@ class Record:
     def __init__(self, path: Path, *, start_step: int, length: int, settings: Mapping[str, Any]) -> None:
         self._path = path / "metrics.jsonl"
         points = read_recorded(self._path, length=length, step=start_step)
+        self._folder, self._figures = path / "tb", path / "figures"
+        begin_session(path, settings)
         self._metrics = open_own(self._path, "ab")
         with writing(self._path):
             self._metrics.seek(self._metrics.truncate(length))
-        self._folder, self._figures = path / "tb", path / "figures"
-        begin_session(path, settings)
         lost = first_lost(self._folder, points, start_step)
         others = images_and_timings(self._folder, points, lost, start_step) if lost < start_step else []
         # Step 0 on the first start too: the loader in Python looks only at the first file.
@@ -139,7 +139,8 @@ def read_recorded(path: Path, *, length: int, step: int) -> Points:
     Raises:
         UserError: file and checkpoint do not fit each other.
     """
-    content = path.read_bytes() if path.exists() else b""
+    with writing(path):
+        content = path.read_bytes() if path.exists() else b""
     if length > len(content):
         raise UserError(f"{path} is shorter than when its checkpoint was made: choose another run=DIR")
     recorded, (following, *_) = content[:length], content[length:].split(b"\n", 1)

@@ -5,13 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from capsexp.config.paths import with_absolute_paths
+from capsexp.config.saved import parse_saved
+from capsexp.config.settings import comparable
 from capsexp.data.dataset import NO_LIST, OTHER_DATA, Dataset
 from capsexp.data.manifest import Manifest
 from capsexp.errors import UserError
+from capsexp.files import read_regular
 
 
 def data_to_resume(config: Mapping[str, Any], run: Path | None) -> Manifest | None:
     """Return what a run stored of its data; None for a new run, and for `resume=force`, which takes others.
+
+    Also None for a config with another dataset, with which the run will not resume.
 
     Args:
         config: the plain config.
@@ -20,7 +26,13 @@ def data_to_resume(config: Mapping[str, Any], run: Path | None) -> Manifest | No
     Raises:
         UserError: the stored manifest cannot be read.
     """
-    return None if run is None or config.get("resume") == "force" else Manifest.load(run)
+    if run is None or config.get("resume") == "force":
+        return None
+    try:
+        saved = parse_saved(read_regular(run / "resolved_config.yaml"))
+    except (OSError, ValueError):
+        return None
+    return Manifest.load(run) if _dataset(saved) == _dataset(config) else None
 
 
 def keep_data(run: Path, dataset: Dataset, *, force: bool, report: Callable[[str], None]) -> None:
@@ -37,7 +49,7 @@ def keep_data(run: Path, dataset: Dataset, *, force: bool, report: Callable[[str
     """
     if dataset.stored is not None:
         return  # checked whenever it is read
-    stored, now = Manifest.load(run), dataset.manifest()
+    stored, now = _load(run, force, report), dataset.manifest()
     changes = [] if stored is None else list(stored.differences(now))
     if changes and not force:
         raise UserError(*changes, OTHER_DATA)
@@ -57,6 +69,20 @@ def keep_fingerprints(run: Path, dataset: Dataset, *, report: Callable[[str], No
         return
     _report(stored.differences(replace(now, files=stored.files)), report)
     replace(stored, fingerprints={**stored.fingerprints, **now.fingerprints}).save(run)
+
+
+def _dataset(config: Mapping[str, Any]) -> dict[str, Any]:
+    return comparable(with_absolute_paths({"dataset": config.get("dataset")}))
+
+
+def _load(run: Path, force: bool, report: Callable[[str], None]) -> Manifest | None:
+    try:
+        return Manifest.load(run)
+    except UserError as error:
+        if not force:
+            raise
+        report(f"{error}; it is replaced")
+        return None
 
 
 def _report(changes: Iterable[str], report: Callable[[str], None]) -> None:

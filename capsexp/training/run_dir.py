@@ -195,10 +195,11 @@ class RunDir:
 
     def _set_aside_leftovers(self) -> None:
         """Make room for a new run in a directory that holds the rest of a removed one, without its config."""
-        with writing(self.path):
+        with writing(self.path / "status.json"):
             (self.path / "status.json").unlink(missing_ok=True)
-            if not any(self.checkpoints.glob("step-*.pt")):
-                return
+        if not any(self.checkpoints.glob("step-*.pt")):
+            return
+        with writing(self.path):
             names = (self.path / f"checkpoints-without-config-{number}" for number in itertools.count(1))
             free = next(path for path in names if not os.path.lexists(path))
             self.checkpoints.rename(free)

@@ -1,12 +1,15 @@
 """The splits that a run trains and validates on."""
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from capsexp.config.components import Components
 from capsexp.data.batches import Batches
+from capsexp.data.manifest import digest_of
 from capsexp.data.split import Split
 from capsexp.errors import UserError
 from capsexp.training.early_stop import familiar_batches
+from capsexp.training.parallel import ProcessGroup
 
 
 class Splits(NamedTuple):
@@ -46,3 +49,32 @@ def read_splits(components: Components) -> Splits:
     if stops_on_validation and splits.validation is None:
         raise UserError("trainer.stop_accuracy: this run has no validation images to measure it on")
     return splits
+
+
+def require_same_images(splits: Splits, processes: ProcessGroup) -> None:
+    """Check that all processes have read the same images in the same order: each takes its slice by number.
+
+    Raises:
+        UserError: they have not; which splits differ, and in which process.
+    """
+    if processes.size == 1:
+        return
+    read = {"training": splits.training, "validation": splits.validation, "familiar": splits.familiar}
+    digests = {
+        name: digest_of(batches.images.cpu().numpy(), batches.labels.cpu().numpy())
+        for name, batches in read.items()
+        if batches is not None
+    }
+    every = processes.gather(digests)
+    problem = processes.broadcast(lambda: _other_images(every))
+    if problem is not None:
+        raise UserError(problem)
+
+
+def _other_images(digests: Sequence[Mapping[str, str]]) -> str | None:
+    """Return which splits of the first process that differs from rank 0 do so; None if all are equal."""
+    for rank, other in enumerate(digests):
+        names = [name for name, digest in digests[0].items() if other.get(name) != digest]
+        if names:
+            return f"the {' and '.join(names)} images of rank {rank} are not those of rank 0"
+    return None

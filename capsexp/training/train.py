@@ -27,7 +27,7 @@ from capsexp.training.record import NoRecord, Record, closing
 from capsexp.training.run_data import keep_data, keep_fingerprints
 from capsexp.training.run_dir import RunDir
 from capsexp.training.saved_state import process_count, saved_position
-from capsexp.training.splits import Splits, read_splits
+from capsexp.training.splits import Splits, read_splits, require_same_images
 from capsexp.training.start import resume_state, start_state
 from capsexp.training.state import State, random_state
 from capsexp.training.stop_signal import StopSignal
@@ -57,6 +57,7 @@ def train(
     if processes.is_main:
         keep_data(run.path, components.dataset, force=config.get("resume") == "force", report=report)
     splits = read_splits(components)
+    require_same_images(splits, processes)
     if processes.is_main:
         keep_fingerprints(run.path, components.dataset, report=report)
     saved = processes.broadcast(lambda: checkpoint.load_newest(run.checkpoints, report=report))

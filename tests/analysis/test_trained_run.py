@@ -14,8 +14,9 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from capsexp.analysis.evaluate_run import evaluate_run
-from capsexp.analysis.trained_run import TrainedRun
+from capsexp.analysis.trained_run import TrainedRun, load_model
 from capsexp.errors import UserError
+from capsexp.training import device
 
 
 @pytest.fixture
@@ -136,7 +137,8 @@ def global_state():
     return {
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "benchmark": torch.backends.cudnn.benchmark,
-        "threads": torch.get_num_threads(),
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "matmul": (torch.get_float32_matmul_precision(), torch.backends.cudnn.deterministic),
         "dtype": torch.get_default_dtype(),
         "grad": torch.is_grad_enabled(),
         "random": torch.get_rng_state().tolist(),
@@ -149,14 +151,23 @@ def global_state():
     }
 
 
-def test_loading_predicting_and_evaluating_change_no_global_state(saved):
+def tuned_device():
+    settings = {"threads": 2, "memory_format": "channels_last", "allocator": "tuned", "deterministic": True}
+    return device.Device(name="cpu", **settings)
+
+
+def test_loading_predicting_and_evaluating_change_no_global_state(saved, monkeypatch):
     path = saved("device.threads=3", "device.deterministic=true", "trainer.max_steps=4", "trainer.test=none")
+    monkeypatch.setattr(device, "tune_allocator", lambda: pytest.fail("the allocator was tuned"))
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(1)
     before = global_state()
     run = TrainedRun.load(path, weights="last")
     run.predict(torch.rand(2, *run.dataset.raw_shape, generator=torch.Generator().manual_seed(0)))
     run.evaluate(limit=10)
+    tuned = run.components._replace(device=tuned_device())
+    TrainedRun.restore(tuned, path, weights="last")
+    load_model(tuned, path, weights=4)
     after = global_state()
     for name, value in before.items():
         assert after[name] == value, name

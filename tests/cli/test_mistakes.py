@@ -31,6 +31,10 @@ from capsexp.cli import entry as cli
         ),
         (["train", "dataset=image_folder"], ["dataset.path has no value yet: set dataset.path=…"]),
         (
+            ["train", "-cp", "own"],
+            ["--config-path is switched off: -cd DIR adds a folder of your own configs"],
+        ),
+        (
             ["train", "--experimental-rerun", "x.pickle"],
             ["--experimental-rerun is switched off: it loads a pickle; use run=DIR"],
         ),

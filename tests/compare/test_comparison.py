@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from capsexp.compare.comparison import beside_paper, compare, row_label
+from capsexp.compare.find import find_all
 from capsexp.compare.means import Spread, spread
-from capsexp.compare.runs import find_all, read_all
+from capsexp.compare.runs import read_all
 from capsexp.errors import Notes
 
 VALIDATION, TEST = "validation/best_accuracy", "test/accuracy"

@@ -13,7 +13,8 @@ from capsexp.compare.curves import (
     learning_curves,
     mean_over_seeds,
 )
-from capsexp.compare.runs import find_all, read_all
+from capsexp.compare.find import find_all
+from capsexp.compare.runs import read_all
 from capsexp.errors import Notes
 
 ACCURACY = "validation/accuracy"

@@ -15,7 +15,8 @@ from capsexp.compare import report
 from capsexp.compare.chart import Axis, chart
 from capsexp.compare.comparison import compare
 from capsexp.compare.curves import COLOURS, Curve, Point
-from capsexp.compare.runs import find_all, read_all
+from capsexp.compare.find import find_all
+from capsexp.compare.runs import read_all
 from capsexp.compare.templates import render
 from capsexp.errors import Notes
 

@@ -6,7 +6,8 @@ import time
 import pytest
 
 from capsexp.compare import runs
-from capsexp.compare.runs import find_all, newest_first, read, read_all
+from capsexp.compare.find import find_all
+from capsexp.compare.runs import newest_first, read, read_all
 from capsexp.errors import Notes
 from capsexp.training.run_dir import RunDir
 

@@ -2,13 +2,15 @@ import csv
 import io
 import json
 import re
+import sys
 import time
 
 import pytest
 
 from capsexp.compare import tables
 from capsexp.compare.comparison import compare
-from capsexp.compare.runs import find_all, read_all
+from capsexp.compare.find import find_all
+from capsexp.compare.runs import read_all
 from capsexp.compare.tables import (
     as_csv,
     csv_text,
@@ -160,7 +162,7 @@ def test_control_characters_of_files_do_not_reach_the_terminal(write_run, notes,
 def test_rows_are_not_wrapped_on_a_narrow_terminal(runs, notes, capsys, monkeypatch):
     print_comparison(compare(runs, notes))
     piped = capsys.readouterr().out
-    monkeypatch.setattr(tables.sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "20")
     monkeypatch.setenv("TERM", "xterm")
     print_comparison(compare(runs, notes))

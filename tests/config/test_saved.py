@@ -255,3 +255,13 @@ def test_a_renamed_value_is_read_under_its_new_name():
     node = b"{_target_: capsexp.preprocess.Preprocess, light: picture}"
     preprocess = parse_saved(b"dataset: {preprocess: " + node + b"}")["dataset"]["preprocess"]
     assert preprocess == {"_target_": "capsexp.data.preprocess.Preprocess", "contrast_mean": "image"}
+
+
+@pytest.mark.parametrize("target", saved.ADDED_KEYS)
+def test_an_added_key_has_the_value_of_conf_in_the_config_of_an_earlier_run(target):
+    name = target.split(".")[-2]
+    today = to_plain(compose("train", [f"dataset={name}", "dataset.path=x"], config_dir=None))
+    earlier = json.loads(json.dumps(today))
+    for key in saved.ADDED_KEYS[target]:
+        del earlier["dataset"][key]
+    assert parse_saved(json.dumps(earlier).encode()) == today

@@ -186,3 +186,13 @@ def test_list_returns_state_size_and_folder(packed, tmp_path_factory):
     present = list_datasets(datasets)[2]
     assert present.state == "present"
     assert present.size == sum(p.stat().st_size for p in (packed / "toy").iterdir())
+
+
+def test_the_files_of_the_test_split_are_verified_without_reading_it(packed):
+    prepare(toy(packed), print_line=lambda line: None, progress=silent)
+    assert toy(packed).check_test() is None
+    (packed / "toy/train").write_bytes(b"damaged")
+    toy(packed).check_test()
+    (packed / "toy/test").write_bytes(b"damaged")
+    with pytest.raises(DataError, match="toy/test "):
+        toy(packed).check_test()

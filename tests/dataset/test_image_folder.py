@@ -1,10 +1,10 @@
-import struct
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from capsexp.data import image_reader
+from capsexp.data.decode import decode
 from capsexp.data.preprocess import Preprocess
 from capsexp.dataset.image_folder import ImageFolder
 from capsexp.errors import DataError
@@ -158,30 +158,171 @@ def test_images_of_different_sizes_are_reported_with_the_setting_that_helps(tmp_
         folder(tmp_path)
 
 
-@pytest.mark.parametrize("keep", [200, 700])
-def test_a_truncated_image_is_reported(tmp_path, keep):
-    write_classes(tmp_path, size=(30, 30))
-    path = tmp_path / "cat/3.png"
+def cut(path, keep):
     path.write_bytes(path.read_bytes()[:keep])
-    dataset = folder(tmp_path)
-    assert [path.name in problem for problem in dataset.problems()] == [True]
-    with pytest.raises(DataError, match=r"cat/3\.png is damaged and cannot be decoded: "):
-        [dataset.read(split) for split in ("train", "test")]
+    return path
 
 
-def test_a_flipped_bit_in_a_png_is_reported(tmp_path):
-    path = write_classes(tmp_path, size=(30, 30)) / "cat/3.png"
+def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert [path.name in problem for problem in folder(tmp_path).problems()] == [True]
+    return path
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13)])
-def test_a_file_that_is_not_an_image_is_reported(tmp_path, content):
-    (write_classes(tmp_path) / "cat/3.png").write_bytes(content)
-    with pytest.raises(DataError, match=r"cat/3\.png cannot be read as an image: "):
-        folder(tmp_path)
+DAMAGES = {
+    "empty": lambda path: cut(path, 0),
+    "no image": lambda path: path.write_text("no image") and path,
+    "only a header": lambda path: cut(path, 40),
+    "cut in the header": lambda path: cut(path, 12),
+    "cut": lambda path: cut(path, 700),
+    "a flipped bit": flip,
+    "a broken link": lambda path: path.unlink() or path.symlink_to("nowhere") or path,
+    "nan": lambda path: Image.fromarray(np.full((6, 8), np.nan, np.float32)).save(path, format="TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("place", ["train/cat/1.png", "validation/dog/0.png", "test/cat/2.png"])
+def test_a_damaged_image_of_any_split_is_named_before_training(tmp_path, kind, place):
+    for split in ("train", "validation", "test"):
+        write_classes(tmp_path / split, count=3, size=(30, 30))
+    DAMAGES[kind](tmp_path / place)
+    with pytest.raises(DataError, match=rf"{place} (cannot be read|is damaged|has pixels)") as caught:
+        folder(tmp_path, validation=0.1).require_files()
+    assert len(caught.value.problems) == 1
+
+
+def test_all_damaged_images_are_named_at_once(tmp_path, capsexp):
+    write_splits(tmp_path / "data", size=(30, 30))
+    where = ["train/cat/0", "train/cat/1", "train/dog/0", "test/cat/0", "test/cat/1"]
+    places = dict(zip(DAMAGES, where, strict=False))
+    for kind, place in places.items():
+        DAMAGES[kind](tmp_path / f"data/{place}.png")
+    run = ["device=cpu", f"run={tmp_path / 'run'}"]
+    code, out, error = capsexp("train", "dataset=image_folder", f"dataset.path={tmp_path / 'data'}", *run)
+    assert (code, out, (tmp_path / "run").exists()) == (2, "", False)
+    lines = error.splitlines()
+    assert len(lines) == len(places)
+    assert all(any(f"{place}.png" in line for line in lines) for place in places.values())
+    assert all(line.startswith("capsexp: dataset: ") for line in lines)
+    for kind in ("empty", "no image", "cut in the header", "only a header"):
+        write_image(tmp_path / f"data/{places[kind]}.png", size=(30, 30))
+    code, out, error = capsexp("data", "verify", "image_folder", f"dataset.path={tmp_path / 'data'}")
+    assert (code, error) == (1, "")
+    assert out.splitlines()[0] == "image_folder: train split: train, test split: test"
+    damaged = [line for line in out.splitlines() if "is damaged and cannot be decoded" in line]
+    assert [f"{places['cut']}.png" in line for line in damaged] == [True]
+
+
+def test_images_are_decoded_once_for_the_check_and_the_training(tmp_path, monkeypatch):
+    write_splits(tmp_path)
+    decoded = []
+    real = image_reader.decode
+    monkeypatch.setattr(image_reader, "decode", lambda path, *rest: decoded.append(path) or real(path, *rest))
+    checked = folder(tmp_path)
+    checked.require_files()
+    assert len(decoded) == len(set(decoded)) == 12
+    training, _ = folder(tmp_path).read_training()  # the run's own object, while the first one lives
+    assert (training.size, len(decoded)) == (6, 12)
+    assert torch.equal(folder(tmp_path).read_training()[0].images, training.images)
+    write_image(tmp_path / "train/cat/0.png", value=3)
+    assert folder(tmp_path).read_training()[0].images[0].unique().tolist() == [3]
+
+
+def test_images_without_contrast_are_refused_or_counted(tmp_path):
+    write_splits(tmp_path, value=9)
+    with pytest.raises(
+        DataError, match=r"no image in .* has any contrast: all pixels of all 12 images have the"
+    ):
+        folder(tmp_path).require_files()
+    write_image(tmp_path / "train/cat/0.png")
+    dataset = folder(tmp_path)
+    dataset.require_files()
+    assert any("images that show only one color: 11 (" in line for line in dataset.notes())
+
+
+def test_little_contrast_is_told(tmp_path):
+    write_splits(tmp_path)
+    for number, path in enumerate(sorted(tmp_path.glob("t*/*/*.png"))):
+        Image.fromarray(np.random.default_rng(number).integers(0, 2, (6, 8), np.uint8)).save(path)
+    dataset = folder(tmp_path)
+    dataset.require_files()
+    line = "image_folder: images have little contrast: no two pixels of one differ by more than 1"
+    assert line in dataset.notes()
+
+
+def test_copies_of_training_images_in_another_split_are_told(tmp_path):
+    write_splits(tmp_path, size=(9, 9))
+    for number, path in enumerate(sorted(tmp_path.glob("t*/*/*.png"))):
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (9, 9), np.uint8)).save(path)
+    dataset = folder(tmp_path)
+    dataset.require_files()
+    assert not any("training images, too" in line for line in dataset.notes())
+    with Image.open(tmp_path / "train/cat/1.png") as image:
+        image.save(tmp_path / "test/dog/2.png", compress_level=0)
+    dataset = folder(tmp_path)
+    dataset.require_files()
+    where = tmp_path / "test/dog/2.png"
+    assert any(line.endswith(f"training images, too: 1 ({where})") for line in dataset.notes())
+
+
+def test_a_folder_of_validation_images_validates(tmp_path):
+    for split in ("train", "valid", "test"):
+        write_classes(tmp_path / split, count=4)
+    dataset = folder(tmp_path, validation=0.5)
+    assert [split.size for split in dataset.read_training()] == [8, 8]
+    assert names(dataset, "validation")[0] == "valid/cat/0.png"
+    assert any("validation images come from valid; dataset.validation" in line for line in dataset.notes())
+    dataset = folder(tmp_path, validation=0)
+    assert [split.size for split in dataset.read_training()] == [8, 0]
+    assert any("valid is not used: dataset.validation=0" in line for line in dataset.notes())
+
+
+def test_with_training_and_validation_folders_the_test_images_are_drawn_from_training(tmp_path):
+    for split in ("train", "val"):
+        write_classes(tmp_path / split, count=8)
+    dataset = folder(tmp_path, validation=0.1)
+    assert len(names(dataset, "validation")) == 16
+    assert len(names(dataset, "train")) + len(names(dataset, "test")) == 16
+    assert all(name.startswith("train/") for name in names(dataset, "test"))
+    assert any("test split: a share of 0.2 of each class in train" in line for line in dataset.notes())
+
+
+def test_added_images_move_no_others(tmp_path):
+    write_classes(tmp_path, count=40, size=(2, 2))
+    before = folder(tmp_path, validation=0.2)
+    for number in range(20):
+        write_image(tmp_path / f"cat/new {number}.png", size=(2, 2))
+    after = folder(tmp_path, validation=0.2)
+    for split in ("train", "validation", "test"):
+        kept = [name for name in names(after, split) if "new" not in name]
+        assert kept == names(before, split)
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+@pytest.mark.parametrize("top", [255, 4095, 65535])
+def test_a_run_predicts_with_the_scale_of_its_training(tmp_path, ending, top):
+    for name in ("a", "b"):
+        for number in range(4):
+            path = tmp_path / name / f"{number}.{ending}"
+            path.parent.mkdir(exist_ok=True)
+            pixels = np.full((4, 5), top // (number + 1), np.uint16)
+            Image.fromarray(pixels).save(path)
+    dataset = folder(tmp_path, test_share=0.5)
+    dark = next(name for name in names(dataset, "train"))
+    image = decode(str(tmp_path / dark), 1, dataset.reading)
+    assert torch.equal(image, dataset.read("train").images[0])
+    assert dataset.reading.white == top
+
+
+def test_loose_images_and_other_files_are_told(tmp_path):
+    write_image(write_splits(tmp_path) / "loose.png")
+    write_image(tmp_path / "train/loose.png")
+    (tmp_path / "train/cat/x.heic").write_text("no image")
+    notes = " ".join(folder(tmp_path).notes())
+    assert f"not used, being in no class folder: {tmp_path}/loose.png, {tmp_path}/train/loose.png" in notes
+    assert "files passed over, whose endings are not those of images: 1 .heic" in notes
 
 
 def nothing(root):

@@ -10,17 +10,26 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from capsexp.cli import agreement, torchrun
 from capsexp.cli import entry as cli
-from capsexp.cli import torchrun
+from capsexp.config.compose import compose, to_plain
 from capsexp.errors import UserError
-from capsexp.training.parallel import SINGLE, ProcessGroup, check
+from capsexp.training.parallel import (
+    SINGLE,
+    ProcessGroup,
+    ProcessLostError,
+    _detect_lost_process,
+    check,
+)
 from capsexp.training.run_dir import RunDir
+from capsexp.training.splits import read_splits, require_same_images
 
 HERE = Path(__file__).resolve().parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -273,6 +282,98 @@ def test_a_mistake_is_printed_once(folder):
     assert errors == "capsexp: unknown key 'modle': did you mean 'model'?\n"
 
 
+@pytest.mark.slow
+def test_processes_with_different_settings_are_refused_in_one_line(folder):
+    ends = run_in_two(*CAPSEXP, "train", "run=differ", "seed=${oc.decode:${oc.env:RANK}}", cwd=folder)
+    assert [code for code, _, _ in ends] == [2, 2]
+    errors = "".join(error for _, _, error in ends)
+    start = "capsexp: the processes of this run have different settings"
+    assert errors == f"{start}: seed is 0 in rank 0 and 1 in rank 1\n"
+    assert not (folder / "differ").exists()
+
+
+SETTINGS = {"seed": "0", "trainer.save_every": "5", "the code of capsexp": "a"}
+
+
+@pytest.mark.parametrize(
+    ("others", "difference"),
+    [
+        ([{}], None),
+        ([{}, {}], None),
+        ([{"seed": "1"}], "seed is 0 in rank 0 and 1 in rank 1"),
+        ([{}, {"trainer.save_every": "7"}], "trainer.save_every is 5 in rank 0 and 7 in rank 2"),
+        ([{"model.x": "2"}], "model.x is absent in rank 0 and 2 in rank 1"),
+        ([{"the code of capsexp": "b"}], "the code of capsexp is a in rank 0 and b in rank 1"),
+    ],
+)
+def test_the_settings_that_differ_are_named(others, difference):
+    facts = [SETTINGS, *({**SETTINGS, **other} for other in others)]
+    start = "the processes of this run have different settings: "
+    assert agreement.describe_difference(facts) == (difference and start + difference)
+
+
+def test_of_many_settings_that_differ_the_first_are_named():
+    facts = [{str(key): str(value) for key in range(9)} for value in range(2)]
+    assert agreement.describe_difference(facts).endswith("; 5 is 0 in rank 0 and 1 in rank 1 and 3 more")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed=1", "routing.iterations=7", "trainer.save_every=7", "run=x", "device=cpu", "loss=spread"],
+)
+def test_every_setting_but_the_place_of_the_data_is_compared(override):
+    def facts(*overrides):
+        found = []
+        group = SimpleNamespace(gather=lambda mine: [found.append(mine)], broadcast=lambda make: None)
+        agreement.require_agreement(to_plain(compose("train", overrides, config_dir=None)), group)
+        return found[0]
+
+    base = facts()
+    assert base != facts(override)
+    assert base == facts("data_root=elsewhere")
+    assert {"the version of capsexp", "the version of torch", "the code of capsexp"} <= {*base}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ([(0, 2), (1, 3)], "the processes of this run differ in WORLD_SIZE, their number: 2 and 3"),
+        ([(0, 2), (0, 2)], "two processes of this run have RANK=0"),
+    ],
+)
+def test_processes_that_count_differently_are_refused(ranks, message, monkeypatch):
+    monkeypatch.setattr(torchrun, "_store", dist.HashStore())
+    first, second = ranks
+    torchrun._check_number(*first)
+    with pytest.raises(UserError, match=f"^{message}$"):
+        torchrun._check_number(*second)
+
+
+def test_processes_that_have_read_other_images_are_refused(tiny_components):
+    read = read_splits(tiny_components())
+    digests = []
+    recording = SimpleNamespace(size=2, gather=digests.append, broadcast=lambda make: None)
+    require_same_images(read, recording)
+    read.training.labels[[0, -1]] = read.training.labels[[-1, 0]] + 1
+    require_same_images(read, recording)
+    answering = SimpleNamespace(size=2, gather=lambda _: digests, broadcast=lambda make: make())
+    with pytest.raises(UserError, match=r"^the training images of rank 1 are not those of rank 0"):
+        require_same_images(read, answering)
+    digests[1] = digests[0]
+    require_same_images(read, answering)
+
+
+def test_a_lost_process_is_named_without_the_source_code_of_gloo():
+    text = "[/build/gloo/pair.cc:561] Connection closed by peer [127.0.0.1]:47012. Check the logs. GLHF!"
+    with (
+        pytest.raises(
+            ProcessLostError, match=r"^lost another process of this run \(Connection closed by peer "
+        ),
+        _detect_lost_process(),
+    ):
+        raise RuntimeError(text)
+
+
 # Runs that cannot be distributed
 
 
@@ -340,6 +441,13 @@ def test_rank_and_size_come_from_the_environment(second):
         False,
     )
     assert torchrun.launcher() == ["torchrun", "--nnodes=1", "--nproc-per-node=2", "-m"]
+
+
+@pytest.mark.parametrize("number", ["two", "", "-1"])
+def test_a_variable_that_is_no_number_is_named(number, second, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", number)
+    with pytest.raises(UserError, match=f"^WORLD_SIZE={number}: torchrun sets a whole number"):
+        torchrun.is_distributed()
 
 
 @pytest.mark.parametrize("changed", [{"WORLD_SIZE": "1"}, {"LOCAL_RANK": None}])

@@ -1,5 +1,6 @@
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 
@@ -282,3 +283,148 @@ def test_a_run_is_finished_only_with_the_config_it_was_completed_with(run, track
     assert not run.is_finished({**config, "seed": 7})
     (run.path / "resolved_config.yaml").unlink()
     assert not run.is_finished(config)
+
+
+# Links, and what killed or removed runs leave
+
+
+@pytest.mark.parametrize("name", [*run_dir.FOLDERS, *run_dir.APPENDED, *run_dir.REPLACED])
+def test_a_link_where_a_run_writes_is_refused_before_anything_is_written(name, run, tmp_path):
+    run.path.mkdir()
+    target = tmp_path / "target"
+    target.mkdir() if name in run_dir.FOLDERS else target.write_text("precious")
+    (run.path / name).symlink_to(target)
+    with pytest.raises(UserError, match=f"^cannot write into {run.path / name}: it is a link"), run.locked():
+        raise AssertionError("locked")
+    assert [path.name for path in run.path.iterdir()] == [name]
+    assert list(target.iterdir()) == [] if target.is_dir() else target.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", [*run_dir.FOLDERS, *run_dir.APPENDED, *run_dir.REPLACED])
+def test_a_pipe_where_a_run_writes_is_refused(name, run):
+    run.path.mkdir()
+    os.mkfifo(run.path / name)
+    assert not run.is_locked()
+    assert run.status() == {}
+    with pytest.raises(UserError, match=f"^cannot write into {run.path / name}: it is a pipe"), run.locked():
+        raise AssertionError("locked")
+
+
+def test_the_run_directory_itself_may_be_a_link_or_below_one(run, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "outputs").symlink_to("scratch")
+    (tmp_path / "run").symlink_to("outputs/there")
+    (tmp_path / "scratch" / "there").mkdir()
+    for path in (tmp_path / "outputs" / "mine", tmp_path / "run"):
+        with RunDir(path).locked():
+            begin(RunDir(path))
+    assert (tmp_path / "scratch" / "there" / "resolved_config.yaml").exists()
+
+
+def test_leftovers_of_killed_writes_are_swept_when_the_directory_is_locked(run):
+    run.path.mkdir()
+    for folder in (".", *run_dir.FOLDERS):
+        (run.path / folder).mkdir(exist_ok=True)
+        (run.path / folder / ".a.json.12.tmp").write_text("half")
+        (run.path / folder / ".notes.tmp").write_text("mine")
+    with run.locked():
+        pass
+    left = {path.relative_to(run.path).as_posix() for path in run.path.rglob("*.tmp")}
+    assert left == {".notes.tmp", *(f"{folder}/.notes.tmp" for folder in run_dir.FOLDERS)}
+
+
+def replace_folder(path):
+    path.rename(path.with_name("old"))
+    path.mkdir()
+    (path / "run.lock").write_text("another")
+
+
+@pytest.mark.parametrize(
+    "remove",
+    [
+        shutil.rmtree,
+        replace_folder,
+        lambda path: path.rename(path.with_name("old")),
+        lambda path: (path / "run.lock").unlink(),
+    ],
+    ids=["removed", "replaced", "moved", "half removed"],
+)
+def test_a_run_whose_directory_is_gone_ends_and_writes_nothing(remove, run, track_status):
+    def train():
+        with run.locked(), run.track_status({}):
+            remove(run.path)
+            before = {path.name for path in run.path.iterdir()} if run.path.exists() else None
+            try:
+                run.heartbeat(3)
+            finally:
+                after = {path.name for path in run.path.iterdir()} if run.path.exists() else None
+                assert after == before
+
+    with pytest.raises(RunStopped, match=f"^{run.path} was removed or replaced while this run") as caught:
+        train()
+    assert caught.value.exit_code == 1
+    assert not (run.path / "status.json").exists() or "running" in (run.path / "status.json").read_text()
+
+
+def test_the_rest_of_a_removed_run_does_not_refuse_a_new_one_and_keeps_its_checkpoints(run, capsys):
+    (run.path / "checkpoints").mkdir(parents=True)
+    (run.path / "checkpoints" / "step-00000004.pt").write_bytes(b"weights")
+    (run.path / "status.json").write_text('{"status": "completed", "started": 5}')
+    begin(run)
+    assert run.status() == {}
+    moved = run.path / "checkpoints-without-config-1"
+    assert (moved / "step-00000004.pt").read_bytes() == b"weights"
+    assert not run.checkpoints.exists()
+    notice = f"capsexp: {run.checkpoints} is not of this run: {run.path} holds no config; moved to {moved}\n"
+    assert capsys.readouterr().err == notice
+    begin(run)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"a: [", b"\x80"])
+def test_a_stored_config_that_cannot_be_read_is_one_line(content, run):
+    begin(run)
+    (run.path / "resolved_config.yaml").write_bytes(content)
+    assert not run.is_finished(CONFIG)
+    with pytest.raises(UserError, match=r"resolved_config\.yaml cannot be read: .*choose another run=DIR$"):
+        begin(run)
+
+
+# Clocks and damaged fields
+
+
+def test_a_clock_that_is_set_back_shortens_no_duration(run, track_status, monkeypatch):
+    now = [1e9]
+    monkeypatch.setattr(run_dir.time, "time", lambda: now[0])
+    with track_status() as directory:
+        now[0] -= 86400
+        directory.update_status("running")
+    seconds = run.status()["seconds"]
+    assert 0 <= seconds < 60
+    with track_status():
+        pass
+    assert seconds <= run.status()["seconds"] < 60
+
+
+@pytest.mark.parametrize("value", ["NaN", "-5", "1e300", "1" + "0" * 400, '"x"', "null", "[]", "true"])
+def test_a_damaged_duration_counts_as_none(value, run, track_status):
+    (run.path / "status.json").write_text(f'{{"seconds": {value}, "resumes": {value}, "best": {value}}}')
+    assert run.best_accuracy() is None
+    with track_status(step=3):
+        pass
+    assert 0 <= run.status()["seconds"] < 60
+    assert [resume["step"] for resume in run.status()["resumes"]] == [3]
+
+
+@pytest.mark.parametrize("results", ["[1]", "5", '{"test/accuracy": "high"}'])
+def test_a_run_with_damaged_results_is_not_finished(results, run):
+    begin(run)
+    (run.path / "status.json").write_text(f'{{"status": "completed", "results": {results}}}')
+    assert not run.is_finished(CONFIG)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- b=2", "null", "x", "[" * 5000, "\x80"])
+def test_stored_overrides_are_read_or_unknown(text, run):
+    (run.path / ".hydra").mkdir(parents=True)
+    (run.path / ".hydra" / "overrides.yaml").write_text(text, encoding="latin-1")
+    assert run.overrides() == (["1", "b=2"] if "b=2" in text else [])

@@ -6,9 +6,12 @@ import threading
 import pytest
 
 from capsexp.errors import RunStopped
+from capsexp.training.stop_signal import StopSignal
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_signal_saves_at_the_next_step_and_the_run_resumes_bit_for_bit(
     number, code, tmp_path, monkeypatch, train_tiny, whole_run, final_state, assert_same_run
 ):
@@ -55,3 +58,26 @@ def test_a_run_restores_the_signal_handlers(tmp_path, train_tiny):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     train_tiny(tmp_path, "trainer.max_steps=1")
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_nohup_keeps_a_run_alive_when_its_terminal_closes():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.asked()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("earlier", [signal.SIG_DFL, signal.default_int_handler])
+def test_handlers_that_only_end_the_process_do_not_hide_how_to_resume(earlier, tmp_path):
+    before = signal.signal(signal.SIGTERM, earlier)
+    try:
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.asked()
+            with pytest.raises(RunStopped, match=r"^SIGTERM: stopped at step 3; run the same command "):
+                stop.end(3, tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)

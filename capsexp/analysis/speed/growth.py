@@ -1,5 +1,6 @@
 """`capsexp bench growth=FILE`: how time and memory of a step grow, fused and reference, as a figure."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from capsexp.analysis.speed.bench import NETWORK, processor, variants_of
 from capsexp.analysis.speed.measure import changed, in_process
 from capsexp.errors import UserError
-from capsexp.files import require_figure_file
+from capsexp.files import require_figure_file, write_output
 from capsexp.terminal import Table, new_console
 
 BATCHES = (8, 16, 32, 64, 128)
@@ -104,7 +105,9 @@ def draw(
     plots[0][0].set_ylabel("seconds per training step")
     plots[1][0].set_ylabel("peak memory, MiB")
     plots[0][0].legend()
-    figure.savefig(file, dpi=110)
+    content = io.BytesIO()
+    figure.savefig(content, format=file.suffix.removeprefix("."), dpi=110)
+    write_output(file, content.getvalue())
 
 
 def _with_side(config: Config, key: str, size: int) -> Config:

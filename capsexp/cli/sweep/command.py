@@ -14,8 +14,9 @@ from capsexp.cli.sweep.folder import Sweep
 from capsexp.cli.sweep.tables import check_sweep, expand_tables, require_data, searches
 from capsexp.cli.torchrun import is_distributed
 from capsexp.config.naming import sweep_name
-from capsexp.config.overrides import FAILURES, one_line, quoted, value
+from capsexp.config.overrides import FAILURES, one_line, value
 from capsexp.config.sweeps import constants_and_swept, with_constants_swept
+from capsexp.config.typed_paths import expanded, quoted
 from capsexp.errors import JobFailed, UserError
 
 
@@ -53,13 +54,13 @@ def _folder(composed: DictConfig, overrides: Sequence[str]) -> Path:
     if not composed.hydra.sweep.dir:
         raise UserError("hydra.sweep.dir must be a folder, or auto")
     if composed.hydra.sweep.dir != "auto":
-        return Path(composed.hydra.sweep.dir)
+        return Path(expanded(composed.hydra.sweep.dir))
     constants, swept = constants_and_swept(overrides)
     choices = dict(composed.hydra.runtime.choices)
     experiment = value(overrides, "experiment")
     if isinstance(experiment, str):  # as typed: the name of a table, and not of its first row
         choices["experiment"] = experiment
-    return Path(composed.output_root) / "sweeps" / sweep_name(choices, constants, swept)
+    return Path(expanded(composed.output_root)) / "sweeps" / sweep_name(choices, constants, swept)
 
 
 def _run(path: Path, arguments: Sequence[str]) -> int:

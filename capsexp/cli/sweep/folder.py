@@ -19,8 +19,9 @@ from rich.table import Column
 from rich.text import Text
 
 from capsexp.compare.comparison import beside_paper
+from capsexp.compare.layout import STATUS_COLOURS
 from capsexp.compare.runs import read_all, read_status
-from capsexp.compare.tables import STATUS_COLOURS, as_csv, markdown, print_comparison
+from capsexp.compare.tables import as_csv, markdown, print_comparison
 from capsexp.config.naming import affects_results, job_name
 from capsexp.documents import read_json
 from capsexp.errors import Notes

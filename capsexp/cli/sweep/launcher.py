@@ -21,7 +21,7 @@ from capsexp.cli.sweep.directories import directories, job_config
 from capsexp.cli.sweep.folder import Sweep, job_labels, jobs_table
 from capsexp.cli.sweep.job_process import JOB_VARIABLE
 from capsexp.config.compose import to_plain
-from capsexp.config.overrides import quoted
+from capsexp.config.typed_paths import quoted
 from capsexp.errors import JobFailed, RunStopped
 from capsexp.files import make_folder, open_own
 from capsexp.terminal import new_console

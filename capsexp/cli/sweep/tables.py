@@ -13,15 +13,22 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from capsexp.cli.jobs import validate
+from capsexp.cli.jobs import compose_checked, validate
 from capsexp.config.compose import compose, searching
 from capsexp.config.overrides import override_values, parse_all, value
-from capsexp.config.sweeps import data_variants, list_problems, swept_variants
+from capsexp.config.sweeps import (
+    data_variants,
+    intervals,
+    list_problems,
+    require_feasible,
+    swept_variants,
+)
 from capsexp.errors import UserError
 
 if TYPE_CHECKING:
     from capsexp.config.components import Components
 
+TAKES = "a sweep takes values, A,B,C or range(A,B); hydra/sweeper=search takes intervals"
 COMPARED_GROUPS = ("model", "routing", "loss")
 """What the rows of a table compare. An override of a differing setting would make rows equal."""
 
@@ -69,16 +76,23 @@ def check_sweep(
 
     def check(arguments: Sequence[str], row: str, *, sweep: bool) -> None:
         try:
-            composed = compose(name, arguments, config_dir=config_dir, sweep=sweep)
-            checked.append((composed, validate(composed, overrides)))
+            checked.append(compose_checked(name, arguments, config_dir=config_dir, sweep=sweep))
         except UserError as error:
             for problem in error.problems:
                 rows_with.setdefault(problem, []).append(row)
 
-    check(overrides, rows[0] if rows else "", sweep=True)
-    for variant in swept_variants(overrides, config_dir=config_dir):
+    for_search = intervals(overrides, config_dir=config_dir)
+    usable, first_row = [text for text in overrides if text not in for_search], rows[0] if rows else ""
+    check(usable, first_row, sweep=True)
+    problems = list(list_problems(overrides, config_dir=config_dir))
+    if not _searches(checked, overrides):
+        require_feasible(usable, config_dir=config_dir)
+        problems += [f"{text}: {TAKES}" for text in for_search]
+    elif for_search:
+        usable = list(overrides)
+        check(usable, first_row, sweep=True)
+    for variant in swept_variants(usable, config_dir=config_dir):
         check(variant, str(value(variant, "experiment")), sweep=False)
-    problems = list(list_problems(overrides, config_dir=config_dir, searches=_searches(checked, overrides)))
     problems += [_name_rows(problem, affected, rows) for problem, affected in rows_with.items()]
     if problems:
         raise UserError(*problems)

@@ -34,6 +34,13 @@ def test_the_directory_of_a_job_depends_on_its_overrides(sweep):
     assert sweep.add(["seed=0"]).path == sweep.path / job_name(["seed=0"])
 
 
+def test_a_job_in_a_directory_that_the_user_has_chosen_keeps_its_status(sweep):
+    run = sweep.add(["seed=0"], name="0/chosen")
+    run.path.mkdir(parents=True)
+    (run.path / "status.json").write_text(json.dumps({"status": "completed"}))
+    assert [(job.name, job.state) for job in sweep.jobs()] == [("0/chosen", "finished")]
+
+
 def test_a_sweep_remembers_its_jobs(sweep):
     write_status(sweep, ["seed=0"], status="completed", step=3, results={"test/accuracy": 0.5}, pid=7)
     sweep.add(["seed=1"])

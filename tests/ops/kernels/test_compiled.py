@@ -1,4 +1,5 @@
 import ctypes
+import hashlib
 import os
 import shutil
 import signal
@@ -48,8 +49,8 @@ def test_the_library_is_built_once_and_says_so(empty_cache, capfd):
     compiled.library.cache_clear()
     assert compiled.library().em_forward(None) == 7
     assert capfd.readouterr().err == ""
-    files = sorted(path.name for path in empty_cache.iterdir())
-    assert files == sorted([compiled.library_path().name, compiled.library_path().with_suffix(".lock").name])
+    files = {compiled.library_path().with_suffix(suffix) for suffix in (".so", ".sha256", ".lock")}
+    assert {*empty_cache.iterdir()} == files
 
 
 @needs_compiler
@@ -111,6 +112,86 @@ def test_a_build_that_was_killed_does_not_block_the_next(empty_cache, tmp_path):
     assert not list(empty_cache.glob("*/"))
 
 
+@pytest.fixture
+def built(empty_cache, monkeypatch):
+    """A library and its checksum, and lists of the builds and of what was loaded."""
+    path, content, load = compiled.library_path(), bytes(5000), ctypes.CDLL
+
+    def build(target, cxx):
+        builds.append(cxx)
+        write(target)
+
+    def write(target):
+        target.write_bytes(content)
+        target.with_suffix(".sha256").unlink(missing_ok=True)
+        target.with_suffix(".sha256").write_text(hashlib.sha256(content).hexdigest())
+
+    builds, loaded = [], []
+    empty_cache.mkdir()
+    write(path)
+    monkeypatch.setattr(compiled, "_compile", build)
+    monkeypatch.setattr(compiled, "compiler", lambda: sys.executable)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: loaded.append(Path(name).read_bytes()) or load(None))
+    return path, content, builds, loaded
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:4096])
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def one_bit_flipped(path):
+    path.write_bytes(b"\1" + path.read_bytes()[1:])
+
+
+def removed(path):
+    path.unlink()
+
+
+def of_a_version_without_checksums(path):
+    path.with_suffix(".sha256").unlink()
+
+
+def checksum_cut_short(path):
+    path.with_suffix(".sha256").write_text("12")
+
+
+def checksum_no_text(path):
+    path.with_suffix(".sha256").write_bytes(b"\xff" * 64)
+
+
+def checksum_a_pipe(path):
+    path.with_suffix(".sha256").unlink()
+    os.mkfifo(path.with_suffix(".sha256"))
+
+
+DAMAGE = [cut_short, emptied, one_bit_flipped, removed, of_a_version_without_checksums, checksum_cut_short]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, checksum_no_text, checksum_a_pipe])
+def test_a_damaged_library_is_built_anew_before_it_is_loaded(damage, built):
+    path, content, builds, loaded = built
+    damage(path)
+    for _ in range(2):
+        compiled.library()
+        compiled.library.cache_clear()
+    assert loaded == [content, content]
+    assert len(builds) == 1
+
+
+@pytest.mark.parametrize("cxx", ["/bin/false", "none-such", "a folder"])
+def test_a_compiler_that_does_not_work_gives_one_line(cxx, empty_cache, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(compiled, "compiler", lambda: str(tmp_path) if cxx == "a folder" else cxx)
+    compiled._library_problem.cache_clear()
+    assert "is no C++ compiler that works: name another one in CXX" in compiled.library_problem("slow")
+    assert "is no C++ compiler" in compiled.library_problem("slow")
+    compiled._library_problem.cache_clear()
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_without_a_compiler_the_message_names_it(empty_cache, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(NotBuiltError, match=r"there is no C\+\+ compiler: install g\+\+, or name one in CXX"):
@@ -133,7 +214,9 @@ def test_a_folder_that_cannot_be_written_is_named(empty_cache):
 
 def test_a_library_that_does_not_load_is_named(empty_cache):
     empty_cache.mkdir()
-    compiled.library_path().write_text("no library")
+    path = compiled.library_path()
+    path.write_text("no library")
+    path.with_suffix(".sha256").write_text(hashlib.sha256(b"no library").hexdigest())
     with pytest.raises(NotBuiltError, match=r"cannot be loaded .*: remove it"):
         compiled.library()
 

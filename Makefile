@@ -5,12 +5,14 @@ BIN := .venv/bin
 INSTALLED := .venv/installed-$(shell cat pyproject.toml Makefile | cksum | cut -d' ' -f1)
 INSTALLED_DOCS := .venv/installed-docs-$(shell cat pyproject.toml Makefile | cksum | cut -d' ' -f1)
 DEMO := outputs/demo
+# pytest's options without those of jaxtyping, which checks the arguments of every call
+UNCHECKED := --strict-markers --import-mode=importlib
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs clean
+.PHONY: help demo test test-avx2 soak lint format docs clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(INSTALLED):
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
@@ -34,7 +36,17 @@ demo: $(INSTALLED) ## train a small CapsNet on embedded digits (under a minute),
 
 test: $(INSTALLED) ## all tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest -q -n 2 -o addopts="--strict-markers --import-mode=importlib -m compile"
+	$(BIN)/python -m pytest -q -n 2 -o addopts="$(UNCHECKED) -m compile" $$(grep -rl --include='*.py' mark.compile tests)
+
+# The most that PyTorch's own loops, oneDNN, MKL and the kernels of capsexp may use.
+test-avx2: export ATEN_CPU_CAPABILITY := avx2
+test-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
+test-avx2: export MKL_ENABLE_INSTRUCTIONS := AVX2
+test-avx2: export CAPSEXP_MARCH := x86-64-v3
+test-avx2: test ## all tests as on an x86 processor without AVX-512
+
+soak: $(INSTALLED) ## the long tests of reliability: kills, bad values, many runs
+	$(BIN)/python -m pytest -q -o addopts="$(UNCHECKED) -m soak" $$(grep -rl --include='*.py' mark.soak tests)
 
 lint: $(INSTALLED) ## style and types
 	$(BIN)/ruff check .

@@ -185,3 +185,17 @@ def values_and_gradients(run, inputs):
 def assert_all_close(expected, got, **tolerances):
     for tensor, other in zip(expected, got, strict=True):
         torch.testing.assert_close(other, tensor, **tolerances)
+
+
+def mean_log_ratio(errors, slack=1e-7):
+    """Return for each tensor the mean over draws of log2 of the ratio of two relative errors.
+
+    1 means that the second error is typically twice the first. One draw near a tie, where both errors are
+    large and differ by chance, weighs little in this mean.
+
+    Args:
+        errors: [draws, tensors, 2].
+        slack: an error that is as good as 0; a number, or one for each tensor.
+    """
+    allowed, got = torch.as_tensor(errors, dtype=torch.float64).unbind(2)
+    return ((got + slack / 2) / (allowed + slack / 2)).log2().mean(0)

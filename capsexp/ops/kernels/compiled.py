@@ -27,7 +27,6 @@ THREADS = ["-fopenmp"] if sys.platform.startswith("linux") else []
 FLAGS = [
     *THREADS,
     "-O3",
-    "-march=native",
     "-std=c++17",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -49,11 +48,18 @@ def compiler() -> str | None:
     )
 
 
+def architecture() -> str:
+    """The processors to build for, as the compiler's -march: $CAPSEXP_MARCH, or this one."""
+    return os.environ.get("CAPSEXP_MARCH") or "native"
+
+
 def library_path() -> Path:
-    """Path of the library built from this source, with these flags, for this processor."""
+    """Path of the library built from this source, with these flags, for these processors."""
     folder = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/capsexp/kernels"
     text = "".join(path.read_text() for path in (*SOURCES, *HEADERS))
-    described = text + " ".join(FLAGS) + platform.machine() + _processor()
+    described = text + " ".join(FLAGS) + platform.machine() + architecture()
+    if architecture() == "native":
+        described += _processor()
     key = hashlib.sha256(described.encode()).hexdigest()[:16]
     return Path(folder).expanduser() / f"capsexp_{key}.so"
 
@@ -144,7 +150,7 @@ def _compile(path: Path, cxx: str) -> None:
             cpp_extension.load(
                 path.stem,
                 [str(path) for path in SOURCES],
-                extra_cflags=FLAGS,
+                extra_cflags=[*FLAGS, f"-march={architecture()}"],
                 extra_ldflags=THREADS,
                 build_directory=folder,
                 is_python_module=False,

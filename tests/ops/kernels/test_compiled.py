@@ -13,7 +13,7 @@ import pytest
 from capsexp.ops.kernels import compiled
 from capsexp.ops.kernels.compiled import NotBuiltError
 
-LOAD = "from capsexp.ops.kernels.compiled import library; library(); print('loaded')"
+LOAD = Path(__file__).with_name("load_library.py")
 needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="needs a C++ compiler")
 
 
@@ -29,11 +29,9 @@ def empty_cache(tmp_path, monkeypatch):
     compiled.library.cache_clear()
 
 
-def starting(source, cache, code=LOAD, **environment):
-    prefix = "from pathlib import Path; from capsexp.ops.kernels import compiled; "
-    prefix += f"compiled.SOURCES = [Path({str(source)!r})]; "
+def starting(source, cache, **environment):
     return subprocess.Popen(
-        [sys.executable, "-c", prefix + code],
+        [sys.executable, LOAD, source],
         env={**os.environ, "TORCH_EXTENSIONS_DIR": str(cache), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -56,12 +54,31 @@ def test_the_library_is_built_once_and_says_so(empty_cache, capfd):
 
 
 @needs_compiler
-def test_another_source_or_other_flags_are_another_library(empty_cache, monkeypatch):
+def test_another_source_other_flags_or_another_architecture_are_another_library(empty_cache, monkeypatch):
     first = compiled.library_path()
+    monkeypatch.setenv("CAPSEXP_MARCH", "x86-64-v3")
+    assert compiled.library_path() != first
+    monkeypatch.delenv("CAPSEXP_MARCH")
     monkeypatch.setattr(compiled, "FLAGS", [*compiled.FLAGS, "-DX"])
     second = compiled.library_path()
     compiled.SOURCES[0].write_text('extern "C" int em_forward(const void *) { return 8; }\n')
     assert len({first, second, compiled.library_path()}) == 3
+
+
+@needs_compiler
+def test_the_library_is_built_for_the_architecture_that_is_named(empty_cache, monkeypatch):
+    monkeypatch.setenv("CAPSEXP_MARCH", "none-such")
+    with pytest.raises(NotBuiltError, match="none-such"):
+        compiled.library()
+
+
+def test_a_library_for_a_named_architecture_is_shared_by_all_its_processors(monkeypatch):
+    monkeypatch.setenv("CAPSEXP_MARCH", "x86-64-v3")
+    path = compiled.library_path()
+    monkeypatch.setattr(compiled, "_processor", lambda: "another")
+    assert compiled.library_path() == path
+    monkeypatch.setenv("CAPSEXP_MARCH", "native")
+    assert compiled.library_path() != path
 
 
 @needs_compiler

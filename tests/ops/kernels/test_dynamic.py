@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from em_examples import mean_log_ratio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,8 +61,8 @@ def layer_of(
     return layer.to(dtype)
 
 
-def inputs_for(shape, batch=3, scale=1.0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(1)
+def inputs_for(shape, batch=3, scale=1.0, dtype=torch.float64, seed=1):
+    generator = torch.Generator().manual_seed(seed)
     poses = scale * torch.randn(batch, *shape[:2], dtype=torch.float64, generator=generator)
     poses[:, 0] = 0  # a silent child
     return poses.to(dtype)
@@ -136,22 +137,22 @@ def test_extreme_poses_are_routed_as_in_the_reference(scale):
 @pytest.mark.parametrize("scale", [0.3, 3.0])
 def test_float32_error_is_at_most_twice_that_of_the_reference(scale):
     shape = (40, 8, 10, 16)
-    poses = inputs_for(shape, batch=8, scale=scale, dtype=torch.float32)
     exact = layer_of(shape, implementation="reference", dtype=torch.float32).double()
-    truth = values_and_gradients(exact, poses.double())
-    errors = [
-        [
-            ((tensor - right).norm() / right.norm()).item()
-            for tensor, right in zip(
-                values_and_gradients(layer_of(shape, implementation=how, dtype=torch.float32), poses),
-                truth,
-                strict=True,
-            )
-        ]
-        for how in ("reference", "fused")
-    ]
-    for allowed, got in zip(*errors, strict=True):
-        assert got <= 2 * allowed + 1e-7
+    layers = [layer_of(shape, implementation=how, dtype=torch.float32) for how in ("reference", "fused")]
+    errors = []
+    for seed in range(9):
+        poses = inputs_for(shape, batch=8, scale=scale, dtype=torch.float32, seed=seed)
+        truth = values_and_gradients(exact, poses.double())
+        plain_torch, fused = (values_and_gradients(layer, poses) for layer in layers)
+        errors.append(
+            [
+                [((tensor - right).norm() / right.norm()).item() for tensor in both]
+                for right, *both in zip(truth, plain_torch, fused, strict=True)
+            ]
+        )
+    # Over 60 draws (Xeon, AVX-512) log2 of the ratio of both errors has means of up to 0.1, and at scale 3 a
+    # deviation of 0.45, so the mean of 9 draws is 6.8 deviations or more below 1: false alarms below 1e-10.
+    assert (mean_log_ratio(errors) <= 1).all(), mean_log_ratio(errors)
 
 
 def test_gradients_pass_gradcheck():

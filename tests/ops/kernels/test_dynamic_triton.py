@@ -7,6 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
+from em_examples import mean_log_ratio
 
 from capsexp.routing.dynamic import dynamic_routing_reference
 
@@ -158,28 +159,38 @@ def test_votes_of_zero_have_finite_gradients(interpreted):
     torch.testing.assert_close(got[1], prior.softmax(1).expand_as(got[1]))
 
 
+# Over 12 draws (Xeon, AVX-512) log2 of the ratio of both errors has means of up to 0.1 and deviations of up
+# to 0.35, so the mean of 3 draws is 5 deviations or more below 1: false alarms below 1e-5.
+DRAWS = range(0, 30, 10)
+
+
 def test_float32_error_is_at_most_twice_that_of_plain_torch(interpreted):
-    inputs = example((2, 36, 10, 16))
-    single = [tensor.float() for tensor in inputs]
-    options = {"iterations": 3, "leaky": False, "detach": False}
-    truth = plain(*inputs, **options)
-    allowed = errors(truth, plain(*single, **options))
-    got = errors(truth, in_triton(interpreted, *single, **options))
-    assert (got <= 2 * allowed + 1e-9).all()
+    options, both = {"iterations": 3, "leaky": False, "detach": False}, []
+    for seed in DRAWS:
+        inputs = example((2, 36, 10, 16), seed=seed)
+        single = [tensor.float() for tensor in inputs]
+        truth = plain(*inputs, **options)
+        ours = in_triton(interpreted, *single, **options)
+        both.append(torch.stack([errors(truth, plain(*single, **options)), errors(truth, ours)], 1))
+    assert (mean_log_ratio(torch.stack(both), slack=1e-9) <= 1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(interpreted, dtype):
-    votes, prior, bias = example((2, 36, 10, 16))
-    half = votes.to(dtype), prior.float(), bias.float()
-    options = {"iterations": 3, "leaky": True, "detach": False}
-    got = in_triton(interpreted, *half, **options)
-    assert [tensor.dtype for tensor in got] == [torch.float32] * 2 + [dtype] + [torch.float32] * 2
-    truth, single = (
-        plain(*(tensor.to(exact) for tensor in half), **options) for exact in (torch.float64, torch.float32)
-    )
-    slack = torch.tensor([0.0, 0.0, torch.finfo(dtype).eps, 0.0, 0.0])  # the votes' gradient is rounded
-    assert (errors(truth, got) <= 2 * errors(truth, single) + slack + 1e-9).all()
+    options, both = {"iterations": 3, "leaky": True, "detach": False}, []
+    for seed in DRAWS:
+        votes, prior, bias = example((2, 36, 10, 16), seed=seed)
+        half = votes.to(dtype), prior.float(), bias.float()
+        got = in_triton(interpreted, *half, **options)
+        assert [tensor.dtype for tensor in got] == [torch.float32] * 2 + [dtype] + [torch.float32] * 2
+        truth, single = (
+            plain(*(tensor.to(exact) for tensor in half), **options)
+            for exact in (torch.float64, torch.float32)
+        )
+        both.append(torch.stack([errors(truth, single), errors(truth, got)], 1))
+    # The votes' gradient is rounded.
+    slack = torch.tensor([0.0, 0.0, torch.finfo(dtype).eps, 0.0, 0.0], dtype=torch.float64) + 1e-9
+    assert (mean_log_ratio(torch.stack(both), slack) <= 1).all()
 
 
 @pytest.mark.gpu

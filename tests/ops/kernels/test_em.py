@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from em_examples import mean_log_ratio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -225,8 +226,8 @@ def test_float32_error_is_at_most_twice_that_of_the_reference(layer, changes):
     scale, options = changes.get("scale", 1.0), {k: v for k, v in changes.items() if k != "scale"}
     options["temperatures"] = PAPERS_LAMBDA
     errors = []
-    for seed in range(0, 45, 5):  # the median of some draws: one image near a tie outweighs all the others
-        inputs = example(layer, batch=4, seed=seed, scale=scale)
+    for seed in range(0, 400, 5):
+        inputs = example(layer, batch=1, seed=seed, scale=scale)
         single = [tensor.float() for tensor in inputs]
         double = [tensor.double() for tensor in single]
         exact, plain_torch, ours = (
@@ -239,8 +240,10 @@ def test_float32_error_is_at_most_twice_that_of_the_reference(layer, changes):
                 for truth, *both in zip(exact, plain_torch, ours, strict=True)
             ]
         )
-    allowed, got = torch.tensor(errors).median(0).values.unbind(1)
-    assert (got <= 2 * allowed + 1e-7).all(), (got / allowed).tolist()
+    # Both errors are rounding noise, whose ratio differs tenfold from draw to draw. Over 120 draws (Xeon,
+    # AVX-512) log2 of the ratio has means of -0.4 to 0.2 and deviations of up to 1.4, so the mean of 80 draws
+    # is 5.5 deviations or more below 1: false alarms below 1e-5 for all tensors and layers together.
+    assert (mean_log_ratio(errors) <= 1).all(), mean_log_ratio(errors)
 
 
 @pytest.mark.parametrize(

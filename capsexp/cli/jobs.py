@@ -136,8 +136,7 @@ def compose_checked(
     After an error the overrides that it names are left out, and the others are checked again: a mistake must
     not hide another.
 
-    Args:
-        name, overrides, config_dir, sweep: see `capsexp.config.compose.compose`.
+    The arguments are those of `capsexp.config.compose.compose`.
 
     Raises:
         UserError: every mistake, before any work starts.

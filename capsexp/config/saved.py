@@ -12,6 +12,7 @@ from omegaconf._utils import get_yaml_loader
 from capsexp.config.compose import to_plain
 from capsexp.config.overrides import value
 from capsexp.config.settings import GROUPS
+from capsexp.config.values import root_problems
 from capsexp.errors import UserError
 
 STORED = "stored"  # option of every group that a saved config holds
@@ -100,7 +101,9 @@ def register_saved_config(
         UserError: there is no such run, or its config cannot be read.
     """
     run = value(overrides, "run")
-    if not isinstance(run, str):
+    if problems := list(root_problems({"run": run})):
+        raise UserError(*problems)
+    if run is None:
         raise UserError(f"capsexp {command} needs a run: capsexp {command} run=DIR")
     store_as_primary(
         _read(Path(run)), extra={"run": None, **extra}, groups=groups or {}, name=f"{command}_run"

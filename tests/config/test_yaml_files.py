@@ -35,7 +35,7 @@ def problem(tmp_path):
         (HEADER + "seed: 1\nseed: 2\n", "/own.yaml, line 3: 'seed' is there twice"),
         (
             HEADER.encode() + b"# Gr\xf6\xdfe\nseed: 1\n",
-            "/own.yaml, line 2: is not UTF-8 .0xf6.; save the file",
+            "/own.yaml, line 2: is not UTF-8 .byte 0xf6.; save",
         ),
         (HEADER.encode("utf-16"), "/own.yaml, line 1: is not UTF-8"),
         ("- a\n- b\n", "/own.yaml, line 1: must hold settings, KEY: VALUE, got a list"),

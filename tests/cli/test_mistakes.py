@@ -92,8 +92,8 @@ BEFORE = "for a folder of that name write ./ before it"
             [
                 "unknown key 'modle': did you mean 'model'?",
                 "run: must not be empty",
-                "seed: must be an integer >= 0, got -1",
                 "trainer.log_every: must be int, got 'x'",
+                "seed: must be an integer >= 0, got -1",
                 "trainer: max_epochs must be >= 1, got 0",
             ],
         ),
@@ -101,6 +101,7 @@ BEFORE = "for a folder of that name write ./ before it"
             ["train", "loss=spread", "loss.margin.end=5", "dataset=image_folder", "dataset.pth=x"],
             [
                 "unknown key 'dataset.pth': did you mean 'dataset.path'?",
+                "dataset.path has no value yet: set dataset.path=…",
                 "loss: margin must be in (0, 1], got 1.025 at step 184549376 of 1073741824",
             ],
         ),

@@ -15,7 +15,7 @@ from capsexp.compare.layout import single_line
 from capsexp.compare.means import Row, spread
 from capsexp.compare.runs import Run
 from capsexp.errors import Notes
-from capsexp.files import write_output
+from capsexp.outputs import write_output
 from capsexp.text import show_as_typed
 
 if TYPE_CHECKING:

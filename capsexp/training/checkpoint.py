@@ -182,7 +182,7 @@ def explain_failed_write(folder: Path) -> Iterator[None]:
         kept = (
             f"the checkpoint of step {step_of(saved[-1])} is kept" if saved else "there is no checkpoint yet"
         )
-        hint = "make room, or mend what is named, and run the same command to resume"
+        hint = "make room, or fix what is named, and run the same command to resume"
         raise RunStopped(f"{error}; {kept}: {hint}", exit_code=1) from None
 
 

@@ -87,4 +87,4 @@ def _load(run: Path, force: bool, report: Callable[[str], None]) -> Manifest | N
 
 def _report(changes: Iterable[str], report: Callable[[str], None]) -> None:
     for line in changes:
-        report(f"{line}; the run goes on with the data as they are now")
+        report(f"{line}; the run continues with the data as they are now")

@@ -1,4 +1,4 @@
-"""A folder of images that belongs to a run: what the run stored decides, and each change is told."""
+"""A folder of images that belongs to a run: what the run stored decides, and each change is reported."""
 
 import shutil
 

@@ -10,7 +10,7 @@ from capsexp.errors import RunStopped, UserError
 from capsexp.training import checkpoint
 
 LINE = (
-    "the checkpoint of step {} is kept: make room, or mend what is named, and run the same command to resume"
+    "the checkpoint of step {} is kept: make room, or fix what is named, and run the same command to resume"
 )
 
 

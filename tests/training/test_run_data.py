@@ -58,7 +58,7 @@ def test_arrays_are_known_by_their_checksums(make, tmp_path):
     lines = start(tmp_path, make(7), force=True)
     assert lines == [
         f"arrays: the {split} split is not what this run was trained with (another checksum); "
-        "the run goes on with the data as they are now"
+        "the run continues with the data as they are now"
         for split in ("test", "train")
     ]
     assert Manifest.load(tmp_path) != stored
@@ -129,8 +129,8 @@ def test_force_goes_on_with_the_data_as_they_are_and_says_so(train, animals, tmp
     capsys.readouterr()
     train("resume=force")
     out = capsys.readouterr().out
-    assert "1 image is missing: cat/0.png; the run goes on with the data as they are now" in out
-    assert "1 image is new: cat/moved.png; the run goes on with the data as they are now" in out
+    assert "1 image is missing: cat/0.png; the run continues with the data as they are now" in out
+    assert "1 image is new: cat/moved.png; the run continues with the data as they are now" in out
     train()
 
 

@@ -151,13 +151,14 @@ def test_predict_lists_and_decodes_the_likeliest_classes(tmp_path, train_tiny, t
     overlay = next(components.batches(components.dataset.read("test"), limit=1).in_order()).images[0, 0]
     Image.fromarray((overlay * 255).byte().numpy()).save(tmp_path / "input.png")
     settings = {"run": str(tmp_path), "weights": "last", "top": 2, "reconstructions": True}
+    settings["output"] = str(tmp_path)
     predict(components, settings, [str(tmp_path / "input.png")])
     model, _ = load_model(components, tmp_path, weights="last")
     best = model(overlay[None, None]).scores.topk(2)
     listed = capsys.readouterr().out
     for label, score in zip(best.indices[0].tolist(), best.values[0].tolist(), strict=True):
         assert f"{label} {score:.3f}" in listed
-    with Image.open(tmp_path / "input.reconstruction.png") as written:
+    with Image.open(tmp_path / "input.png.reconstruction.png") as written:
         actual = torch.from_numpy(np.array(written.convert("L"))).float() / 255
     decoded = model(overlay[None, None], best.indices).reconstruction[0, :, 0]
     torch.testing.assert_close(actual, torch.cat([overlay, *decoded], dim=1), atol=0.51 / 255, rtol=0)

@@ -85,7 +85,7 @@ def test_a_library_for_a_named_architecture_is_shared_by_all_its_processors(monk
 @pytest.mark.slow
 def test_processes_that_start_at_once_build_once(empty_cache):
     processes = [starting(compiled.SOURCES[0], empty_cache) for _ in range(4)]
-    outputs = [process.communicate(timeout=300) for process in processes]
+    outputs = [process.communicate(timeout=600) for process in processes]
     assert [out for out, _ in outputs] == ["loaded\n"] * 4
     assert sum("building" in err for _, err in outputs) == 1
 
@@ -99,7 +99,7 @@ def test_a_build_that_was_killed_does_not_block_the_next(empty_cache, tmp_path):
     )
     slow.chmod(0o755)
     killed = starting(compiled.SOURCES[0], empty_cache, CXX=str(slow))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 500
     while not (tmp_path / "begun").exists():
         assert time.monotonic() < deadline
         assert killed.poll() is None, killed.communicate()
@@ -108,7 +108,7 @@ def test_a_build_that_was_killed_does_not_block_the_next(empty_cache, tmp_path):
     killed.communicate()
     begun = time.monotonic()
     assert compiled.library().em_forward(None) == 7
-    assert time.monotonic() - begun < 120
+    assert time.monotonic() - begun < 500  # less than the sleep
     assert not list(empty_cache.glob("*/"))
 
 

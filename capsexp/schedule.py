@@ -8,7 +8,16 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from capsexp.errors import describe, is_in, is_number, refuse, require_finite, require_in, require_positive
+from capsexp.errors import (
+    describe,
+    is_in,
+    is_number,
+    refuse,
+    require_finite,
+    require_in,
+    require_not_negative,
+    require_positive,
+)
 
 
 class Step(NamedTuple):
@@ -49,7 +58,8 @@ class Exponential:
     ) -> None:
         require_in("(0, 1]", decay=decay)
         require_positive(every=every)
-        require_finite(start=start, minimum=minimum)
+        require_finite(start=start)
+        require_not_negative(minimum=minimum)
         if start < minimum:
             refuse(f"start must be >= minimum ({minimum}), got {start}")
         self.start, self.decay, self.every, self.minimum = start, decay, every, minimum

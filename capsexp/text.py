@@ -3,6 +3,10 @@
 import codecs
 import sys
 import unicodedata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 JOINERS = "\u200c\u200d"  # invisible, but part of words in many scripts
 SUBSTITUTES = str.maketrans(
@@ -24,6 +28,17 @@ def printable(content: object) -> str:
 def printable_lines(content: str) -> str:
     """Return a text that is safe to print, and that keeps its line breaks."""
     return "\n".join(map(printable, content.split("\n")))
+
+
+def show_as_typed(figure: "Figure") -> None:
+    """Let the texts of a figure be shown as typed: `$` begins no formula, control characters are escaped."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        content = text.get_text()
+        text.set_text(printable_lines(content))
+        if "$" in content and "mathdefault" not in content:  # matplotlib's own label of a logarithmic axis
+            text.set_parse_math(False)
 
 
 def prepare_streams() -> None:

@@ -10,7 +10,7 @@ import pytest
 from capsexp import files
 from capsexp.cli import entry
 from capsexp.errors import UserError
-from capsexp.files import require_output, write_output
+from capsexp.outputs import require_output, write_output
 
 
 def test_a_link_is_written_through_and_stays(tmp_path):

@@ -16,6 +16,7 @@ GROUND = {
     "errors",
     "files",
     "locks",
+    "outputs",
     "schedule",
     "terminal",
     "text",
@@ -23,7 +24,7 @@ GROUND = {
 # `protocols` are the types in routing/__init__: what a layer may expect of the routing that it is given.
 ROOMS = {
     "ops": set(),
-    "routing": {"ops"},
+    "routing": {"ops", "protocols"},
     "layer": {"ops", "protocols"},
     "model": {"ops", "layer", "protocols"},
     "loss": {"ops"},
@@ -36,7 +37,7 @@ ROOMS = {
     "compare": {"config", "training"},
     "cli": {"data", "config", "training", "analysis", "study", "compare", "ops"},
 }
-WITHOUT_TORCH = {"compare", "config", "documents", "errors", "files", "locks", "terminal", "text"}
+WITHOUT_TORCH = {"compare", "config", "documents", "errors", "files", "locks", "outputs", "terminal", "text"}
 FREE = {"__init__", "__main__"}  # the public names, and `python -m capsexp`
 
 

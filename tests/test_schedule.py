@@ -148,7 +148,7 @@ def test_a_constant_is_finite(value):
         ({"every": -1}, "every must be > 0, got -1"),
         ({"every": math.nan}, "every must be > 0, got nan"),
         ({"start": 1e-7}, "start must be >= minimum"),
-        ({"minimum": math.nan}, "minimum must be finite, got nan"),
+        ({"minimum": math.nan}, "minimum must be >= 0, got nan"),
         ({"start": math.inf}, "start must be finite, got inf"),
     ],
 )

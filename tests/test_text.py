@@ -4,14 +4,17 @@ import ast
 import io
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
+import matplotlib
 import pytest
+from matplotlib.figure import Figure
 from rich.text import Text
 
 import capsexp as package
 from capsexp.errors import UserError, print_error
 from capsexp.terminal import Table, as_markup, new_console
-from capsexp.text import prepare_streams, printable, printable_lines
+from capsexp.text import prepare_streams, printable, printable_lines, show_as_typed
 
 ESCAPED = {
     "a\x1b[31mb": r"a\x1b[31mb",
@@ -98,3 +101,18 @@ def test_all_tables_and_consoles_are_those_of_capsexp_terminal():
                 assert "Table" not in {alias.name for alias in node.names}, path
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Console"):
                 pytest.fail(f"{path}: {ast.unparse(node)}")
+
+
+@pytest.mark.parametrize("content", ["$x$", "US$5 to US$6", r"$\\frac{$", "a\x1b[2J", "_x", "größe", "<b>&"])
+def test_texts_of_figures_are_shown_as_typed(content):
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot([1, 10])
+    axes.set(title=content, xlabel=content, yscale="log")
+    show_as_typed(figure)
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(file, format="svg")
+    elements = ElementTree.fromstring(file.getvalue()).iter()
+    texts = ["".join(element.itertext()) for element in elements if element.tag.endswith("}text")]
+    assert texts.count(printable(content)) == 2

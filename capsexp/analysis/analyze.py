@@ -18,7 +18,7 @@ from capsexp.config.components import Components
 from capsexp.errors import is_number
 from capsexp.files import own_folder, require_writable, write_atomic
 from capsexp.terminal import new_console
-from capsexp.text import printable
+from capsexp.text import printable, show_as_typed
 from capsexp.training.events import EventFile
 from capsexp.training.run_dir import RunDir
 
@@ -76,6 +76,7 @@ def analyze(
 def _save_figures(folder: Path, findings: Findings) -> None:
     own_folder(folder)
     for title, figure in findings.figures.items():
+        show_as_typed(figure)
         file = folder / f"{title}.png"
         write_atomic(file, functools.partial(figure.savefig, format="png", dpi=130))
         print(printable(file))

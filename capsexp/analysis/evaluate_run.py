@@ -39,10 +39,11 @@ def evaluate_run(components: Components, config: Mapping[str, Any]) -> dict[str,
     table = Table(f"{split}, {batches.visited} images", weights)
     for name, value in metrics.items():
         table.add_row(name, f"{value:.6g}")
-    for caveat in components.caveats():
+    caveats = components.caveats()
+    for caveat in caveats:
         print(printable(caveat))
     new_console().print(table)
-    line = {"split": split, "step": run.step.number, "config": config, **metrics}
+    line = {"split": split, "step": run.step.number, "config": config, "remarks": caveats, **metrics}
     try:
         append_line(run.path / EVALUATIONS, json.dumps(line))
     except WriteError as error:  # the metrics are printed above

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from capsexp.analysis.predictions import PredictedBatch
+from capsexp.files import own_folder
 from capsexp.text import printable
 
 SHOWN = 20
@@ -64,9 +65,10 @@ class ReconstructionFolder:
         return [*lines, f"and {more} more in {self.folder}"] if more else lines
 
     def _make(self) -> None:
-        if self._is_default and self.folder.is_symlink():
-            raise OSError(0, f"it is a link to {os.readlink(self.folder)}, which capsexp does not follow")
-        self.folder.mkdir(parents=not self._is_default, exist_ok=True)
+        if self._is_default:
+            own_folder(self.folder)
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def _save(self, name: str, image: Float[Tensor, "C H W"]) -> None:
         content = BytesIO()

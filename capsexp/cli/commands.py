@@ -19,6 +19,7 @@ from capsexp.config.naming import new_run_dir
 from capsexp.config.overrides import parse, plugins, value
 from capsexp.config.saved import register_saved_config
 from capsexp.config.typed_paths import expanded, quoted
+from capsexp.config.values import root_problems
 from capsexp.errors import UserError, nearest
 from capsexp.files import make_folder
 
@@ -215,7 +216,7 @@ def _run_override(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
 
 def _datasets(overrides: Sequence[str], names: Sequence[str] | None) -> dict[str, Any]:
     """Build the datasets named; without names those that need no further setting."""
-    from capsexp.config.build import build
+    from capsexp.config.build import build_checked
 
     known = sorted(path.stem for path in Path(conf_dir(), "dataset").glob("*.yaml"))
     for name in names or []:
@@ -227,5 +228,7 @@ def _datasets(overrides: Sequence[str], names: Sequence[str] | None) -> dict[str
         if names is None and OmegaConf.missing_keys(composed.dataset):
             continue
         plain = to_plain(composed)
-        datasets[name] = build(plain["dataset"], at="dataset", plugins=plugins(overrides))
+        if problems := list(root_problems(plain)):
+            raise UserError(*problems)
+        datasets[name] = build_checked(plain["dataset"], at="dataset", plugins=plugins(overrides))
     return datasets

@@ -29,11 +29,6 @@ from capsexp.training.run_dir import RunDir
 if TYPE_CHECKING:
     from capsexp.config.components import Components
 
-# Hydra takes plugins only from the package hydra_plugins. This one adds the launcher of sweeps.
-_PLUGINS = str(Path(__file__).with_name("sweep") / "_plugins")
-if _PLUGINS not in sys.path:  # the process that started this one may have passed its path on
-    sys.path.append(_PLUGINS)
-
 _argv = tuple(sys.argv)  # as typed: `call_hydra` replaces it
 
 

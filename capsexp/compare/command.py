@@ -10,7 +10,7 @@ from capsexp.compare import layout, selection, tables
 from capsexp.compare.comparison import Comparison, compare
 from capsexp.compare.curves import TAGS, draw, learning_curves, mean_over_seeds
 from capsexp.errors import Notes, UserError
-from capsexp.files import require_figure_file, require_output
+from capsexp.outputs import require_figure_file, require_output
 from capsexp.text import printable
 
 ARGUMENTS = """\

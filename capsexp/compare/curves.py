@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from capsexp.compare import history
 from capsexp.compare.comparison import Comparison, compare, row_label
+from capsexp.compare.layout import single_line
 from capsexp.compare.means import Row, spread
 from capsexp.compare.runs import Run
 from capsexp.errors import Notes
-from capsexp.files import write_output
+from capsexp.outputs import write_output
+from capsexp.text import show_as_typed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,7 +121,8 @@ def draw(curves: Sequence[Curve], tags: Sequence[str], file: Path) -> None:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.lines import Line2D
 
-    labels = [curve.label for curve in curves[: len(COLOURS)]]
+    # matplotlib leaves labels that begin with an underscore out of a legend.
+    labels = [f" {single_line(curve.label)}" for curve in curves[: len(COLOURS)]]
     if len(curves) > len(COLOURS):
         labels.append(f"{len(curves) - len(COLOURS)} others")
     columns = 1 if max(map(len, labels)) > 40 else 2
@@ -133,8 +137,11 @@ def draw(curves: Sequence[Curve], tags: Sequence[str], file: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     lines = [Line2D([], [], color=colour(index), label=label) for index, label in enumerate(labels)]
     figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False)
+    show_as_typed(figure)
     content = io.BytesIO()
-    figure.savefig(content, format=file.suffix.removeprefix("."), dpi=130)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the font lacks some scripts
+        figure.savefig(content, format=file.suffix.removeprefix("."), dpi=130)
     write_output(file, content.getvalue())
 
 

@@ -7,8 +7,8 @@ capsexp, is read as empty.
 """
 
 import contextlib
+import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import stat
@@ -24,8 +24,14 @@ from capsexp.errors import UserError
 from capsexp.files import read_regular, write_atomic
 
 NAME = ".capsexp-index"
-FORMAT = 1
-"""Changes with the meaning of the content."""
+READERS = (
+    "compare/fields.py",
+    "compare/index.py",
+    "compare/runs.py",
+    "config/saved.py",
+    "config/settings.py",
+)
+"""The code that turns files into entries. After a change of it the index is read as empty."""
 MIN_RUNS = 50
 """Folders with fewer runs have no index; it is written when so many runs are not in it."""
 SETTLED_SECONDS = 2.0
@@ -153,9 +159,16 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _head(body: bytes) -> bytes:
-    """Return the first line of an index: its format, version and checksum."""
+    """Return the first line of an index: the checksums of the code that wrote it and of its content."""
     checksum = hashlib.blake2b(body, digest_size=16).hexdigest()
-    return f"capsexp index {FORMAT} {importlib.metadata.version('capsexp')} {checksum}".encode()
+    return f"capsexp index {_code()} {checksum}".encode()
+
+
+@functools.cache
+def _code() -> str:
+    package = Path(__file__).parents[1]
+    code = b"".join((package / name).read_bytes() for name in READERS)
+    return hashlib.blake2b(code, digest_size=16).hexdigest()
 
 
 def _is_own(folder: Path) -> bool:

@@ -21,7 +21,8 @@ from capsexp.compare.runs import Run
 from capsexp.compare.tables import ABSENT, cell_text, common_folder, is_numeric, shown_columns
 from capsexp.compare.templates import render
 from capsexp.errors import Notes, is_number
-from capsexp.files import read_regular, write_output
+from capsexp.files import read_regular
+from capsexp.outputs import write_output
 from capsexp.text import printable_lines
 from capsexp.training.progress import clock
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from capsexp.compare.fields import Fields, Files
+from capsexp.compare.find import find_all
 from capsexp.compare.index import MIN_RUNS, Index, signature
 from capsexp.config.saved import parse_saved
 from capsexp.config.settings import Published, comparable, published
@@ -56,6 +57,11 @@ class Run:
     error: str
     version: str | None
     """The version of capsexp that wrote the run."""
+
+
+def read_below(folders: Iterable[Path], notes: Notes) -> list[Run]:
+    """Read the runs at or below some folders."""
+    return read_all(find_all(folders, notes), notes)
 
 
 def read_all(paths: Iterable[Path], notes: Notes) -> list[Run]:

@@ -23,7 +23,7 @@ def select(arguments: Sequence[str], notes: Notes) -> list[Run]:
     filters = [argument for argument in arguments if "=" in argument and not Path(argument).is_dir()]
     folders = [Path(argument) for argument in arguments if argument not in filters]
     if folders:
-        found = runs.read_all(find.find_all(folders, notes), notes)
+        found = runs.read_below(folders, notes)
     else:
         root = find.default_root()
         found = runs.read_all(find.find(root, notes) if root.is_dir() else [], notes)

@@ -13,10 +13,9 @@ from typing import Any
 
 from capsexp.compare.columns import EPOCHS, ERROR, PAPER, RUN, STATUS, TOTAL, Column, as_override
 from capsexp.compare.comparison import Comparison, compare
-from capsexp.compare.find import find_all
 from capsexp.compare.layout import print_table, single_line, write_stdout
 from capsexp.compare.means import Row, Spread
-from capsexp.compare.runs import Run, newest_first, read_all
+from capsexp.compare.runs import Run, newest_first, read_below
 from capsexp.errors import Notes, is_number
 from capsexp.text import printable
 from capsexp.training.progress import clock
@@ -30,7 +29,7 @@ ABSENT = "–"  # noqa: RUF001
 
 def as_csv(paths: Iterable[Path], notes: Notes) -> str:
     """Compare all runs at or below some directories; return the table as CSV."""
-    return csv_text(compare(read_all(find_all(paths, notes), notes), notes))
+    return csv_text(compare(read_below(paths, notes), notes))
 
 
 def csv_text(comparison: Comparison) -> str:
@@ -163,7 +162,7 @@ def age(run: Run) -> str | None:
 def shown_columns(comparison: Comparison) -> list[Column]:
     """Return the columns for people: the first settings, and no run directories if rows are means."""
     settings = [column for column in comparison.columns if column.is_setting]
-    hidden = {*settings[MAX_SETTINGS:], *([RUN] if comparison.grouped_by else [])} - {comparison.order}
+    hidden = {*settings[MAX_SETTINGS:]} - {comparison.order} | {*([RUN] if comparison.grouped_by else [])}
     return [column for column in comparison.columns if column not in hidden]
 
 

@@ -15,14 +15,16 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from capsexp.config import yaml_files
 from capsexp.config.diagnosis import diagnose, plugin_hint, sweep_problems
 from capsexp.config.naming import job_name
 from capsexp.config.overrides import one_line, parse_all, single_values
-from capsexp.errors import UserError
+from capsexp.config.settings import GROUPS
+from capsexp.config.values import ROOT
+from capsexp.errors import UserError, nearest
 
 VERSION_BASE = "1.3"  # the version of Hydra whose defaults apply
 
@@ -72,6 +74,7 @@ def compose(
             diagnosis = diagnose(parsed, lambda overrides: _compose(config_name, overrides))
             raise UserError(*problems, *(diagnosis or error.problems)) from None
         problems += table_problems(composed)
+        problems += _recipe_problems(composed)
         if problems:
             raise UserError(*problems)
         return composed
@@ -79,9 +82,24 @@ def compose(
 
 def table_problems(composed: DictConfig) -> Iterator[str]:
     """Yield a line if the config is a table of recipes (see capsexp/cli/sweep/tables.py), which is no run."""
-    if rows := composed.get("table"):
+    rows = composed.get("table")
+    if rows is None:
+        return
+    if not isinstance(rows, ListConfig) or not rows or not all(isinstance(row, str) for row in rows):
+        yield f"table: must be a list of recipes, got {rows!r}"
+    else:
         table = f"experiment={composed.hydra.runtime.choices.experiment} is a table of {len(rows)} recipes"
         yield f"{table}: `capsexp train -m` trains them all, experiment={rows[0]} is the first of them"
+
+
+def _recipe_problems(composed: DictConfig) -> Iterator[str]:
+    """Yield a line for each key that a recipe adds at the root in place of a known one."""
+    recipe = composed.hydra.runtime.choices.get("experiment")
+    known = {*GROUPS, *ROOT, "hydra", "table", "study"}
+    for key in sorted(set(map(str, composed)) - known) if recipe else ():
+        hint = nearest(key, known)
+        if hint.startswith(":") or isinstance(composed._get_node(key), DictConfig):
+            yield f"experiment={recipe}: unknown key {key!r}{hint}"
 
 
 def to_plain(config: DictConfig) -> dict[str, Any]:
@@ -97,7 +115,7 @@ def to_plain(config: DictConfig) -> dict[str, Any]:
             raise UserError(*(f"{key} has no value yet: set {key}=…" for key in missing))
         resolved = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(one_line(error)) from None
+        raise UserError(_with_key(error)) from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 
@@ -125,5 +143,13 @@ def _compose(config_name: str, overrides: list[str]) -> DictConfig:
         raise UserError(one_line(error) + plugin_hint(missing, [])) from None
     except UserError:
         raise
+    except RecursionError:
+        raise UserError("a defaults list names its own config, maybe through others") from None
     except Exception as error:  # only Hydra works here, on what the user has typed and written
-        raise UserError(one_line(error)) from error
+        raise UserError(_with_key(error)) from error
+
+
+def _with_key(error: Exception) -> str:
+    """Return the message of an error of Hydra or OmegaConf, and the key that it is about."""
+    key = getattr(error, "full_key", None)
+    return f"{key}: {one_line(error)}" if key else one_line(error)

@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from capsexp.config.typed_paths import expanded, quoted, with_typed_path
+from capsexp.config.typed_paths import expanded, with_typed_path
 from capsexp.errors import UserError, first_line
 
 MOST_VALUES = 10_000
@@ -143,7 +143,7 @@ def one_line(error: BaseException) -> str:
     """Return Hydra's message without its hints for developers; often the cause has the reason."""
     texts = [str(error), str(error.__cause__ or "")]
     lines = [line.strip() for text in texts for line in text.splitlines()]
-    noise = ("full_key", "object_type", "provider=", "Config search path")
+    noise = ("full_key", "object_type", "provider=", "Config search path", "LexerNoViable", "InputMismatch")
     return " ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
 
 
@@ -152,7 +152,8 @@ def _unreadable(text: str, error: BaseException) -> str:
     key, _, typed = text.partition("=")
     hint = "; an override has the form KEY=VALUE"
     if key and typed:
-        hint = f"; as a text it is written {shlex.quote(f'{key}={quoted(typed)}')}"
+        as_text = QuotedString(typed, Quote.double).with_quotes()
+        hint = f"; as a text it is written {shlex.quote(f'{key}={as_text}')}"
     return f"cannot read {text!r}: {one_line(error)}{hint}"
 
 

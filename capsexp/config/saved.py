@@ -14,6 +14,7 @@ from capsexp.config.compose import to_plain
 from capsexp.config.overrides import value
 from capsexp.config.settings import GROUPS
 from capsexp.config.stored import without_resolvers
+from capsexp.config.values import root_problems
 from capsexp.documents import damage
 from capsexp.errors import UserError
 from capsexp.files import read_regular
@@ -188,7 +189,9 @@ def register_saved_config(
         UserError: there is no such run, or its config cannot be read.
     """
     run = value(overrides, "run")
-    if not isinstance(run, str):
+    if problems := list(root_problems({"run": run})):
+        raise UserError(*problems)
+    if run is None:
         raise UserError(f"capsexp {command} needs a run: capsexp {command} run=DIR")
     store_as_primary(
         _read(Path(run)), extra={"run": None, **extra}, groups=groups or {}, name=f"{command}_run"

@@ -72,6 +72,8 @@ def fits(value: Any, annotation: Any) -> bool:
             return False
         members = [member for member in typing.get_args(annotation) if member is not ...] or [Any]
         return all(any(fits(item, member) for member in members) for item in value)
+    if collections.abc.Mapping in (annotation, origin) or dict in (annotation, origin):
+        return False
     if annotation in (bool, str, type(None)):
         return isinstance(value, annotation)
     # Objects come from `capsexp.make`, never from a YAML file.

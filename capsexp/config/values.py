@@ -90,14 +90,7 @@ def _path(value: Any, at: str) -> Iterator[str]:
     if isinstance(value, str):
         yield from path_problems(value, at)
     else:
-        yield f"{at}: must be a path, got {value!r}{_as_path(value)}"
-
-
-def _as_path(value: Any) -> str:
-    """Return how to write a path that Hydra's grammar reads as a number, a list or something else."""
-    if isinstance(value, list | dict) or value is None:
-        return ""
-    return f"; for a folder of that name write ./{value}"
+        yield f"{at}: must be a path, got {value!r}; for a folder of that name write ./ before it"
 
 
 def _path_or_null(value: Any, at: str) -> Iterator[str]:

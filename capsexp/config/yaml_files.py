@@ -13,12 +13,14 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
+from omegaconf.errors import GrammarParseError
+from omegaconf.grammar_parser import parse
 
 from capsexp.errors import UserError
 from capsexp.files import read_regular
 
 LARGEST_FILE = 2**20
-MOST_NODES = 100_000
+MOST_NODES = 10_000
 """Of a file whose aliases are replaced by what they stand for."""
 
 RECIPES = "experiment/"
@@ -42,13 +44,13 @@ class CheckedFileSource(FileConfigSource):
         """
         path = Path(os.path.realpath(os.path.join(self.path, self._normalize_file_name(config_path))))
         text = _read(path)
-        header = _header(path, text)
-        if config_path.startswith(RECIPES) and header["package"] != "_global_":
-            raise UserError(f"{path}, line 1: a recipe begins with the line {RECIPE_HEADER!r}")
+        content, header = _parse(path, text), _header(path, text)
+        if config_path.startswith(RECIPES):
+            _check_recipe(path, content, header["package"])
         return ConfigResult(
             provider=self.provider,
             path=f"{self.scheme()}://{self.path}",
-            config=OmegaConf.create(_parse(path, text)),
+            config=OmegaConf.create(content),
             header=header,
         )
 
@@ -84,6 +86,14 @@ def _header(path: Path, text: str) -> dict[str, str | None]:
     return header
 
 
+def _check_recipe(path: Path, content: dict[str, Any], package: str | None) -> None:
+    if package != "_global_":
+        raise UserError(f"{path}, line 1: a recipe begins with the line {RECIPE_HEADER!r}")
+    if dotted := [key for key in content if "." in key]:
+        first, _, rest = dotted[0].partition(".")
+        raise UserError(f"{path}: write {first}: and below it, indented, {rest}: instead of {dotted[0]}:")
+
+
 def _parse(path: Path, text: str) -> dict[str, Any]:
     loader = _Loader(text)
     try:
@@ -107,7 +117,7 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
     return content
 
 
-def _reason(error: yaml.MarkedYAMLError, text: str, mark: yaml.Mark | None) -> str:
+def _reason(error: yaml.MarkedYAMLError, text: str, mark: Any) -> str:
     """Return what is wrong, in one line."""
     reason = " ".join(filter(None, (error.context, error.problem)))
     lines = text.splitlines()
@@ -131,6 +141,8 @@ def _check_nodes(root: yaml.Node) -> None:
             raise yaml.MarkedYAMLError(problem=f"more than {MOST_NODES} values", problem_mark=root.start_mark)
         if node in above:
             raise yaml.MarkedYAMLError(problem="a value contains itself", problem_mark=node.start_mark)
+        if isinstance(node, yaml.ScalarNode) and "${" in node.value:
+            _check_interpolation(node)
         if isinstance(node, yaml.MappingNode):
             _check_keys(node)
             children = [value for _, value in node.value]
@@ -140,6 +152,13 @@ def _check_nodes(root: yaml.Node) -> None:
             visit(child, (*above, node))
 
     visit(root, ())
+
+
+def _check_interpolation(node: yaml.ScalarNode) -> None:
+    try:
+        parse(node.value)
+    except GrammarParseError as error:
+        raise yaml.MarkedYAMLError(problem=str(error).splitlines()[0], problem_mark=node.start_mark) from None
 
 
 def _check_keys(node: yaml.MappingNode) -> None:

@@ -235,7 +235,7 @@ class _Seen:
         """Return lines about images without contrast, and about copies in two splits."""
         plain = [path for split in self.plain.values() for path in split]
         lines = [f"images that show only one color: {len(plain)} ({a_few(plain)})"] if plain else []
-        if self.plain and self.contrast < LOST:
+        if 0 < self.contrast < LOST:
             lines.append(
                 f"images have little contrast: no two pixels of one differ by more than {self.contrast}"
             )

@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -99,7 +100,19 @@ def _next_number(folder: Path) -> int:
     return max(int(time.time()), min(max(numbers, default=0) + 1, 10**10 - 1))
 
 
-def read_points(folder: Path, *, since: int = 0) -> list[Event]:
+def shown_steps(folder: Path) -> dict[str, set[int]]:
+    """Return the steps that TensorBoard shows of each tag in a folder."""
+    shown: dict[str, set[int]] = defaultdict(set)
+    for event in _read_events(folder):
+        if event.session_log.status == SessionLog.START:
+            for tag, steps in shown.items():
+                shown[tag] = {step for step in steps if step < event.step}
+        for value in event.summary.value:
+            shown[value.tag].add(event.step)
+    return shown
+
+
+def shown_events(folder: Path, *, since: int) -> list[Event]:
     """Return the events with values that TensorBoard shows of a folder, from a step on."""
     shown: list[Event] = []
     for event in _read_events(folder):

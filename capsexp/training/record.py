@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torchvision.utils import make_grid, save_image
 from capsexp.data.image_ops import displayable
 from capsexp.errors import UserError, is_interruption, is_number
 from capsexp.files import open_own, own_folder, write_atomic, writing
-from capsexp.training.events import STATUS, EventFile, begin_session, end_session, read_points
+from capsexp.training.events import STATUS, EventFile, begin_session, end_session, shown_events, shown_steps
 
 Points = list[tuple[int, dict[str, float]]]
 """Step and metrics of each line of metrics.jsonl."""
@@ -177,18 +176,17 @@ def first_lost(folder: Path, points: Points, step: int) -> int:
     A power cut loses the end of an event file. Older versions named the files after the clock: if it was set
     back, they are read in the wrong order.
     """
-    shown = defaultdict(set)
-    for event in read_points(folder) if points else ():
-        for value in event.summary.value:
-            shown[value.tag].add(event.step)
-    missing = (number for number, values in points if any(number not in shown[tag] for tag in values))
+    if not points:
+        return step
+    shown = shown_steps(folder)
+    missing = (number for number, values in points if any(number not in shown.get(tag, ()) for tag in values))
     return min([step, *missing])
 
 
 def images_and_timings(folder: Path, points: Points, first: int, step: int) -> list[Event]:
     """Return the events between two steps that hold no metrics of metrics.jsonl."""
     metrics = {tag for _, values in points for tag in values}
-    events = read_points(folder, since=first)
+    events = shown_events(folder, since=first)
     return [
         event
         for event in events

@@ -1,8 +1,9 @@
 """The splits that a run trains and validates on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from capsexp.capsules import Batch
 from capsexp.config.components import Components
 from capsexp.data.batches import Batches
 from capsexp.data.manifest import digest_of
@@ -26,6 +27,12 @@ class Splits(NamedTuple):
     def has_validation(self) -> bool:
         """Whether there is anything to evaluate during training."""
         return self.validation is not None or self.familiar is not None
+
+    def epoch(self, number: int, *, start: int, overfit: bool) -> Iterator[Batch]:
+        """Iterate over an epoch from batch `start` on; for overfitting, in order and without augmentation."""
+        if not overfit:
+            return self.training.training(number, start=start)
+        return (batch for place, batch in enumerate(self.training.in_order()) if place >= start)
 
 
 def read_splits(components: Components) -> Splits:

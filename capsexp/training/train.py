@@ -1,7 +1,7 @@
 """The training loop."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,7 +143,7 @@ class Training:
     def _train_epoch(self) -> None:
         """Train on the rest of an epoch."""
         state = self.state
-        batches = _training_batches(self.splits.training, state.epoch, state.batch, self.settings.overfit)
+        batches = self.splits.epoch(state.epoch, start=state.batch, overfit=self.settings.overfit)
         for batch in batches:
             if state.step >= state.total:
                 break
@@ -290,13 +290,6 @@ class Training:
             if not self.testing:
                 self._save()
             self.stop.end(self.state.step, self.run.path)
-
-
-def _training_batches(batches: Batches, epoch: int, start: int, overfit: bool) -> Iterator[Batch]:
-    """Iterate over an epoch from batch `start` on; for overfitting, in order and without augmentation."""
-    if not overfit:
-        return batches.training(epoch, start=start)
-    return (batch for number, batch in enumerate(batches.in_order()) if number >= start)
 
 
 def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:

@@ -8,6 +8,10 @@ import pytest
 
 from capsexp.cli import entry as cli
 
+SWITCHED_OFF = "-cp is switched off: capsexp has its own conf/; -cd DIR adds a folder of your own to it"
+TOO_LARGE = "dataset: validation must leave an image to train on, got 5000 of 1438"
+BEFORE = "for a folder of that name write ./ before it"
+
 
 @pytest.mark.parametrize(
     ("arguments", "lines"),
@@ -32,7 +36,7 @@ from capsexp.cli import entry as cli
         (["train", "dataset=image_folder"], ["dataset.path has no value yet: set dataset.path=…"]),
         (
             ["train", "-cp", "own"],
-            ["--config-path is switched off: -cd DIR adds a folder of your own configs"],
+            ["-cp is switched off: capsexp has its own conf/; -cd DIR adds a folder of your own to it"],
         ),
         (
             ["train", "--experimental-rerun", "x.pickle"],
@@ -75,7 +79,37 @@ from capsexp.cli import entry as cli
             ["predict", "run=nothing", "x.png"],
             ["nothing is not a run directory: there is no nothing/.hydra/config.yaml"],
         ),
-        (["eval", "run=é"], ["cannot read 'run=é': token recognition error at: 'é'"]),
+        (["eval", "run=é"], ["é is not a run directory: there is no é/.hydra/config.yaml"]),
+        (
+            ["train", "model.padding=é"],
+            [
+                "cannot read 'model.padding=é': token recognition error at: 'é'; as a text it is written "
+                "'model.padding=\"é\"'"
+            ],
+        ),
+        (
+            ["train", "modle=x", "seed=-1", "trainer.max_epochs=0", "trainer.log_every=x", "run="],
+            [
+                "unknown key 'modle': did you mean 'model'?",
+                "run: must not be empty",
+                "trainer.log_every: must be int, got 'x'",
+                "seed: must be an integer >= 0, got -1",
+                "trainer: max_epochs must be >= 1, got 0",
+            ],
+        ),
+        (
+            ["train", "loss=spread", "loss.margin.end=5", "dataset=image_folder", "dataset.pth=x"],
+            [
+                "unknown key 'dataset.pth': did you mean 'dataset.path'?",
+                "dataset.path has no value yet: set dataset.path=…",
+                "loss: margin must be in (0, 1], got 1.025 at step 184549376 of 1073741824",
+            ],
+        ),
+        (["train", "-cp", "/tmp"], [SWITCHED_OFF]),
+        (["train", "dataset.validation=5000"], [TOO_LARGE]),
+        (["data", "list", "data_root=5"], [f"data_root: must be a path, got 5; {BEFORE}"]),
+        (["doctor", "data_root=[1]"], [f"data_root: must be a path, got [1]; {BEFORE}"]),
+        (["eval", "run=5"], [f"run: must be a path, got 5; {BEFORE}"]),
         (["data", "lst"], ["unknown command 'data lst': did you mean 'list'?"]),
         (["data", "verify", "digts"], ["unknown dataset 'digts': did you mean 'digits'?"]),
         (["doctor", "data_rot=x"], ["unknown key 'data_rot': did you mean 'data_root'?"]),

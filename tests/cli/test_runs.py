@@ -23,7 +23,7 @@ def test_a_run_directory_has_the_documented_files(trained, home):
     expected = (
         ".hydra resolved_config.yaml command.txt env.json status.json metrics.jsonl train.log tb checkpoints"
     )
-    assert names == {*expected.split(), "figures", "run.lock"}
+    assert names == {*expected.split(), "data.json", "figures", "run.lock"}
     assert {path.name for path in (run / ".hydra").iterdir()} == {
         "config.yaml",
         "overrides.yaml",
@@ -114,7 +114,7 @@ def test_cfg_shows_the_config_of_a_run(command, at_home, capsexp):
     ("arguments", "message"),
     [
         (["split=tset"], "split: must be 'test', 'familiar', 'validation' or 'train', got 'tset'"),
-        (["weights=bst"], "capsexp: no checkpoint bst.pt in "),
+        (["weights=bst"], "weights: must be best, last or the step of a checkpoint, got 'bst'"),
         (["weights=7"], "capsexp: no checkpoint at step 7; available: 2"),
         (["model.class_dim=8"], "the weights in run are of another network: "),
         (["routing.iteration=5"], "unknown key 'routing.iteration': did you mean 'routing.iterations'?"),

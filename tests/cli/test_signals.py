@@ -138,10 +138,11 @@ def test_ctrl_c_ends_every_command_quietly(arguments, target, handlers, capsexp,
 
 
 def test_ctrl_c_while_the_command_line_itself_is_imported(tmp_path):
-    (tmp_path / "rich.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    (tmp_path / "difflib.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
     code = "import sys; from capsexp.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "runs"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    fresh = os.environ | {"CAPSEXP_NO_FORK": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=fresh, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 

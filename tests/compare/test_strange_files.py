@@ -7,6 +7,8 @@ import socket
 
 import pytest
 
+from capsexp.cli.sweep.folder import Sweep, jobs_table
+
 FILES = ("status.json", "resolved_config.yaml", "env.json", "command.txt", "metrics.jsonl", "figures/a.png")
 COMMANDS = (
     ("runs",),
@@ -113,11 +115,13 @@ MORE = ("status", "host", "pid", "error", "resumes", "stopped")
 
 
 @pytest.mark.parametrize("field", [*FIELDS, *MORE])
-def test_no_value_of_the_status_stops_a_table(field, look, write_run):
+def test_no_value_of_the_status_stops_a_table(field, look, write_run, tmp_path):
     for index, value in enumerate(WRONG):
         write_run(f"outputs/{index}", {"seed": index}, **{field: value})
     for command, lines in look().items():
         assert len(lines) <= len(WRONG) + 1, command  # one notice for each run
+    jobs = Sweep(tmp_path / "outputs").jobs()
+    assert jobs_table(jobs).row_count == len(jobs) == len(WRONG) + 1
 
 
 @pytest.mark.parametrize("section", ["best", "results", "choices"])

@@ -115,7 +115,7 @@ def test_values_that_must_be_set_are_reported_by_name():
 
 
 def test_an_interpolation_that_leads_nowhere_is_reported():
-    assert problems("seed=${nope}") == ["Interpolation key 'nope' not found"]
+    assert problems("seed=${nope}") == ["seed: Interpolation key 'nope' not found"]
 
 
 def test_a_new_key_can_be_added_with_a_plus():

@@ -7,6 +7,7 @@ import functools
 import inspect
 import json
 import operator
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -28,6 +29,7 @@ from capsexp.config.saved import (
 from capsexp.config.targets import resolve
 from capsexp.errors import UserError
 from capsexp.training import checkpoint
+from capsexp.training.run_dir import RunDir
 
 OLD_RUN = Path(__file__).with_name("old_run")
 KEYS_OF = {  # overrides under which each renamed key exists
@@ -255,6 +257,51 @@ def test_a_renamed_value_is_read_under_its_new_name():
     node = b"{_target_: capsexp.preprocess.Preprocess, light: picture}"
     preprocess = parse_saved(b"dataset: {preprocess: " + node + b"}")["dataset"]["preprocess"]
     assert preprocess == {"_target_": "capsexp.data.preprocess.Preprocess", "contrast_mean": "image"}
+
+
+def no_config(kind, path):
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "huge":
+        path.touch()
+        os.truncate(path, 2**40)
+    else:
+        path.write_text(kind)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "pipe",
+        "folder",
+        "device",
+        "huge",
+        "a: &a [*a]",
+        "a: !!bool x",
+        "a: " + "[" * 5000,
+        "- 1",
+        "x: !!set {1}",
+    ],
+)
+def test_whatever_is_in_the_place_of_a_config_is_one_line(kind, tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    no_config(kind, tmp_path / ".hydra" / "config.yaml")
+    with pytest.raises(UserError) as error:
+        load_saved_config(tmp_path)
+    (line,) = error.value.problems
+    assert "config.yaml" in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"\xff", b"a: 1", b"- &a [*a]", b"[" * 5000])
+def test_overrides_that_are_no_list_are_unknown(content, tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "overrides.yaml").write_bytes(content)
+    assert RunDir(tmp_path).overrides() == []
 
 
 @pytest.mark.parametrize("target", saved.ADDED_KEYS)

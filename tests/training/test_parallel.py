@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -284,12 +283,27 @@ def test_a_mistake_is_printed_once(folder):
 
 @pytest.mark.slow
 def test_processes_with_different_settings_are_refused_in_one_line(folder):
-    ends = run_in_two(*CAPSEXP, "train", "run=differ", "seed=${oc.decode:${oc.env:RANK}}", cwd=folder)
+    ends = run_in_two(*CAPSEXP, "train", "run=differ", "seed=${oc.env:RANK}", cwd=folder)
     assert [code for code, _, _ in ends] == [2, 2]
     errors = "".join(error for _, _, error in ends)
     start = "capsexp: the processes of this run have different settings"
     assert errors == f"{start}: seed is 0 in rank 0 and 1 in rank 1\n"
     assert not (folder / "differ").exists()
+
+
+class Gathered(ProcessGroup):
+    """Rank 0, which gathers what one process after the other passes."""
+
+    def __init__(self):
+        super().__init__(0, 2)
+        self.values = []
+
+    def gather(self, value):
+        self.values.append(value)
+        return self.values
+
+    def broadcast(self, make):
+        return make()
 
 
 SETTINGS = {"seed": "0", "trainer.save_every": "5", "the code of capsexp": "a"}
@@ -323,10 +337,9 @@ def test_of_many_settings_that_differ_the_first_are_named():
 )
 def test_every_setting_but_the_place_of_the_data_is_compared(override):
     def facts(*overrides):
-        found = []
-        group = SimpleNamespace(gather=lambda mine: [found.append(mine)], broadcast=lambda make: None)
+        group = Gathered()
         agreement.require_agreement(to_plain(compose("train", overrides, config_dir=None)), group)
-        return found[0]
+        return group.values[0]
 
     base = facts()
     assert base != facts(override)
@@ -350,17 +363,12 @@ def test_processes_that_count_differently_are_refused(ranks, message, monkeypatc
 
 
 def test_processes_that_have_read_other_images_are_refused(tiny_components):
-    read = read_splits(tiny_components())
-    digests = []
-    recording = SimpleNamespace(size=2, gather=digests.append, broadcast=lambda make: None)
-    require_same_images(read, recording)
+    read, group = read_splits(tiny_components()), Gathered()
+    require_same_images(read, group)
+    require_same_images(read, group)
     read.training.labels[[0, -1]] = read.training.labels[[-1, 0]] + 1
-    require_same_images(read, recording)
-    answering = SimpleNamespace(size=2, gather=lambda _: digests, broadcast=lambda make: make())
-    with pytest.raises(UserError, match=r"^the training images of rank 1 are not those of rank 0"):
-        require_same_images(read, answering)
-    digests[1] = digests[0]
-    require_same_images(read, answering)
+    with pytest.raises(UserError, match=r"^the training images of rank 2 are not those of rank 0$"):
+        require_same_images(read, group)
 
 
 def test_a_lost_process_is_named_without_the_source_code_of_gloo():

@@ -8,7 +8,7 @@ from typing import Any
 from capsexp.analysis.speed.bench import NETWORK, processor, variants_of
 from capsexp.analysis.speed.measure import changed, in_process
 from capsexp.errors import UserError
-from capsexp.files import require_figure_file, write_output
+from capsexp.outputs import require_figure_file, write_output
 from capsexp.terminal import Table, new_console
 
 BATCHES = (8, 16, 32, 64, 128)

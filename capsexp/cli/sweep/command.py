@@ -1,10 +1,13 @@
 """`capsexp train -m`: check the jobs of a sweep, then run them in the sweep's folder."""
 
+import importlib
 import shlex
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydra.core.plugins import Plugins
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
@@ -51,8 +54,6 @@ def sweep(options: Namespace, flags: Sequence[str], overrides: Sequence[str]) ->
 
 def _folder(composed: DictConfig, overrides: Sequence[str]) -> Path:
     """Return the folder of a sweep: the user's choice, or one that depends only on the command."""
-    if not composed.hydra.sweep.dir:
-        raise UserError("hydra.sweep.dir must be a folder, or auto")
     if composed.hydra.sweep.dir != "auto":
         return Path(expanded(composed.hydra.sweep.dir))
     constants, swept = constants_and_swept(overrides)
@@ -63,8 +64,21 @@ def _folder(composed: DictConfig, overrides: Sequence[str]) -> Path:
     return Path(expanded(composed.output_root)) / "sweeps" / sweep_name(choices, constants, swept)
 
 
+def _register_launcher() -> None:
+    """Add the launcher of sweeps to Hydra, which may have searched for plugins before.
+
+    Hydra takes plugins only from the package `hydra_plugins`.
+    """
+    folder = str(Path(__file__).with_name("_plugins"))
+    if folder not in sys.path:
+        sys.path.append(folder)
+    module = importlib.import_module("hydra_plugins.capsexp_process")
+    Plugins.instance().register(module.ProcessLauncher)
+
+
 def _run(path: Path, arguments: Sequence[str]) -> int:
     """Run the jobs with the chosen launcher."""
+    _register_launcher()
     with Sweep(path).locked():
         Sweep(path).write_command(shlex.join(typed_command()))
         try:

@@ -19,6 +19,7 @@ from rich.table import Column
 from rich.text import Text
 
 from capsexp.compare.comparison import beside_paper
+from capsexp.compare.fields import Fields
 from capsexp.compare.layout import STATUS_COLOURS
 from capsexp.compare.runs import read_all, read_status
 from capsexp.compare.tables import as_csv, markdown, print_comparison
@@ -181,15 +182,16 @@ def jobs_table(jobs: Sequence[Job], *, max_rows: int | None = None) -> Table:
 
 
 def _status_cells(job: Job) -> list[str | Text]:
-    status = job.status
-    test = status.get("results", {}).get("test/accuracy") if job.state == "finished" else None
+    status = Fields(job.status)
+    step, total, seconds = status.count("step"), status.count("total"), status.time("seconds")
+    test = status.section("results").accuracy("test/accuracy") if job.state == "finished" else None
     return [
         Text(job.state, STATUS_COLOURS.get(job.state, "dim")),
-        f"{status['step']}/{status['total']}" if "total" in status and "step" in status else "",
-        _four_digits((status.get("best") or {}).get("accuracy")),
+        "" if step is None or total is None else f"{step}/{total}",
+        _four_digits(status.section("best").accuracy("accuracy")),
         _four_digits(test),
-        f"{status['seconds']:.0f} s" if "seconds" in status else "",
-        Text(_failure(status)),
+        "" if seconds is None else f"{seconds:.0f} s",
+        Text(_failure(job.status)),
     ]
 
 

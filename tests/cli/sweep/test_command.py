@@ -122,11 +122,6 @@ def test_a_directory_in_the_directory_of_another_job_is_refused():
     assert list(directory_problems(["a", "a", "b"], [["seed=0"], ["seed=0"], ["seed=1"]])) == []
 
 
-@pytest.mark.parametrize("override", ["hydra.sweep.dir=", "hydra.sweep.dir=''"])
-def test_the_folder_of_a_sweep_must_be_a_folder(override, refused):
-    assert refused("seed=0,1", override) == ["hydra.sweep.dir must be a folder, or auto"]
-
-
 def test_jobs_get_the_directories_and_options_that_were_typed(capsexp, tmp_path, monkeypatch):
     (tmp_path / "own" / "experiment").mkdir(parents=True)
     recipe = "# @package _global_\ndefaults: [quickstart]\n"

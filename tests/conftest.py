@@ -167,7 +167,7 @@ def serve(logdir, *options):
         def get(path, body=None):
             data = None if body is None else json.dumps(body).encode()
             request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=600) as answer:
                 return json.loads(answer.read())
 
         yield get
@@ -176,8 +176,8 @@ def serve(logdir, *options):
         server.wait()
 
 
-def poll(get_value, accept, *, seconds=20):
-    """Poll: other processes work in their own time."""
+def poll(get_value, accept, *, seconds=600):
+    """Poll: other processes work in their own time, on a busy machine in ten times that of a quiet one."""
     deadline = time.monotonic() + seconds
     while not accept(value := get_value()):
         assert time.monotonic() < deadline, f"never came: {str(value)[:500]}"

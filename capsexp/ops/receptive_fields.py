@@ -28,20 +28,23 @@ def margins(size: int, kernel: int, stride: int, padding: Padding) -> tuple[int,
 
 
 def require_kernels(image_shape: Sequence[int], **kernels: int | Sequence[int]) -> None:
-    """Check kernels against the image: weights outside would never see a pixel, with any padding.
+    """Check kernels against the image: with any padding, each weight must see a pixel.
+
+    "same" centers a kernel on each pixel, so that a kernel of up to 2 n - 1 reaches from one border of an
+    image of side n to the other. "valid" allows up to n, which the networks check.
 
     Args:
         image_shape: channels, height and width.
         kernels: a side, or a list of sides, by the name of the argument.
 
     Raises:
-        ValueError: a kernel is larger than the image.
+        ValueError: a kernel is twice as large as the image, or larger.
     """
     height, width = image_shape[1:]
     for name, kernel in kernels.items():
         sides = [kernel] if isinstance(kernel, int) else list(kernel)
-        if sides and max(sides) > min(height, width):
-            refuse(f"{name} must be <= the image's {height}x{width}, got {kernel}")
+        if sides and max(sides) >= 2 * min(height, width):
+            refuse(f"{name} must be < twice the image's {height}x{width}, got {kernel}")
 
 
 def padded(features: Float[Tensor, "B C H W"], kernel: int, stride: int, padding: Padding) -> Tensor:

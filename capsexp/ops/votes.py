@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from capsexp.capsules import ReceptiveFields, Routed
-from capsexp.errors import require_positive
+from capsexp.errors import is_in, refuse
 
 MIB = 2**20
 LARGEST_BUDGET = 2**62  # bytes: torch counts in 64 bits
@@ -85,7 +85,8 @@ def votes_budget(votes_mib: int | float | None) -> int | None:
     Raises:
         ValueError: votes_mib <= 0.
     """
-    require_positive(votes_mib=votes_mib)
+    if votes_mib is not None and not is_in("(0, inf)", votes_mib):
+        refuse(f"votes_mib must be > 0 or null, got {votes_mib}")
     # torch.compile treats an integer as a constant, but would guard on a float.
     return None if votes_mib is None else int(min(votes_mib * MIB, LARGEST_BUDGET))
 

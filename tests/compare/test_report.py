@@ -243,7 +243,7 @@ def browse(tmp_path):
         options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom")
         window = (f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000")
         command = [BROWSER, *options, *window, f"file://{tmp_path}/probe.html"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

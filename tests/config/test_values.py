@@ -120,7 +120,7 @@ def test_no_setting_of_a_study_takes_a_value_that_it_cannot_mean():
         ("optimizer.capturable=true", "optimizer: a step fails: "),
         ("model.primary_scale=.nan", "model.primary_scale: must be finite, got nan"),
         ("model.primary_scale=-1", "model: primary_scale must be > 0, got -1"),
-        ("model.conv_kernel=99", "model: conv_kernel must be <= the image's 8x8, got 99"),
+        ("model.conv_kernel=99", "model: conv_kernel must be < twice the image's 8x8, got 99"),
         ("model.class_dim=100000000000000000", "model: "),
         ("model.decoder={a: 1}", "model.decoder: must be a node with a _target_ or null, got {'a': 1}"),
         ("routing.iterations=1000000000000", "routing: iterations must be <= 1000, got 1000000000000"),

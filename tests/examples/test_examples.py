@@ -26,7 +26,7 @@ def test_the_notebook_runs_and_was_committed_with_its_outputs(monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="Jupyter is not installed")
     committed = nbformat.read(NOTEBOOK, as_version=4)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    executed = nbclient.NotebookClient(nbformat.read(NOTEBOOK, as_version=4), timeout=300).execute()
+    executed = nbclient.NotebookClient(nbformat.read(NOTEBOOK, as_version=4), timeout=600).execute()
     for before, after in zip(committed.cells, executed.cells, strict=True):
         assert kinds(before) == kinds(after)
 

@@ -33,7 +33,7 @@ from capsexp.training.splits import read_splits, require_same_images
 HERE = Path(__file__).resolve().parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 CAPSEXP = (sys.executable, "-m", "capsexp")
-TIMEOUT = 180  # seconds; the processes take ten on an idle machine
+TIMEOUT = 600  # seconds; the processes take ten on an idle machine
 LAUNCHED = {"RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
 
 

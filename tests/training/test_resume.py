@@ -1,7 +1,10 @@
 """Runs that stop at any moment and resume bit for bit."""
 
+import random
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -180,48 +183,48 @@ def test_a_damaged_last_checkpoint_is_reported_and_the_previous_one_is_used(
     assert_same_run(tmp_path, whole_run())
 
 
-@pytest.mark.slow
-def test_kill_9_at_any_moment_changes_nothing(tmp_path, tiny_overrides, assert_same_run):
-    """Kill a run many times, sometimes inside a save, and compare it with an uninterrupted one."""
-    import random
-    import time
+def is_saving(path):
+    return any((path / "checkpoints").glob(".*.tmp"))
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.soak)])
+def test_kill_9_at_any_moment_changes_nothing(kills, tmp_path, tiny_overrides, assert_same_run):
+    """Kill a run many times, every second time inside a save, and compare it with an uninterrupted one."""
     overrides = [
         override for override in tiny_overrides if not override.startswith(("model.", "trainer.limit"))
     ]
-    overrides += ["trainer.max_epochs=6", "trainer.save_every=1", "model.conv_channels=128"]
+    # An epoch has 13 steps, and between two kills there are about four.
+    overrides += [
+        f"trainer.max_epochs={max(6, kills // 2)}",
+        "trainer.save_every=1",
+        "model.conv_channels=128",
+    ]
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
 
     def command(path):
         return [sys.executable, "-m", "capsexp", "train", f"run={path}", *overrides]
 
     subprocess.run(command(quiet), check=True, capture_output=True)
-    chance, kills, inside_a_save, code = random.Random(0), 0, 0, None
-    while code is None:
-        process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    chance, inside_a_save = random.Random(0), 0
+    for number in range(kills):
+        process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         # Starting a process takes far longer than a step: wait until this one has begun to train.
         status = {}
-        while process.poll() is None and ("step" not in status or len(status["resumes"]) < kills):
+        while process.poll() is None and ("step" not in status or len(status["resumes"]) < number):
             time.sleep(0.002)
             status = RunDir(killed).status()
-        if kills % 2 == 0:
-            deadline = time.monotonic() + 2
-            while process.poll() is None and time.monotonic() < deadline:
-                if any((killed / "checkpoints").glob(".*.tmp")):
-                    inside_a_save += 1
-                    break
-        else:
+        if number % 2:
             time.sleep(chance.uniform(0, 0.15))
-        if kills < 8 and process.poll() is None:
-            process.kill()
-            kills += 1
-            process.wait()
-            process.stderr.close()
         else:
-            _, errors = process.communicate()
-            code = process.returncode
-            assert code == 0, errors.decode()
-    assert kills >= 7
-    assert inside_a_save >= 2
+            while process.poll() is None and not is_saving(killed):
+                pass
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "the run has ended before it was killed"
+        inside_a_save += is_saving(killed)
+    done = subprocess.run(command(killed), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # A save takes a tenth of a step, and a kill after it was seen takes microseconds.
+    assert inside_a_save >= kills // 4
     assert len(RunDir(killed).status()["resumes"]) == kills
     assert_same_run(killed, quiet)

@@ -46,8 +46,8 @@ def test_a_preempted_job_is_queued_again_and_resumes_bit_for_bit(sweep, tmp_path
     loss = ["plugins=[failing_loss]", "loss._target_=failing_loss.Loss", "+loss.how=preempted"]
     overrides = [*tiny_overrides, *loss, "trainer.save_every=100000", "trainer.max_epochs=2"]
     launcher = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10", "seed=0"]
-    assert sweep("-m", *launcher, *overrides).wait(300) == 0, (tmp_path / "output").read_text()
-    assert sweep(*overrides, "run=whole").wait(300) == 0, (tmp_path / "output").read_text()
+    assert sweep("-m", *launcher, *overrides).wait(600) == 0, (tmp_path / "output").read_text()
+    assert sweep(*overrides, "run=whole").wait(600) == 0, (tmp_path / "output").read_text()
     (run,) = runs(tmp_path)
     assert (run.path / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     last = run.status()

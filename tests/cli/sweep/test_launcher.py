@@ -53,7 +53,7 @@ def killed_at_end(process):
 
 def run(home, *arguments):
     process = start(home, *arguments)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     return SimpleNamespace(code=process.returncode, output=output)
 
 
@@ -209,7 +209,7 @@ def test_jobs_save_when_their_launcher_is_stopped_or_killed_and_a_second_launche
 
     killed = start(tmp_path, *arguments)
     with killed_at_end(killed):
-        until(statuses, running(0), seconds=300)
+        until(statuses, running(0))
         second = run(tmp_path, *arguments)
         assert second.code == 2
         assert "this sweep is already running in sweep (process " in second.output
@@ -217,11 +217,11 @@ def test_jobs_save_when_their_launcher_is_stopped_or_killed_and_a_second_launche
 
     stopped = start(tmp_path, *arguments)
     with killed_at_end(stopped):
-        again = until(statuses, running(1), seconds=300)
+        again = until(statuses, running(1))
         # The runs saved when their launcher died, so they resume from their last step.
         assert [status["resumes"][0]["step"] for status in again] == [status["step"] for status in saved]
         stopped.send_signal(signal.SIGINT)
-        output, _ = stopped.communicate(timeout=300)
+        output, _ = stopped.communicate(timeout=600)
     assert stopped.returncode == 130
     assert "capsexp: sweep stopped; run the same command to resume" in output
     assert [status["exit_code"] for status in statuses()] == [130, 130]

@@ -56,9 +56,9 @@ def test_the_library_is_built_once_and_says_so(empty_cache, capfd):
 @needs_compiler
 def test_another_source_other_flags_or_another_architecture_are_another_library(empty_cache, monkeypatch):
     first = compiled.library_path()
-    monkeypatch.setenv("CAPSEXP_MARCH", "x86-64-v3")
-    assert compiled.library_path() != first
-    monkeypatch.delenv("CAPSEXP_MARCH")
+    with monkeypatch.context() as patch:
+        patch.setenv("CAPSEXP_MARCH", "x86-64-v4")
+        assert compiled.library_path() != first
     monkeypatch.setattr(compiled, "FLAGS", [*compiled.FLAGS, "-DX"])
     second = compiled.library_path()
     compiled.SOURCES[0].write_text('extern "C" int em_forward(const void *) { return 8; }\n')
@@ -85,7 +85,7 @@ def test_a_library_for_a_named_architecture_is_shared_by_all_its_processors(monk
 @pytest.mark.slow
 def test_processes_that_start_at_once_build_once(empty_cache):
     processes = [starting(compiled.SOURCES[0], empty_cache) for _ in range(4)]
-    outputs = [process.communicate(timeout=300) for process in processes]
+    outputs = [process.communicate(timeout=600) for process in processes]
     assert [out for out, _ in outputs] == ["loaded\n"] * 4
     assert sum("building" in err for _, err in outputs) == 1
 
@@ -99,7 +99,7 @@ def test_a_build_that_was_killed_does_not_block_the_next(empty_cache, tmp_path):
     )
     slow.chmod(0o755)
     killed = starting(compiled.SOURCES[0], empty_cache, CXX=str(slow))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 500
     while not (tmp_path / "begun").exists():
         assert time.monotonic() < deadline
         assert killed.poll() is None, killed.communicate()
@@ -108,7 +108,7 @@ def test_a_build_that_was_killed_does_not_block_the_next(empty_cache, tmp_path):
     killed.communicate()
     begun = time.monotonic()
     assert compiled.library().em_forward(None) == 7
-    assert time.monotonic() - begun < 120
+    assert time.monotonic() - begun < 500  # less than the sleep
     assert not list(empty_cache.glob("*/"))
 
 

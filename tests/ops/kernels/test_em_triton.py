@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from em_examples import mean_log_ratio
 
 from capsexp.ops.em_steps import initial_shares
 from capsexp.ops.receptive_fields import Grid, gather_windows, receptive_fields
@@ -246,25 +247,28 @@ def test_what_is_not_kept_for_a_gradient_leaves_the_last_iteration(interpreted, 
         assert torch.equal(tensor[-1:], other)
 
 
+# Over 14 draws in float32 and 10 in each half precision (Xeon, AVX-512) log2 of the ratio of both errors has
+# means of -0.3 to 0.5 and deviations of up to 1.1, so the mean of 18 draws is 4.2 deviations or more below 1:
+# false alarms below 1e-4.
+DRAWS = range(0, 72, 4)
+
+
 def test_float32_error_is_at_most_twice_that_of_plain_torch(interpreted):
     both = []
     layer = Layer(rows=3, in_types=2, kernel=(3, 3), types=5)
-    for seed in range(0, 12, 4):  # the median of some draws: one image near a tie outweighs all the others
+    for seed in DRAWS:
         inputs = example(layer, batch=1, seed=seed)
         single = [tensor.float() for tensor in inputs]
-        truth = plain(layer, inputs)
-        both.append(
-            [errors(truth, plain(layer, single)), errors(truth, in_triton(interpreted, layer, single))]
-        )
-    allowed, got = torch.tensor(both).median(0).values
-    assert (got <= 2 * allowed + 1e-7).all()
+        truth, got = plain(layer, inputs), in_triton(interpreted, layer, single)
+        both.append([*zip(errors(truth, plain(layer, single)), errors(truth, got), strict=True)])
+    assert (mean_log_ratio(both) <= 1).all(), mean_log_ratio(both)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(interpreted, dtype):
-    both, slack = [], torch.zeros(8)
-    slack[3:5] = torch.finfo(dtype).eps  # the gradients of poses and matrices are rounded to their precision
-    for seed in range(0, 12, 4):
+    both, slack = [], torch.full((8,), 1e-7, dtype=torch.float64)
+    slack[3:5] += torch.finfo(dtype).eps  # the gradients of poses and matrices are rounded to their precision
+    for seed in DRAWS:
         poses, weight, *others = example(DENSE, batch=1, seed=seed)
         inputs = [poses.to(dtype), weight.to(dtype), *(tensor.float() for tensor in others)]
         got = in_triton(interpreted, DENSE, inputs, iterations=2)
@@ -273,9 +277,8 @@ def test_half_precision_is_computed_in_float32(interpreted, dtype):
             plain(DENSE, [tensor.to(exact) for tensor in inputs], iterations=2)
             for exact in (torch.float64, torch.float32)
         )
-        both.append([errors(truth, single), errors(truth, got)])
-    allowed, error = torch.tensor(both).median(0).values
-    assert (error <= 2 * allowed + slack + 1e-7).all()
+        both.append([*zip(errors(truth, single), errors(truth, got), strict=True)])
+    assert (mean_log_ratio(both, slack) <= 1).all(), mean_log_ratio(both, slack)
 
 
 @pytest.mark.gpu

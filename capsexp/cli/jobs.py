@@ -189,7 +189,8 @@ def compose_checked(
 
 def _may_follow(problem: str, left_out: Collection[str]) -> bool:
     """Return whether a problem may come from overrides that are left out, such as a key of another option."""
-    return problem.startswith("unknown key") or _subject(problem) in left_out
+    needs = any(repr(key) in problem for key in left_out)  # "You must specify 'study'"
+    return needs or problem.startswith("unknown key") or _subject(problem) in left_out
 
 
 def _key(override: str) -> str:

@@ -6,7 +6,7 @@ of them are reported together, each with the nearest valid name.
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from capsexp.config import yaml_files
 from capsexp.config.diagnosis import diagnose, plugin_hint, sweep_problems
 from capsexp.config.naming import job_name
 from capsexp.config.overrides import one_line, parse_all, single_values
-from capsexp.config.settings import GROUPS
+from capsexp.config.settings import GROUPS, STORED
 from capsexp.config.values import ROOT
 from capsexp.errors import UserError, nearest
 
@@ -74,7 +74,8 @@ def compose(
             diagnosis = diagnose(parsed, lambda overrides: _compose(config_name, overrides))
             raise UserError(*problems, *(diagnosis or error.problems)) from None
         problems += table_problems(composed)
-        problems += _recipe_problems(composed)
+        added = {override.key_or_group for override in parsed if override.is_add()}  # by +KEY=VALUE
+        problems += _recipe_problems(composed, added)
         if problems:
             raise UserError(*problems)
         return composed
@@ -92,11 +93,16 @@ def table_problems(composed: DictConfig) -> Iterator[str]:
         yield f"{table}: `capsexp train -m` trains them all, experiment={rows[0]} is the first of them"
 
 
-def _recipe_problems(composed: DictConfig) -> Iterator[str]:
-    """Yield a line for each key that a recipe adds at the root in place of a known one."""
+def _recipe_problems(composed: DictConfig, added: Collection[str]) -> Iterator[str]:
+    """Yield a line for each key that a recipe adds at the root in place of a known one.
+
+    Args:
+        composed: the config.
+        added: keys that the command line adds.
+    """
     recipe = composed.hydra.runtime.choices.get("experiment")
-    known = {*GROUPS, *ROOT, "hydra", "table", "study"}
-    for key in sorted(set(map(str, composed)) - known) if recipe else ():
+    known = {*GROUPS, *ROOT, *added, "hydra", "table", "study"}
+    for key in sorted(set(map(str, composed)) - known) if recipe not in (None, STORED) else ():
         hint = nearest(key, known)
         if hint.startswith(":") or isinstance(composed._get_node(key), DictConfig):
             yield f"experiment={recipe}: unknown key {key!r}{hint}"

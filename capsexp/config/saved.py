@@ -12,7 +12,7 @@ from omegaconf._utils import get_yaml_loader
 
 from capsexp.config.compose import to_plain
 from capsexp.config.overrides import value
-from capsexp.config.settings import GROUPS
+from capsexp.config.settings import GROUPS, STORED
 from capsexp.config.stored import without_resolvers
 from capsexp.config.values import root_problems
 from capsexp.documents import damage
@@ -24,7 +24,6 @@ LARGEST_EXPANSION = 20_000  # values
 LARGEST_INTEGER = 256  # bits
 DEEPEST = 64  # levels
 PLAIN = (str, int, float, type(None))  # True and False are ints
-STORED = "stored"  # option of every group that a saved config holds
 
 # Names that runs of earlier versions have in their config.
 RENAMED_TARGETS = {

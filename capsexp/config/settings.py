@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from capsexp.errors import is_number
 
 GROUPS = ("device", "trainer", "dataset", "routing", "loss", "optimizer", "model", "experiment")
+STORED = "stored"  # option of every group that a saved config holds
 # Settings that do not change a run's results, so a resumed run may change them.
 NOT_COMPARED = ("run", "resume", "output_root", "data_root", "plugins", "device", "paper")
 ROOTS = ("dataset.root", "dataset.source.root")

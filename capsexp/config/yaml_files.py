@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.core_plugins import file_config_source
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult, ConfigSource
@@ -33,8 +33,12 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
     yaml_implicit_resolvers = get_yaml_loader().yaml_implicit_resolvers
 
 
-class CheckedFileSource(FileConfigSource):
-    """The YAML files of a folder. A byte order mark is skipped."""
+class FileConfigSource(file_config_source.FileConfigSource):
+    """The YAML files of a folder. A byte order mark is skipped.
+
+    It has the name of Hydra's class, because Hydra registers its own again in a cluster's job,
+    and refuses another name for the same files.
+    """
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Read a file.
@@ -56,9 +60,9 @@ class CheckedFileSource(FileConfigSource):
 
 
 def register() -> None:
-    """Let Hydra read all YAML files through `CheckedFileSource`."""
+    """Let Hydra read all YAML files through `FileConfigSource` of this module."""
     Plugins.instance()  # registers Hydra's own sources first
-    SourcesRegistry.instance().types[CheckedFileSource.scheme()] = CheckedFileSource
+    SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
 
 
 def _read(path: Path) -> str:

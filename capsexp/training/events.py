@@ -56,7 +56,7 @@ class EventFile:
         if purge_step is not None:
             self._write(Event(session_log=SessionLog(status=SessionLog.START)), purge_step)
 
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
+    def add_scalar(self, tag: str, value: int | float, step: int) -> None:
         """Add a point of a metric."""
         self._write(Event(summary=summaries.scalar(tag, value)), step)
 

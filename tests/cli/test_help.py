@@ -53,7 +53,7 @@ def test_the_help_lists_studies_and_datasets(capsexp):
 @pytest.mark.parametrize("arguments", [["--help"], ["eval", "--help"], ["bench", "-h"]])
 def test_help_needs_neither_torch_nor_hydra(arguments, tmp_path, shell):
     code = "import sys; from capsexp.cli import main; main(); print({'torch', 'hydra'} & {*sys.modules})"
-    done = shell(*arguments, cwd=tmp_path, start=(sys.executable, "-c", code))
+    done = shell(*arguments, cwd=tmp_path, start=(sys.executable, "-c", code), **{NO_FORK: "1"})
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("\nset()\n")
 
@@ -68,7 +68,7 @@ def test_cfg_shows_the_config_without_torch_and_without_a_run(tmp_path, shell):
     code = "import sys; from capsexp.cli import main; code = main()\n"
     code += "print(code, 'torch' in sys.modules, file=sys.stderr)"
     start = (sys.executable, "-c", code)
-    done = shell("train", "--cfg", "job", "routing.iterations=5", cwd=tmp_path, start=start)
+    done = shell("train", "--cfg", "job", "routing.iterations=5", cwd=tmp_path, start=start, **{NO_FORK: "1"})
     assert (done.returncode, done.stderr) == (0, "0 False\n")
     assert "\nseed: 0\n" in done.stdout
     assert "  iterations: 5\n" in done.stdout

@@ -197,11 +197,11 @@ def test_another_launcher_uses_the_same_directories_and_skips_what_is_complete(c
 def test_a_job_that_fails_makes_the_sweep_fail_whatever_the_launcher(capsexp, tmp_path):
     small = ["trainer=smoke", "trainer.limit_train_batches=1", "hydra/launcher=basic"]
     arguments = ["train", "-m", "seed=0,1", *small, f"hydra.sweep.dir={tmp_path}/sweep"]
-    (tmp_path / "sweep" / job_name(["seed=0", *small[:2]]) / "checkpoints").mkdir(parents=True)
-    broken = tmp_path / "sweep" / job_name(["seed=0", *small[:2]]) / "checkpoints"
-    for name in ("step-00000001.pt", "step-00000002.pt"):
-        (broken / name).write_bytes(b"")
-    (broken / "step-00000002.json").write_text("{}")
+    assert capsexp(*arguments)[0] == 0
+    damaged = tmp_path / "sweep" / job_name(["seed=0", *small[:2]])
+    for checkpoint in (damaged / "checkpoints").glob("*.pt"):
+        checkpoint.write_bytes(b"")
+    (damaged / "status.json").write_text('{"status": "interrupted"}')
     code, out, error = capsexp(*arguments)
     assert code == 1
     assert "no usable checkpoint is left in" in error

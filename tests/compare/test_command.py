@@ -8,6 +8,7 @@ import sys
 
 import matplotlib.image
 import pytest
+from fork_server import NO_FORK
 
 from capsexp.cli import entry as cli
 from capsexp.compare import selection
@@ -249,7 +250,7 @@ def test_two_hundred_runs_are_compared_without_torch(write_run, tiny_config, tmp
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in loss))
     arguments = ("compare", "--json", "--show", "train/loss", "--group-by", "seed")
     code = "import sys; from capsexp.cli import main; print(main(), 'torch' in sys.modules, file=sys.stderr)"
-    done = start(*arguments, cwd=tmp_path, code=code, stdout=subprocess.PIPE)
+    done = start(*arguments, cwd=tmp_path, code=code, stdout=subprocess.PIPE, env=os.environ | {NO_FORK: "1"})
     assert done.stderr == "0 False\n"
     rows = json.loads(done.stdout)
     assert [(row["routing.iterations"], row["train/loss.mean"], row["train/loss.n"]) for row in rows] == [

@@ -160,8 +160,12 @@ def test_errors_in_rows_are_reported_at_once_with_their_rows(own):
     }
     folder = own(**recipes, all="table: [three, one, two, four]\n")
     lines = problems(["experiment=all", "seed=0,1", "trainer.max_step=3"], config_dir=folder)
-    assert lines[1:] == ["unknown key 'trainer.max_step': did you mean 'trainer.max_steps'?"]
     assert lines[0].startswith("experiment=four: no such option")
+    assert lines[1:] == [
+        "unknown key 'trainer.max_step': did you mean 'trainer.max_steps'?",
+        "experiment=one: model: class_dim must be >= 1, got 0",
+        "experiment=two: model: class_dim must be >= 1, got -1",
+    ]
     own(all="table: [three, one, two]\n")
     lines = problems(["experiment=all"], config_dir=folder)
     assert lines == [

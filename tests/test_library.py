@@ -4,6 +4,7 @@ import ast
 import functools
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fork_server import NO_FORK
 
 import capsexp
 from capsexp.errors import UserError
@@ -56,7 +58,8 @@ def test_the_api_page_documents_exactly_the_public_names():
 @pytest.mark.parametrize("code", ["import capsexp", "from capsexp.cli import main; main()"])
 def test_the_package_and_the_help_of_the_command_start_without_torch(code):
     code = f"import sys; sys.argv = ['capsexp', '--help']; {code}; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    fresh = os.environ | {NO_FORK: "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=fresh, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
 
 
@@ -171,6 +174,7 @@ def messages():
     """What each wrong call raises, in a process without jaxtyping's checks, as users have it."""
     code = f"""
 import json
+import os
 from torch import rand, tensor
 from capsexp import *
 messages = {{}}

@@ -177,7 +177,7 @@ def test_validation_images_depend_only_on_their_seed():
 
 @pytest.mark.parametrize("count", [23, 24])
 def test_validation_must_leave_an_image_to_train_on(count):
-    with pytest.raises(ValueError, match=f"validation must leave an image to train on: got {count} of 23"):
+    with pytest.raises(ValueError, match=f"validation must leave an image to train on, got {count} of 23"):
         split_validation(numbered(23), count=count, seed=0)
 
 

@@ -101,7 +101,7 @@ def test_the_test_split_is_the_same_in_every_run(run, tiny_components):
     [
         (["dataset.shift=-1"], "dataset: shift must be >= 0, got -1"),
         (["dataset.pad=-1"], "dataset: pad must be >= 0, got -1"),
-        (["dataset.pair_seed=-1"], "dataset: pair_seed must be >= 0, got -1"),
+        (["dataset.pair_seed=-1"], "dataset: pair_seed must be an integer from 0 to 2^63 - 1, got -1"),
         (["dataset.test_partners=0"], "dataset: test_partners must be >= 1, got 0"),
         (["dataset.shift=10"], "dataset: shift must be < pad + the image's 8x8, got 10"),
         (

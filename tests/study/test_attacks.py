@@ -240,8 +240,8 @@ def test_examples_are_correct_of_different_classes_and_attacked_with_the_given_r
         ({"pgd_step_size": 0}, r"^pgd_step_size must be > 0, got 0$"),
         ({"attacks": ["pgd"], "source": "run"}, r"^source needs fgsm or bim among the attacks$"),
         (
-            {"paper": {"targeted": {"epsilons": [0, 1], "cnn": {"bim": [0.5]}}}},
-            r"^paper\.targeted\.cnn\.bim must have a number for each of its 2 epsilons, got 1$",
+            {"paper": {"dataset": "mnist", "targeted": {"epsilons": [0, 1], "cnn": {"bim": [0.5]}}}},
+            r"^paper\.targeted\.cnn\.bim must have a number for each of its 2 epsilons, got \[0\.5\]$",
         ),
     ],
 )

@@ -79,7 +79,7 @@ def find_images(
     layout = find_layout(walk, folder)
     classes = tuple(_classes(walk, layout.train))
     splits, notes = _splits(walk, layout, draws)
-    entries = [entry for by_class in splits.values() for one in by_class.values() for entry in one]
+    entries = [entry for by_class in splits.values() for images in by_class.values() for entry in images]
     found = survey(entries, resize=resize, background=background, white_level=white_level)
     label = {name: number for number, name in enumerate(classes)}
     files = {

@@ -77,7 +77,6 @@ def train(
         reporter = Reporter(total=state.total, done=state.step)
         stop, profiled = StopSignal(), components.trainer.profile and processes.is_main
         with (
-            checkpoint.explain_failed_write(run.checkpoints),
             closing(record),
             stop,
             reporter,

@@ -43,6 +43,8 @@ test-avx2: export ATEN_CPU_CAPABILITY := avx2
 test-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
 test-avx2: export MKL_ENABLE_INSTRUCTIONS := AVX2
 test-avx2: export CAPSEXP_MARCH := x86-64-v3
+# torch.compile's cache does not tell AVX-512 kernels from AVX2 ones; mixed, they crash.
+test-avx2: export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/build/inductor-avx2
 test-avx2: test ## all tests as on an x86 processor without AVX-512
 
 soak: $(INSTALLED) ## the long tests of reliability: kills, bad values, many runs

@@ -31,6 +31,15 @@ def write_classes(root, pixels=RAMP, *, classes=("a", "b"), count=4, ending="png
     return root
 
 
+def write_noise(root, classes, *, count):
+    """Write random images of 8x8 into each class folder, all different."""
+    for label, name in enumerate(classes):
+        for number in range(count):
+            pixels = np.random.default_rng([label, number]).integers(0, 256, (8, 8), dtype=np.uint8)
+            save(root / name / f"{number}.png", pixels)
+    return root
+
+
 def png_of_16_bits(path, pixels):
     """Write colors of 16 bits, which Pillow cannot write."""
     height, width, channels = pixels.shape

@@ -1,12 +1,12 @@
 import contextlib
 import io
 import os
-import resource
 import socket
 import time
 
 import numpy as np
 import pytest
+from full_disk import largest_file
 from PIL import Image
 
 from capsexp.errors import UserError
@@ -132,16 +132,6 @@ def test_a_folder_that_is_gone_is_not_made_anew(tmp_path):
 
 
 # A full disk: the system refuses to write more than so many bytes into a file.
-
-
-@contextlib.contextmanager
-def largest_file(size):
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
 def save_in_pieces(file):

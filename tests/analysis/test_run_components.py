@@ -2,8 +2,8 @@
 
 import shutil
 
-import numpy as np
 import pytest
+from image_examples import write_noise
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -15,14 +15,7 @@ from capsexp.config.settings import with_setting
 from capsexp.data.manifest import FILE, Manifest
 from capsexp.errors import UserError
 
-
-def write_images(root, classes=("cat", "dog")):
-    for label, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for number in range(6):
-            pixels = np.random.default_rng([label, number]).integers(0, 256, (8, 8), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{number}.png")
-    return root
+CLASSES = ("cat", "dog")
 
 
 @pytest.fixture
@@ -42,7 +35,9 @@ def new_run(tmp_path, tiny_config):
 @pytest.fixture
 def run(new_run, tmp_path):
     """The directory of a run of images."""
-    return new_run("dataset=image_folder", f"dataset.path={write_images(tmp_path / 'animals')}")
+    return new_run(
+        "dataset=image_folder", f"dataset.path={write_noise(tmp_path / 'animals', CLASSES, count=6)}"
+    )
 
 
 def components(run, **changes):
@@ -96,7 +91,7 @@ def test_a_copy_with_a_changed_image_is_not_that_of_the_run(run, tmp_path):
 
 
 def test_other_images_of_the_same_classes_are_evaluated_with_a_remark(run, tmp_path):
-    other = write_images(tmp_path / "other")
+    other = write_noise(tmp_path / "other", CLASSES, count=6)
     (other / "cat" / "0.png").unlink()
     built = components(run, dataset__path=str(other))
     assert built.dataset.folder == other
@@ -107,7 +102,7 @@ def test_other_images_of_the_same_classes_are_evaluated_with_a_remark(run, tmp_p
 
 @pytest.mark.parametrize("classes", [("dog", "emu"), ("cat",), ("Cat", "dog"), ("dog", "cat", "emu")])
 def test_other_classes_are_refused(classes, run, tmp_path):
-    other = write_images(tmp_path / "other", classes)
+    other = write_noise(tmp_path / "other", classes, count=6)
     with pytest.raises(UserError) as caught:
         components(run, dataset__path=str(other))
     assert len(caught.value.problems) == 1
@@ -128,7 +123,7 @@ def test_a_relative_path_is_the_same_folder_from_elsewhere(run, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     assert components(run, dataset__path="animals").remarks == ()
     monkeypatch.chdir(run)
-    write_images(run / "animals", ("dog", "cat", "emu"))
+    write_noise(run / "animals", ("dog", "cat", "emu"), count=6)
     with pytest.raises(
         UserError, match=r"run/animals has the classes cat, dog, emu; this run learned cat, dog"
     ):
@@ -136,7 +131,7 @@ def test_a_relative_path_is_the_same_folder_from_elsewhere(run, tmp_path, monkey
 
 
 def test_the_source_of_a_derived_dataset_belongs_to_the_run_too(new_run, tmp_path):
-    animals = write_images(tmp_path / "animals")
+    animals = write_noise(tmp_path / "animals", CLASSES, count=6)
     run = new_run(
         "dataset=multimnist",
         "dataset@dataset.source=image_folder",

@@ -1,10 +1,9 @@
 """A disk that is full, a place that can only be read, and what is no file where a run writes."""
 
-import contextlib
 import json
-import resource
 
 import pytest
+from full_disk import largest_file
 
 from capsexp.errors import RunStopped, UserError
 from capsexp.training import checkpoint
@@ -12,17 +11,6 @@ from capsexp.training import checkpoint
 LINE = (
     "the checkpoint of step {} is kept: make room, or fix what is named, and run the same command to resume"
 )
-
-
-@contextlib.contextmanager
-def largest_file(size):
-    """Let the system refuse to write more than so many bytes into a file, as on a full disk."""
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])

@@ -1,8 +1,8 @@
 """A run stores its data when it begins, and notices other data when it resumes."""
 
-import numpy as np
 import pytest
 import torch
+from image_examples import write_noise
 from PIL import Image
 
 from capsexp.config.build import build_components
@@ -75,13 +75,7 @@ def test_arrays_that_changed_are_refused_when_they_are_read(value, tmp_path):
 @pytest.fixture
 def animals(tmp_path):
     """A folder of images of three classes."""
-    root = tmp_path / "animals"
-    for label, name in enumerate(("cat", "dog", "emu")):
-        (root / name).mkdir(parents=True)
-        for number in range(8):
-            pixels = np.random.default_rng([label, number]).integers(0, 256, (8, 8), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{number}.png")
-    return root
+    return write_noise(tmp_path / "animals", ("cat", "dog", "emu"), count=8)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard, get_args
 
-from capsexp.text import printable_lines
+from capsexp.text import printable, printable_lines
 
 _problems: ContextVar[list[str] | None] = ContextVar("problems", default=None)
 
@@ -47,10 +47,20 @@ class Notes:
         if line not in self.warnings:
             self.warnings.append(line)
 
+    def print_warnings(self) -> None:
+        """Print the warnings on stderr, one line each."""
+        for line in self.warnings:
+            print(f"capsexp: {printable(line)}", file=sys.stderr)
+
 
 def is_number(value: Any) -> TypeGuard[int | float]:
     """Return whether a value is an int or a float; Python also counts True and False as ints."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_integer(value: Any) -> TypeGuard[int]:
+    """Return whether a value is an integer; a bool is not one here."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def refuse(problem: str) -> None:

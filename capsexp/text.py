@@ -3,6 +3,7 @@
 import codecs
 import sys
 import unicodedata
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,6 +40,12 @@ def show_as_typed(figure: "Figure") -> None:
         text.set_text(printable_lines(content))
         if "$" in content and "mathdefault" not in content:  # matplotlib's own label of a logarithmic axis
             text.set_parse_math(False)
+
+
+def a_few(names: Sequence[str], *, most: int = 3, separator: str = ", ") -> str:
+    """Return names for a message of one line: the first ones, and the number of the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(map(printable, names[:most])) + more
 
 
 def prepare_streams() -> None:

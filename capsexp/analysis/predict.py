@@ -18,7 +18,7 @@ from capsexp.data.dataset import Dataset
 from capsexp.data.decode import BY_ITSELF, Reading, decode
 from capsexp.data.image_ops import resized
 from capsexp.data.threads import refuse, try_files
-from capsexp.errors import UserError, print_error
+from capsexp.errors import UserError, is_integer, print_error
 from capsexp.text import printable
 
 FOLDER = "predictions"
@@ -71,7 +71,7 @@ def predict(components: Components, config: Mapping[str, Any], names: Sequence[s
 def _check(config: Mapping[str, Any], dataset: Dataset) -> None:
     problems = []
     top, output = config["top"], config["output"]
-    if not isinstance(top, int) or isinstance(top, bool) or top < 1:
+    if not is_integer(top) or top < 1:
         problems.append(f"top: must be an integer >= 1, got {top!r}")
     if not isinstance(config["reconstructions"], bool):
         problems.append(f"reconstructions: must be true or false, got {config['reconstructions']!r}")

@@ -1,31 +1,20 @@
 """The components of a trained run, with the data that it stored."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from capsexp.config.build import build_components
 from capsexp.config.components import Components
-from capsexp.config.paths import with_absolute_paths
+from capsexp.config.paths import absolute_settings, with_absolute_paths
 from capsexp.config.saved import load_saved_config
-from capsexp.config.settings import comparable
+from capsexp.config.settings import Change, changes
 from capsexp.data.dataset import NO_LIST
 from capsexp.data.manifest import Manifest, hashed, listing_of
 from capsexp.errors import UserError
 
 NO_OTHER_IMAGES = {"preprocess", "download"}
 """Parts of a key under which no setting changes which images are read."""
-
-
-class Change(NamedTuple):
-    """A setting by which other images are read than those of the run."""
-
-    key: str
-    old: Any
-    new: Any
-
-    def __str__(self) -> str:
-        return f"{self.key} was {self.old!r}, is {self.new!r}: these are not the images of the run's splits"
 
 
 def run_components(config: dict[str, Any], *, plugins: Sequence[str]) -> Components:
@@ -47,11 +36,11 @@ def run_components(config: dict[str, Any], *, plugins: Sequence[str]) -> Compone
         components = build_components(config, plugins=plugins)
         return components._replace(remarks=(NO_LIST,) if components.dataset.lists_files else ())
     stored = load_saved_config(run)
-    changes = list(_changes(_data_settings(stored), _data_settings(config)))
-    if _is_moved(manifest, config, changes):
-        changes = []
-    remarks = [str(change) for change in changes]
-    is_own = not any(_decides_splits(change.key, config, manifest) for change in changes)
+    differing = list(changes(_data_settings(stored), _data_settings(config)))
+    if _is_moved(manifest, config, differing):
+        differing = []
+    remarks = list(map(_remark, differing))
+    is_own = not any(_decides_splits(change.key, config, manifest) for change in differing)
     components = build_components(config, plugins=plugins, manifest=manifest if is_own else None)
     if is_own and _roots(stored) != _roots(config):
         others = list(manifest.differences(components.dataset.manifest(())))
@@ -64,14 +53,14 @@ def run_components(config: dict[str, Any], *, plugins: Sequence[str]) -> Compone
 
 def _data_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that decide which images are read."""
-    settings = comparable(with_absolute_paths({"dataset": config["dataset"]}))
+    settings = absolute_settings({"dataset": config["dataset"]})
     return {key: value for key, value in settings.items() if not NO_OTHER_IMAGES & {*key.split(".")}}
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Change]:
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            yield Change(key, before.get(key), now.get(key))
+def _remark(change: Change) -> str:
+    """Return the line about a setting by which other images are read than those of the run."""
+    key, old, new = change
+    return f"{key} was {old!r}, is {new!r}: these are not the images of the run's splits"
 
 
 def _roots(config: Mapping[str, Any]) -> list[Any]:
@@ -88,10 +77,10 @@ def _innermost(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     return key, node
 
 
-def _is_moved(manifest: Manifest, config: Mapping[str, Any], changes: Sequence[Change]) -> bool:
+def _is_moved(manifest: Manifest, config: Mapping[str, Any], differing: Sequence[Change]) -> bool:
     """Whether only the folder is another one, and it holds the run's files, which all are read here."""
     key, node = _innermost(config)
-    if [change.key for change in changes] != [f"{key}.path"] or not manifest.files:
+    if [change.key for change in differing] != [f"{key}.path"] or not manifest.files:
         return False
     folder = Path(str(node["path"])).expanduser()
     files = [file for listed in manifest.files.values() for file in listed]

@@ -13,6 +13,7 @@ from typing import Any
 
 from capsexp.config.settings import leaves, without_routing_copy
 from capsexp.errors import UserError
+from capsexp.text import a_few
 from capsexp.training.parallel import ProcessGroup
 
 OWN = ("data_root",)  # settings in which machines may differ
@@ -49,10 +50,10 @@ def describe_difference(facts: Sequence[Mapping[str, str]]) -> str | None:
         if keys:
             texts = [
                 f"{key} is {first.get(key, 'absent')} in rank 0 and {other.get(key, 'absent')} in rank {rank}"
-                for key in keys[:MOST_SHOWN]
+                for key in keys
             ]
-            more = f" and {len(keys) - MOST_SHOWN} more" if len(keys) > MOST_SHOWN else ""
-            return f"the processes of this run have different settings: {'; '.join(texts)}{more}"
+            shown = a_few(texts, most=MOST_SHOWN, separator="; ")
+            return f"the processes of this run have different settings: {shown}"
     return None
 
 

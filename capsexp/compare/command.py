@@ -49,8 +49,7 @@ def run(command: str, arguments: Sequence[str], *, heading: str, example: str) -
     notes = Notes()
     options = parser.parse_intermixed_args(list(arguments))
     {"runs": _runs, "compare": _compare, "report": _report}[command](options, notes)
-    for line in notes.warnings:
-        print(f"capsexp: {printable(line)}", file=sys.stderr)
+    notes.print_warnings()
     if notes.errors:
         raise UserError(*notes.errors)
     return 0

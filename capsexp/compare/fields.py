@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from capsexp.config.settings import Published
-from capsexp.errors import is_number
+from capsexp.errors import is_integer, is_number
 
 LARGEST_COUNT = 2**53
 """Steps beyond this are not exact as floats."""
@@ -25,8 +25,7 @@ def get_number(node: Mapping[str, Any], key: str) -> float | None:
 def get_count(node: Mapping[str, Any], key: str) -> int | None:
     """Return a number of steps; None if it is missing or cannot be one."""
     value = node.get(key)
-    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_COUNT
-    return value if is_count else None
+    return value if is_integer(value) and 0 <= value <= LARGEST_COUNT else None
 
 
 class Files(NamedTuple):

@@ -19,10 +19,10 @@ from capsexp.compare.columns import (
 )
 from capsexp.compare.runs import Run, count_statuses, newest_first
 from capsexp.errors import Notes
+from capsexp.text import a_few
 
 KNOWN = Column("settings", "settings")
 """Which settings of a row are not known; shown if there is such a row."""
-MAX_NAMES = 3
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _parts(rows: Sequence[Row], averaged: Sequence[str]) -> list[tuple[list[Row]
         if not run.settings:
             parts[run.path] = ([row], f"unknown: {run.path.name}")
         elif missing:
-            parts.setdefault((missing, run.version), ([], f"without {_listed(missing)}"))[0].append(row)
+            parts.setdefault((missing, run.version), ([], f"without {a_few(missing)}"))[0].append(row)
         else:
             parts.setdefault((), ([], ""))[0].append(row)
     return list(parts.values())
@@ -146,16 +146,11 @@ def _warn_of_repetitions(rows: Iterable[Row], averaged: Sequence[str], notes: No
     if repeated:
         over = ", ".join(averaged)
         rule = f"of runs with equal {over} only the newest finished one enters a mean"
-        notes.warning(f"{rule}; left out: {_listed(repeated)}")
+        notes.warning(f"{rule}; left out: {a_few(repeated)}")
 
 
 def _is_averaged(key: str, averaged: Iterable[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in averaged)
-
-
-def _listed(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - MAX_NAMES} more" if len(keys) > MAX_NAMES else ""
-    return ", ".join(keys[:MAX_NAMES]) + more
 
 
 def _total(values: Sequence[int | float]) -> float:

@@ -6,6 +6,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from capsexp.config.settings import comparable
+
 PATHS = ("path", "root", "data_root")
 """Settings that are paths, at any depth."""
 
@@ -20,6 +22,11 @@ def with_absolute_paths(node: Any) -> Any:
     if not isinstance(node, Mapping):
         return node
     return {key: _absolute(node, key) for key in node}
+
+
+def absolute_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `comparable` settings with absolute paths; earlier versions stored paths as typed."""
+    return comparable(with_absolute_paths(config))
 
 
 def stored_form(composed: DictConfig, resolved: Mapping[str, Any]) -> dict[str, Any]:

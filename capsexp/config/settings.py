@@ -70,11 +70,25 @@ def with_setting(config: Mapping[str, Any], key: str, value: Any) -> dict[str, A
     return changed
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """Yield one line for each setting in which two `comparable` configs differ."""
+class Change(NamedTuple):
+    """A setting that differs between two configs."""
+
+    key: str
+    old: Any
+    new: Any
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
+    """Yield the settings in which two `comparable` configs differ, in the order of their keys."""
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
-            yield f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
+            yield Change(key, old.get(key), new.get(key))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Yield one line for each setting in which two `comparable` configs differ."""
+    for change in changes(old, new):
+        yield f"{change.key}: was {change.old!r}, is {change.new!r}"
 
 
 def without(settings: Mapping[str, Any], *keys: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from capsexp.config.values import leaf_problems
-from capsexp.errors import is_number, nearest
+from capsexp.errors import is_integer, is_number, nearest
 
 _SEQUENCES = (list, tuple, collections.abc.Sequence)
 
@@ -64,7 +64,7 @@ def fits(value: Any, annotation: Any) -> bool:
     if origin is typing.Literal:
         return value in typing.get_args(annotation)
     if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return is_integer(value)
     if annotation is float:
         return is_number(value)
     if annotation in _SEQUENCES or origin in _SEQUENCES:

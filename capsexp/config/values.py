@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from capsexp.config.settings import published
-from capsexp.errors import is_number
+from capsexp.errors import is_integer, is_number
 
 LARGEST_FLOAT = 1e18
 """The square of a larger number is no float32."""
@@ -99,7 +99,7 @@ def _path_or_null(value: Any, at: str) -> Iterator[str]:
 
 
 def _seed(value: Any, at: str) -> Iterator[str]:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not is_integer(value) or value < 0:
         yield f"{at}: must be an integer >= 0, got {value!r}"
     else:
         yield from _number_problems(value, at)
@@ -152,7 +152,7 @@ def _switch(value: Any, at: str) -> Iterator[str]:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_INT
+    return is_integer(value) and 1 <= value <= LARGEST_INT
 
 
 ROOT: dict[str, Callable[[Any, str], Iterator[str]]] = {

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from capsexp.data.decode import Reading
-from capsexp.data.image_files import ENDINGS, Entry, Walk, a_few
+from capsexp.data.image_files import ENDINGS, Entry, Walk
 from capsexp.data.image_splits import Layout, class_folders, find_layout
 from capsexp.data.image_survey import survey
 from capsexp.data.manifest import ListedSplit
 from capsexp.data.preprocess import Shape
 from capsexp.data.split import draw_by_name
 from capsexp.errors import DataError
+from capsexp.text import a_few
 
 BackgroundChoice = Literal["auto", "white", "black"]
 ByClass = dict[str, list[Entry]]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from capsexp.errors import DataError
-from capsexp.text import printable
+from capsexp.text import a_few, printable
 
 ENDINGS = (
     *(".apng", ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
@@ -147,12 +147,6 @@ class Walk:
 def is_hidden(name: str) -> bool:
     """Return whether a name is one that users do not see, or that a system has added."""
     return name.startswith(".") or name in HIDDEN
-
-
-def a_few(paths: "list[str]") -> str:
-    """Return paths for a message of one line: the first ones, and the number of the others."""
-    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    return ", ".join(map(printable, paths[:3])) + more
 
 
 def _holds(folder: str, path: str) -> bool:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from capsexp.data.image_files import Walk, a_few
+from capsexp.data.image_files import Walk
 from capsexp.data.manifest import SPLITS, ListedSplit
 from capsexp.errors import DataError
+from capsexp.text import a_few
 
 WORDS: dict[str, ListedSplit] = {
     **dict.fromkeys(("train", "training", "trainval"), "train"),

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from capsexp.data.decode import Header, Reading, decode, full_scale, read_header
-from capsexp.data.image_files import Entry, a_few
+from capsexp.data.image_files import Entry
 from capsexp.data.threads import refuse, try_files
 from capsexp.errors import DataError
+from capsexp.text import a_few
 
 LOST = 16
 """An image whose smallest and largest byte are closer than this has lost its contrast."""

@@ -18,10 +18,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from capsexp.data.image_files import a_few
-from capsexp.errors import UserError
+from capsexp.errors import UserError, is_integer
 from capsexp.files import read_regular, write_atomic
-from capsexp.text import printable
+from capsexp.text import a_few, printable
 
 FILE = "data.json"
 """Name of the manifest in a run directory."""
@@ -259,8 +258,8 @@ def _listed_files(entries: Any, classes: int) -> Iterator[ListedFile]:
         _require(isinstance(entry, list) and len(entry) == len(ListedFile._fields), "files")
         path, label, size, sha256 = entry
         _require(_is_text(path) and _is_inside(path), f"the path {path!r}")
-        _require(_is_integer(label) and 0 <= label < classes, f"the label of {path!r}")
-        _require(_is_integer(size) and size >= 0, f"the size of {path!r}")
+        _require(is_integer(label) and 0 <= label < classes, f"the label of {path!r}")
+        _require(is_integer(size) and size >= 0, f"the size of {path!r}")
         _require(isinstance(sha256, str) and SHA256.fullmatch(sha256) is not None, f"the sha256 of {path!r}")
         yield ListedFile(path, label, size, sha256)
 
@@ -275,12 +274,8 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_size(value: Any) -> bool:
-    return _is_integer(value) and 1 <= value < 2**31
+    return is_integer(value) and 1 <= value < 2**31
 
 
 def _require(valid: bool, name: str) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from capsexp.data.dataset import Dataset
 from capsexp.data.decode import Reading
 from capsexp.data.find_images import BackgroundChoice, Draws, FoundImages, find_images
-from capsexp.data.image_files import a_few
 from capsexp.data.image_manifest import added_files, classes_now, found_in, listed_now
 from capsexp.data.image_reader import ReadImages, read_images
 from capsexp.data.image_survey import LOST
@@ -21,6 +20,7 @@ from capsexp.data.preprocess import Preprocess
 from capsexp.data.split import Split, SplitName
 from capsexp.data.threads import refuse
 from capsexp.errors import DataError, require_literal, require_positive
+from capsexp.text import a_few
 
 
 class ImageFolder(Dataset):

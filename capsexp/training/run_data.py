@@ -5,13 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from capsexp.config.paths import with_absolute_paths
-from capsexp.config.saved import parse_saved
-from capsexp.config.settings import comparable
+from capsexp.config.paths import absolute_settings
+from capsexp.config.saved import read_saved
 from capsexp.data.dataset import NO_LIST, OTHER_DATA, Dataset
 from capsexp.data.manifest import Manifest
 from capsexp.errors import UserError
-from capsexp.files import read_regular
 
 
 def data_to_resume(config: Mapping[str, Any], run: Path | None) -> Manifest | None:
@@ -29,7 +27,7 @@ def data_to_resume(config: Mapping[str, Any], run: Path | None) -> Manifest | No
     if run is None or config.get("resume") == "force":
         return None
     try:
-        saved = parse_saved(read_regular(run / "resolved_config.yaml"))
+        saved = read_saved(run / "resolved_config.yaml")
     except (OSError, ValueError):
         return None
     return Manifest.load(run) if _dataset(saved) == _dataset(config) else None
@@ -72,7 +70,7 @@ def keep_fingerprints(run: Path, dataset: Dataset, *, report: Callable[[str], No
 
 
 def _dataset(config: Mapping[str, Any]) -> dict[str, Any]:
-    return comparable(with_absolute_paths({"dataset": config.get("dataset")}))
+    return absolute_settings({"dataset": config.get("dataset")})
 
 
 def _load(run: Path, force: bool, report: Callable[[str], None]) -> Manifest | None:

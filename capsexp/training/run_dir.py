@@ -30,9 +30,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from capsexp.config.paths import with_absolute_paths
-from capsexp.config.saved import LARGEST_CONFIG, parse_overrides, parse_saved
-from capsexp.config.settings import comparable, differences
+from capsexp.config.paths import absolute_settings
+from capsexp.config.saved import parse_overrides, read_saved
+from capsexp.config.settings import differences
+from capsexp.config.yaml_files import LARGEST_CONFIG
 from capsexp.documents import damage
 from capsexp.errors import RunStopped, UserError, exit_code, is_interruption, is_number
 from capsexp.files import own_folder, read_regular, require_own, sweep_unfinished, write_atomic, writing
@@ -133,10 +134,10 @@ class RunDir:
         if not all(map(is_number, results.values())):
             return False
         try:
-            saved = parse_saved(read_regular(self.path / "resolved_config.yaml"))
+            saved = read_saved(self.path / "resolved_config.yaml")
         except (OSError, ValueError):
             return False
-        return _settings(saved) == _settings(config)
+        return absolute_settings(saved) == absolute_settings(config)
 
     @contextlib.contextmanager
     def track_status(self, choices: Mapping[str, str]) -> Iterator[None]:
@@ -179,10 +180,10 @@ class RunDir:
         changes: list[str] = []
         if stored.exists():
             try:
-                saved = parse_saved(read_regular(stored, limit=LARGEST_CONFIG))
+                saved = read_saved(stored)
             except (OSError, ValueError) as error:
                 raise UserError(f"{stored} cannot be read: {damage(error)}; choose another run=DIR") from None
-            changes = list(differences(_settings(saved), _settings(config)))
+            changes = list(differences(absolute_settings(saved), absolute_settings(config)))
         else:
             self._set_aside_leftovers()
         if changes and resume != "force":
@@ -296,8 +297,3 @@ class RunDir:
         if self._writes:
             self.require_present()
             write_atomic(self.path / name, lambda file: file.write(json.dumps(content, indent=1).encode()))
-
-
-def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings to compare; earlier versions stored paths as typed."""
-    return comparable(with_absolute_paths(config))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from capsexp.errors import UserError, is_number
+from capsexp.errors import UserError, is_integer, is_number
 from capsexp.schedule import Step
 
 LARGEST_COUNT = 2**53
@@ -22,7 +22,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square
 
 def is_count(value: Any) -> bool:
     """Whether a value is a plausible number of steps, epochs or bytes."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST_COUNT
+    return is_integer(value) and 0 <= value < LARGEST_COUNT
 
 
 def _is_optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:

@@ -9,7 +9,6 @@ multirun.yaml             written by Hydra
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -123,8 +122,7 @@ class Sweep:
         notes = Notes()
         csv = as_csv([self.path], notes).encode()
         write_atomic(self.path / "results.csv", lambda file: file.write(csv))
-        for line in notes.warnings:
-            print(f"capsexp: {printable(line)}", file=sys.stderr)
+        notes.print_warnings()
         new_console().print(jobs_table(jobs))
         self._print_beside_paper(jobs)
         path = printable(self.path)
@@ -143,8 +141,7 @@ class Sweep:
         remark = f"\nOurs with {' '.join(changes)}; the paper's errors are as published.\n" if changes else ""
         print_comparison(comparison)
         print(printable_lines(remark))
-        for line in notes.warnings:
-            print(f"capsexp: {printable(line)}", file=sys.stderr)
+        notes.print_warnings()
         content = f"{markdown(comparison)}{remark}".encode()
         write_atomic(self.path / "table.md", lambda file: file.write(content))
 

@@ -1,11 +1,12 @@
-"""The first matrix capsules: two 1x1 convolutions, one for the poses, one for the activations."""
+"""The first matrix capsules: two convolutions, one for the poses, one for the activations."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsexp.capsules import Capsules
-from capsexp.layer.capsule_norm import CapsuleNorm, Norm, require_norm
+from capsexp.errors import refuse, require_at_least_1
+from capsexp.layer.capsule_norm import CapsuleNorm, Norm, Per, require_norm
 from capsexp.layer.matrix_start import Initialisation
 
 
@@ -21,7 +22,11 @@ class MatrixPrimaryCaps(nn.Module):
         pose_dim: numbers of a pose.
         norm: "none"; or "batch" or "group": normalize poses, and activations before the sigmoid, with a gain
             and a bias per type (Ribeiro et al. 2020). See `CapsuleNorm`.
+        norm_per: "type", or "element": a mean, variance, gain and bias for each number of a type's poses.
+        kernel: side of both convolutions, odd, with zeros around so that the grid stays. The paper has 1;
+            Hahn, Pyeon, Kim, "Self-routing capsule networks" (NeurIPS 2019) have 3.
         initialisation: "xavier": the kernels start Xavier uniform; any other: as PyTorch's convolutions.
+    Raises: ValueError: a kernel that is not odd; an unknown option.
     """
 
     def __init__(
@@ -31,17 +36,24 @@ class MatrixPrimaryCaps(nn.Module):
         types: int,
         pose_dim: int = 16,
         norm: Norm = "none",
+        norm_per: Per = "type",
+        kernel: int = 1,
         initialisation: Initialisation = "identity",
     ) -> None:
         super().__init__()
         require_norm(norm=norm)
+        require_at_least_1(kernel=kernel)
+        if kernel % 2 == 0:
+            refuse(f"kernel must be odd, got {kernel}")
         self.types, self.pose_dim = types, pose_dim
-        self.pose = nn.Conv2d(in_channels, types * pose_dim, 1, bias=False)
-        self.activation = nn.Conv2d(in_channels, types, 1, bias=False)
+        self.pose = nn.Conv2d(in_channels, types * pose_dim, kernel, padding=kernel // 2, bias=False)
+        self.activation = nn.Conv2d(in_channels, types, kernel, padding=kernel // 2, bias=False)
         if initialisation == "xavier":
             nn.init.xavier_uniform_(self.pose.weight)
             nn.init.xavier_uniform_(self.activation.weight)
-        self.norm = None if norm == "none" else CapsuleNorm(types, pose_dim, norm=norm, affine=True)
+        self.norm: CapsuleNorm | None = None
+        if norm != "none":
+            self.norm = CapsuleNorm(types, pose_dim, norm=norm, per=norm_per, affine=True)
 
     def extra_repr(self) -> str:
         """The sizes of the layer."""

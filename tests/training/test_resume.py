@@ -76,8 +76,31 @@ def test_every_option_survives_a_resume(overrides, tmp_path, kill_at, train_tiny
             "trainer.ema_decay=0.9",
             "trainer.accumulate=3",
         ],
+        [
+            "model=self_routing",
+            "model.trunk.stem=4",
+            "model.trunk.channels=[4,6]",
+            "model.trunk.blocks=[1,1]",
+            "model.trunk.strides=[1,2]",
+            "model.primary_types=2",
+            "model.conv_types=[3]",
+            "model.conv_kernels=[3]",
+            "model.conv_strides=[1]",
+            "trainer.ema_decay=0.9",
+        ],
+        [
+            "model=concurrent",
+            "model.trunk.stem=4",
+            "model.trunk.channels=[4]",
+            "model.trunk.blocks=[1]",
+            "model.trunk.strides=[2]",
+            "model.primary_types=2",
+            "model.conv_types=[3]",
+            "model.conv_kernels=[3]",
+            "model.conv_strides=[1]",
+        ],
     ],
-    ids=["dropout", "matrix capsules, a balanced start, ramps"],
+    ids=["dropout", "matrix capsules, a balanced start, ramps", "self-routing", "concurrent"],
 )
 def test_other_networks_resume_bit_for_bit(network, tmp_path, kill_at, tiny_overrides, assert_same_run):
     from capsexp.config.build import build_components

@@ -58,6 +58,8 @@ class Routed(NamedTuple):
     """
     fields: ReceptiveFields | None = None
     """None where every parent sees every child."""
+    scores: Float[Tensor, "B J"] | None = None
+    """Logits: activations = sigmoid(scores). None: the routing has none."""
 
 
 class Output(NamedTuple):

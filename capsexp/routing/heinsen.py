@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 from capsexp.capsules import ReceptiveFields, Routed
 from capsexp.errors import (
+    UserError,
     require_at_least_1,
     require_at_most,
     require_literal,
     require_not_negative,
 )
 from capsexp.ops.em_steps import check_shapes, e_step, fit_gaussians, initial_shares
+from capsexp.ops.moments import moment_routing
 from capsexp.ops.receptive_fields import gather_windows
+from capsexp.ops.votes import MatrixVotes
 from capsexp.routing import MOST_ITERATIONS
 
 Implementation = Literal["auto", "reference", "fused"]
@@ -149,6 +152,7 @@ class HeinsenRouting(nn.Module):
     Raises: ValueError: a number out of its range; an unknown option.
     """
 
+    fused_votes = MatrixVotes
     windows: Tensor | None
 
     def __init__(
@@ -157,8 +161,8 @@ class HeinsenRouting(nn.Module):
         out_caps: int,
         pose_dim: int,
         fields: ReceptiveFields | None = None,
-        *,
         shared: bool = False,
+        *,
         iterations: int,
         beta_start: int | float,
         variance_floor: int | float,
@@ -205,6 +209,37 @@ class HeinsenRouting(nn.Module):
             iterations: how many; None for the module's own number.
         """
         return list(self._states(votes, activations, iterations or self.iterations))
+
+    def fused_reason(self, weight: Float[Tensor, "W J n n"]) -> str | None:
+        """Why a layer with these matrices takes the reference path; None where it takes the fused one.
+
+        Raises: UserError: the implementation is "fused", and there is none for these matrices.
+        """
+        if self.implementation == "reference":
+            return "routing.implementation=reference"
+        reason = self._moments_reason(weight)
+        if reason is not None and self.implementation == "fused":
+            raise UserError(f"routing.implementation=fused: {reason}")
+        return reason
+
+    def _moments_reason(self, weight: Float[Tensor, "W J n n"]) -> str | None:
+        """Why moments of the poses do not replace the votes; None where they do."""
+        shared = self.windows is None and len(weight) == len(self.beta_use) == 1
+        return None if shared else "there is no fused Heinsen routing for children with their own matrices"
+
+    def route_fused(self, votes: MatrixVotes, activations: Float[Tensor, "B I"]) -> Routed:
+        """Make the votes and route them."""
+        return moment_routing(
+            votes.poses,
+            activations.to(votes.weight.dtype),
+            votes.weight[0],
+            offsets=votes.offsets,
+            beta_use=self.beta_use[0],
+            beta_ign=self.beta_ign[0],
+            iterations=self.iterations,
+            variance_floor=self.variance_floor,
+            mass_epsilon=self.mass_epsilon,
+        )
 
     def _states(self, votes: Tensor, activations: Tensor, iterations: int) -> Iterator[Routed]:
         return _states(

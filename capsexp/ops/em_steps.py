@@ -83,7 +83,7 @@ def m_step(
     before: Float[Tensor, "B P J D"] | None,
     options: EMOptions,
 ) -> Gaussians:
-    """Weighted mean and variance of the votes for each parent.
+    """Weighted mean and variance of the votes for each parent, as EM routing takes them.
 
     Args:
         votes: V_ij.
@@ -91,19 +91,43 @@ def m_step(
         before: means of the previous iteration; None in the first.
         options: of these, `mean_smoothing` and `variance_floor` count.
     """
+    return fit_gaussians(
+        votes, shares, before, smoothing=options.mean_smoothing, variance_floor=options.variance_floor
+    )
+
+
+def fit_gaussians(
+    votes: Float[Tensor, "B P K J D"],
+    shares: Float[Tensor, "B P K J"],
+    before: Float[Tensor, "B P J D"] | None = None,
+    *,
+    smoothing: int | float = 0.0,
+    variance_floor: int | float,
+    mass_epsilon: int | float = 0.0,
+) -> Gaussians:
+    """Weighted mean and variance of the votes for each parent.
+
+    Args:
+        votes: V_ij.
+        shares: r_ij, the weights.
+        before: means of the previous iteration; None in the first.
+        smoothing: weight of these in the new ones.
+        variance_floor: added to every variance.
+        mass_epsilon: added to the sum of the weights where it divides. It pulls mean and variance towards 0.
+    """
     # Matrix products over K, on memory in the order [B, P, J, K, D], which `window_votes` makes: the only
     # tensor of the votes' size that is written is that of the squared differences.
     mass = shares.sum(2)
     # Clamped: adding a number to the divisor would pull the mean towards 0.
-    weights = (shares / mass.clamp_min(SMALLEST_MASS).unsqueeze(2)).permute(0, 1, 3, 2).unsqueeze(3)
+    divisor = (mass + mass_epsilon if mass_epsilon else mass).clamp_min(SMALLEST_MASS)
+    weights = (shares / divisor.unsqueeze(2)).permute(0, 1, 3, 2).unsqueeze(3)
     by_parent = votes.permute(0, 1, 3, 2, 4)
     mean = torch.matmul(weights, by_parent)
-    smoothing = options.mean_smoothing
     if smoothing:
         mean = (1 - smoothing) * mean + (0 if before is None else smoothing * before.unsqueeze(3))
     # The same as (by_parent - mean).square(), with one pass forward and two backward instead of two and six.
     squared = F.mse_loss(by_parent, mean.expand_as(by_parent), reduction="none")
-    variance = torch.matmul(weights, squared).squeeze(3) + options.variance_floor
+    variance = torch.matmul(weights, squared).squeeze(3) + variance_floor
     return Gaussians(mean.squeeze(3), squared.permute(0, 1, 3, 2, 4), variance, mass)
 
 

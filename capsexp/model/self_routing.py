@@ -31,7 +31,7 @@ class SelfRoutingNet(nn.Module):
         image_shape: channels, height and width.
         classes: number of classes.
         trunk: builds the convolutions from the channels of the images, see `ResNetTrunk`.
-        primary_types, primary_kernel: see `MatrixPrimaryCaps`.
+        primary_types, primary_kernel: see `MatrixPrimaryCaps`; zeros around, so that the grid stays.
         conv_types, conv_kernels, conv_strides: one number per layer of convolutional capsules; [] for none.
         pose_dim, pose, initialisation, votes_mib: see `MatrixCaps`.
         norm: of the capsules: "none", "batch" or "group", with a gain and a bias per type and number of a
@@ -72,6 +72,7 @@ class SelfRoutingNet(nn.Module):
             norm=norm,
             norm_per="element",
             kernel=primary_kernel,
+            padding="same",
         )
         shared = MatrixCapsOptions(
             pose_dim=pose_dim,

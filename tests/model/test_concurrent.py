@@ -1,4 +1,4 @@
-from wave import wave
+from wave_numbers import wave
 
 import pytest
 import torch

@@ -114,7 +114,7 @@ def test_a_small_network_memorizes_a_batch(more):
     ("wrong", "message"),
     [
         ("conv_types=[3]", "conv_types, .* must have one number per layer, got 1, 0 and 0"),
-        ("primary_kernel=2", "kernel must be odd, got 2"),
+        ("primary_kernel=0", "primary_kernel must be >= 1, got 0"),
         ("primary_types=0", "primary_types must be >= 1, got 0"),
         ("norm=layer", "norm must be one of none, batch, group, got layer"),
     ],

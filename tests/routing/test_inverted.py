@@ -1,8 +1,7 @@
-from wave import wave
-
 import pytest
 import torch
 import torch.nn.functional as F
+from wave_numbers import wave
 
 from capsexp.ops.receptive_fields import Grid, receptive_fields
 from capsexp.routing.inverted import InvertedRouting, inverted_routing

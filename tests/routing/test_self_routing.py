@@ -1,8 +1,8 @@
 import math
-from wave import wave
 
 import pytest
 import torch
+from wave_numbers import wave
 
 from capsexp.capsules import ReceptiveFields
 from capsexp.ops.receptive_fields import Grid, receptive_fields

@@ -66,6 +66,7 @@ def test_every_option_survives_a_resume(overrides, tmp_path, kill_at, train_tiny
     "network",
     [
         pytest.param(["model=cnn_sabour", "model.conv_channels=[4,4]", "model.hidden=[8,8]"], id="dropout"),
+        pytest.param(["model=cluster_small", "trainer.ema_decay=0.9"], id="cluster routing, stairs"),
         pytest.param(
             [
                 "model=em_routing",

@@ -46,6 +46,7 @@ ADDED_KEYS: dict[
     str, dict[str, Any]
 ] = {  # by class: keys that configs of earlier versions lack, with the values of conf/
     "capsexp.dataset.image_folder.ImageFolder": {"background": "auto", "white_level": None},
+    "capsexp.model.dynamic_routing.CapsNet": {"transformation": "matrix"},
     "capsexp.model.em_routing.MatrixCapsNet": {
         "initialisation": "identity",
         "vote_bias": False,

@@ -53,6 +53,9 @@ ADDED_KEYS: dict[
         "conv_norm": "none",
         "loss_input": "scores",
         "score_gain": None,
+        "primary_kernel": 1,
+        "primary_stride": 1,
+        "share_positions": True,
     },
 }
 

@@ -1,4 +1,4 @@
-"""The first matrix capsules: two 1x1 convolutions, one for the poses, one for the activations."""
+"""The first matrix capsules: two convolutions, one for the poses, one for the activations."""
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ class MatrixPrimaryCaps(nn.Module):
         in_channels: A, channels of the features.
         types: B, capsule types.
         pose_dim: numbers of a pose.
+        kernel, stride: of both convolutions; 1 in the paper.
         norm: "none"; or "batch" or "group": normalize poses, and activations before the sigmoid, with a gain
             and a bias per type (Ribeiro et al. 2020). See `CapsuleNorm`.
         initialisation: "xavier": the kernels start Xavier uniform; any other: as PyTorch's convolutions.
@@ -30,14 +31,16 @@ class MatrixPrimaryCaps(nn.Module):
         *,
         types: int,
         pose_dim: int = 16,
+        kernel: int = 1,
+        stride: int = 1,
         norm: Norm = "none",
         initialisation: Initialisation = "identity",
     ) -> None:
         super().__init__()
         require_norm(norm=norm)
         self.types, self.pose_dim = types, pose_dim
-        self.pose = nn.Conv2d(in_channels, types * pose_dim, 1, bias=False)
-        self.activation = nn.Conv2d(in_channels, types, 1, bias=False)
+        self.pose = nn.Conv2d(in_channels, types * pose_dim, kernel, stride, bias=False)
+        self.activation = nn.Conv2d(in_channels, types, kernel, stride, bias=False)
         if initialisation == "xavier":
             nn.init.xavier_uniform_(self.pose.weight)
             nn.init.xavier_uniform_(self.activation.weight)

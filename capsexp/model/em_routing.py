@@ -19,7 +19,8 @@ from capsexp.errors import (
 from capsexp.layer.capsule_norm import CapsuleNorm, ChannelNorm, Norm, require_norm
 from capsexp.layer.class_scores import ClassScores, LossInput
 from capsexp.layer.decoder import Decode, check_decode, decoded_class
-from capsexp.layer.matrix_caps import ConvCaps, Coordinates, MatrixCapsOptions, SharedClassCaps
+from capsexp.layer.dense_caps import DenseCaps
+from capsexp.layer.matrix_caps import ConvCaps, Coordinates, MatrixCaps, MatrixCapsOptions, SharedClassCaps
 from capsexp.layer.matrix_primary import MatrixPrimaryCaps
 from capsexp.layer.matrix_start import Initialisation, Pose
 from capsexp.ops.receptive_fields import Grid, Padding, padded, require_kernels
@@ -42,8 +43,10 @@ class MatrixCapsNet(nn.Module):
         classes: E.
         conv_channels, conv_kernel, conv_stride: A; of the first convolution, with ReLU.
         padding: of the first convolution, "valid" or "same".
-        primary_types: B.
-        conv_types, conv_kernels, conv_strides: C, D, …; one number per layer of convolutional capsules.
+        primary_types, primary_kernel, primary_stride: B; kernel and stride of the primary capsules, 1 in the
+            paper.
+        conv_types, conv_kernels, conv_strides: C, D, …; one number per layer of convolutional capsules, of
+            which there may be none.
         pose_dim, pose, shared_transformations, votes_mib: see `MatrixCaps`.
         initialisation, init_identity, init_noise, vote_bias: see `MatrixCaps`.
         norm: of the capsules after each layer: "none", "batch" or "group", see `CapsuleNorm`. That of the
@@ -51,6 +54,8 @@ class MatrixCapsNet(nn.Module):
         conv_norm: the same of the first convolution, which then has no bias; "group": per channel and image.
         loss_input, score_gain: see `ClassScores`.
         coordinates, coordinate_scale: see `SharedClassCaps`.
+        share_positions: class capsules share their matrices over the positions, as in the paper. Without it
+            each capsule has its own, and there are no coordinates (`DenseCaps`).
         decode: see `CapsNet`; counts only with a decoder.
         routing: builds a layer's routing from (in_caps, out_caps, pose_dim[, fields]).
         decoder: builds the decoder from (classes, pose_dim, image_shape); None for a network without.
@@ -68,6 +73,8 @@ class MatrixCapsNet(nn.Module):
         conv_stride: int,
         padding: Padding,
         primary_types: int,
+        primary_kernel: int,
+        primary_stride: int,
         conv_types: Sequence[int],
         conv_kernels: Sequence[int],
         conv_strides: Sequence[int],
@@ -84,20 +91,23 @@ class MatrixCapsNet(nn.Module):
         score_gain: int | float | None,
         coordinates: Coordinates | None,
         coordinate_scale: int | float,
+        share_positions: bool,
         decode: Decode | int,
         votes_mib: int | float | None,
         routing: Callable[..., nn.Module],
         decoder: Callable[..., nn.Module] | None,
     ) -> None:
         super().__init__()
-        require_at_least_1(
+        require_at_least_1(  # None: no convolutional capsules
             conv_channels=conv_channels,
             conv_kernel=conv_kernel,
             conv_stride=conv_stride,
             primary_types=primary_types,
-            conv_types=conv_types,
-            conv_kernels=conv_kernels,
-            conv_strides=conv_strides,
+            primary_kernel=primary_kernel,
+            primary_stride=primary_stride,
+            conv_types=conv_types or None,
+            conv_kernels=conv_kernels or None,
+            conv_strides=conv_strides or None,
             pose_dim=pose_dim,
         )
         _check_lengths(conv_types, conv_kernels, conv_strides)
@@ -131,22 +141,33 @@ class MatrixCapsNet(nn.Module):
             None if conv_norm == "none" else ChannelNorm(conv_channels, norm=conv_norm, affine=True)
         )
         self.primary_caps = MatrixPrimaryCaps(
-            conv_channels, types=primary_types, pose_dim=pose_dim, norm=norm, initialisation=initialisation
+            conv_channels,
+            types=primary_types,
+            pose_dim=pose_dim,
+            kernel=primary_kernel,
+            stride=primary_stride,
+            norm=norm,
+            initialisation=initialisation,
         )
         self.routed_layers = [*(f"conv_caps_{number + 1}" for number in range(len(conv_types))), "class_caps"]
         grid = _first_grid(height, width, conv_kernel, conv_stride, padding)
+        grid = _primary_grid(grid, primary_kernel, primary_stride)
         windows = zip(conv_types, conv_kernels, conv_strides, strict=True)
         self.grid, types = self._add_conv_caps(grid, primary_types, windows, shared)
         """Positions of the last convolutional capsules."""
-        self.class_caps = SharedClassCaps(
-            self.grid,
-            types,
-            classes,
-            image_size=(height, width),
-            coordinates=coordinates,
-            coordinate_scale=coordinate_scale,
-            **shared,
-        )
+        self.class_caps: MatrixCaps
+        if share_positions:
+            self.class_caps = SharedClassCaps(
+                self.grid,
+                types,
+                classes,
+                image_size=(height, width),
+                coordinates=coordinates,
+                coordinate_scale=coordinate_scale,
+                **shared,
+            )
+        else:
+            self.class_caps = DenseCaps(self.grid.positions * types, classes, **shared)
         self.norms = nn.ModuleDict()
         if norm != "none":
             parents = zip(self.routed_layers, [*conv_types, classes], strict=True)
@@ -240,3 +261,11 @@ def _first_grid(height: int, width: int, kernel: int, stride: int, padding: Padd
             f"with padding {padding}, got {height}x{width}"
         )
     return grid
+
+
+def _primary_grid(grid: Grid, kernel: int, stride: int) -> Grid:
+    """Positions of the primary capsules on features with this grid."""
+    if min(grid.rows, grid.columns) < kernel:
+        refuse(f"primary_kernel must be <= the features' {grid.rows}x{grid.columns}, got {kernel}")
+        return grid
+    return grid.after_convolution((kernel, kernel), stride)

@@ -1,5 +1,6 @@
 """The steps of EM routing as tensor functions: coupling at the start, M-step, E-step."""
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -140,11 +141,38 @@ def e_step(
     precision = 0.5 * fitted.variance.reciprocal().unsqueeze(3)
     distance = torch.matmul(precision, fitted.squared.permute(0, 1, 3, 4, 2)).squeeze(3)  # [B, P, J, K]
     logits = (weight.unsqueeze(3) - distance).transpose(2, 3)
+    return shares_of(logits, fields, normalisation)
+
+
+def shares_of(
+    logits: Float[Tensor, "B P K J"],
+    fields: ReceptiveFields | None,
+    normalisation: Normalisation,
+    *,
+    outlier: int | float | None = None,
+) -> Float[Tensor, "B P K J"]:
+    """Densities, given as logarithms, divided by their sum over the parents that compete for a child.
+
+    Args:
+        logits: log densities of each child under each of its parents.
+        fields: windows; None where every parent sees every child.
+        normalisation: see `EMOptions`.
+        outlier: smallest divisor: a child that no parent explains keeps less than 1; None for none.
+    """
     if fields is None or normalisation == "types":
-        return logits.softmax(3)
+        if outlier is None:
+            return logits.softmax(3)
+        floor = logits.new_tensor(outlier).log()
+        return (logits - torch.maximum(logits.logsumexp(3, keepdim=True), floor)).exp()
     if normalisation == "paper":
-        shares = (logits - gather_windows(scatter_max(logits.amax(3), fields), fields).unsqueeze(3)).exp()
-        return shares / gather_windows(scatter_sum(shares.sum(3), fields), fields).unsqueeze(3)
+        top = scatter_max(logits.amax(3), fields)
+        if outlier is not None:
+            top = top.clamp_min(math.log(outlier))
+        shares = (logits - gather_windows(top, fields).unsqueeze(3)).exp()
+        total = scatter_sum(shares.sum(3), fields)
+        if outlier is not None:
+            total = torch.maximum(total, (math.log(outlier) - top).exp())
+        return shares / gather_windows(total, fields).unsqueeze(3)
     shares = (logits - gather_windows(scatter_max(logits, fields), fields)).exp()
     return shares / gather_windows(scatter_sum(shares, fields), fields)
 

@@ -1,11 +1,11 @@
 """Laws and numbers of Heinsen routing."""
 
 import itertools
-from wave import wave
 
 import pytest
 import torch
 from em_examples import DENSE, EVERY_LAYER, LAYERS, WINDOWS, assert_all_close, example, fields_of, seen_by
+from wave_numbers import wave
 
 from capsexp.capsules import ReceptiveFields
 from capsexp.routing.heinsen import HeinsenRouting, heinsen_routing

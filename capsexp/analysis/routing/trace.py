@@ -58,7 +58,7 @@ def routed_layers(model: nn.Module, layers: Mapping[str, Capsules | Routed]) -> 
             children = Capsules(below.poses, below.activations)
             routed.append(TracedLayer(name, layer.votes, layer.routing, children))
     if not routed:
-        raise UserError("this network has no capsules, so there is no routing to study")
+        raise UserError("this network routes no capsules, so there is no routing to study")
     return routed
 
 

@@ -21,10 +21,20 @@ def describe_data(dataset: Dataset, splits: Splits) -> list[str]:
     return [first, *dataset.notes()]
 
 
-def describe_network(state: State) -> str:
-    """Return the network, its number of parameters, and the step at which the run starts."""
+def describe_network(state: State, *, epochs: int | None) -> str:
+    """Return the network, its number of parameters, and the step at which the run starts.
+
+    Args:
+        state: of the run.
+        epochs: `trainer.max_epochs`.
+    """
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    start = f"resuming at step {state.step} of {state.total}" if state.step else f"{state.total} steps"
+    budget = state.budget
+    start = (
+        f"resuming at {budget.describe_place(state.step, state.seconds)}"
+        if state.step
+        else budget.describe(epochs)
+    )
     return f"{type(state.model).__name__} with {parameters:,} parameters; {start}"
 
 

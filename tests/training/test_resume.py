@@ -68,6 +68,13 @@ def test_every_option_survives_a_resume(overrides, tmp_path, kill_at, train_tiny
         ["model=cnn_sabour", "model.conv_channels=[4,4]", "model.hidden=[8,8]"],
         ["model=cluster_small", "trainer.ema_decay=0.9"],
         [
+            "model=efficient",
+            "model.conv_channels=[8,16]",
+            "model.conv_kernels=[3,3]",
+            "model.conv_strides=[1,2]",
+            "trainer.ema_decay=0.9",
+        ],
+        [
             "model=em_routing",
             "model.conv_types=[4]",
             "model.conv_kernels=[2]",
@@ -78,7 +85,12 @@ def test_every_option_survives_a_resume(overrides, tmp_path, kill_at, train_tiny
             "trainer.accumulate=3",
         ],
     ],
-    ids=["dropout", "cluster routing, stairs", "matrix capsules, a balanced start, ramps"],
+    ids=[
+        "dropout",
+        "cluster routing, stairs",
+        "batch normalisation, average",
+        "matrix capsules, a balanced start, ramps",
+    ],
 )
 def test_other_networks_resume_bit_for_bit(network, tmp_path, kill_at, tiny_overrides, assert_same_run):
     from capsexp.config.build import build_components

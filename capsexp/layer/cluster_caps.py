@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsexp.errors import refuse, require_at_least_1, require_not_negative, require_positive, stop_if_refused
-from capsexp.ops.moments import mean_and_variance
+from capsexp.ops.mean_variance import mean_and_variance
 
 KERNEL = 3
 """Side of the kernels that make the votes, in places of the map."""

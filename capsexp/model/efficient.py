@@ -30,8 +30,8 @@ class EfficientCapsNet(nn.Module):
     Differs from it in: the decoder of every dataset is the fully connected one, whose target is the image in
     [0, 1]; the authors' target on smallNORB is the standardised image, which a sigmoid cannot reach. What we
     found no source for is ours: each convolution is followed by the activation and then the normalisation,
-    with PyTorch's epsilon and momentum; kernels start from He's normal, and the matrices with a standard
-    deviation of sqrt(2 / pose size of a child).
+    with PyTorch's epsilon and momentum; kernels start from He's normal. So do the matrices, with the fan-in of
+    a kernel [I, K, J, D], which is I K J: their standard deviation is 0.04 on MNIST.
 
     The batch normalisation sees the images of a step, or those of a piece with `trainer.accumulate`.
 
@@ -138,7 +138,8 @@ class EfficientCapsNet(nn.Module):
                     nn.init.zeros_(parameter)
                 elif norm_start == "official":
                     nn.init.uniform_(parameter, -0.05, 0.05)
-        nn.init.normal_(self.class_caps.weight, std=math.sqrt(2 / self.primary_caps.dim))
+        weight = self.class_caps.weight
+        nn.init.normal_(weight, std=math.sqrt(2 / math.prod(weight.shape[:3])))
 
 
 def _convolutions(

@@ -1,8 +1,7 @@
-from wave import wave
-
 import pytest
 import torch
 import torch.nn.functional as F
+from wave_numbers import wave
 
 from capsexp.layer.cluster_caps import ClusterCaps, cluster_routing
 

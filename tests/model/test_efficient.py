@@ -107,7 +107,7 @@ def test_normalisation_follows_the_activation():
 
 def test_matrices_and_kernels_start_from_hes_normal():
     net = network("model=efficient", NO_DECODER, image_shape=MNIST)
-    assert net.class_caps.weight.std().item() == pytest.approx((2 / 8) ** 0.5, rel=0.02)
+    assert net.class_caps.weight.std().item() == pytest.approx((2 / (16 * 8 * 10)) ** 0.5, rel=0.02)
     assert net.convs[3].weight.std().item() == pytest.approx((2 / (32 * 9)) ** 0.5, rel=0.02)
     assert not net.convs[3].bias.any()
     assert not net.class_caps.routing.bias.any()

@@ -1,8 +1,8 @@
 import math
-from wave import wave
 
 import pytest
 import torch
+from wave_numbers import wave
 
 from capsexp.ops.squash import exponential_squash
 from capsexp.routing.self_attention import SelfAttentionRouting, self_attention_routing

@@ -84,12 +84,20 @@ def test_every_option_survives_a_resume(overrides, tmp_path, kill_at, train_tiny
             "trainer.ema_decay=0.9",
             "trainer.accumulate=3",
         ],
+        [
+            "model=vb",
+            "model.conv_types=[4]",
+            "model.conv_kernels=[2]",
+            "model.conv_strides=[1]",
+            "trainer.ema_decay=0.9",
+        ],
     ],
     ids=[
         "dropout",
         "cluster routing, stairs",
         "batch normalisation, average",
         "matrix capsules, a balanced start, ramps",
+        "running means of capsule norms, a gain",
     ],
 )
 def test_other_networks_resume_bit_for_bit(network, tmp_path, kill_at, tiny_overrides, assert_same_run):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from capsexp.ops.moments import mean_and_variance
+from capsexp.ops.mean_variance import mean_and_variance
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 2, 1, 3), (2, 1, 2, 3, 4, 2)])

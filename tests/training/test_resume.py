@@ -120,6 +120,16 @@ def test_every_option_survives_a_resume(overrides, tmp_path, kill_at, train_tiny
             ],
             id="concurrent",
         ),
+        pytest.param(
+            [
+                "model=efficient",
+                "model.conv_channels=[8,16]",
+                "model.conv_kernels=[3,3]",
+                "model.conv_strides=[1,2]",
+                "trainer.ema_decay=0.9",
+            ],
+            id="self-attention, batch normalization",
+        ),
     ],
 )
 def test_other_networks_resume_bit_for_bit(network, tmp_path, kill_at, tiny_overrides, assert_same_run):

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from capsexp.capsules import Batch
 from capsexp.data.batches import Batches
 from capsexp.schedule import Step
 from capsexp.training.metrics import Loss, accuracies, autocast, batch_metrics, pool_crops
 from capsexp.training.parallel import SINGLE, ProcessGroup
+from capsexp.training.tally import Tally
 
 
 @contextmanager
@@ -35,6 +36,7 @@ def evaluate(
     precision: torch.dtype = torch.float32,
     at_batch: Callable[[], None] = lambda: None,
     processes: ProcessGroup = SINGLE,
+    tally: Tally | None = None,
 ) -> dict[str, float]:
     """Average the metrics over all images of a split, and over the crops of each if there are several.
 
@@ -46,6 +48,7 @@ def evaluate(
         precision: of autocast; float32 for none.
         at_batch: called before each batch; may raise to stop the evaluation.
         processes: share the images of each batch.
+        tally: counts the images by class and predicted class.
 
     Returns:
         The metrics of `batch_metrics`. With several crops the predicted classes of an image are those of all
@@ -59,17 +62,22 @@ def evaluate(
             size = len(views[0].labels)
             slices = [processes.slice_of(view) for view in views]
             _, share = slices[0]
-            metrics = _view_metrics([view for view, _ in slices], model, loss, step, precision)
+            metrics, scores = _view_metrics([view for view, _ in slices], model, loss, step, precision)
+            if tally is not None:
+                own = slices[0][0]
+                tally.add(own, scores, weight=share * size / len(own.labels))
             for name, value in metrics.items():
                 sums[name] += value * (share * size)
             count += size
+    if tally is not None:
+        tally.sum_over(processes)
     return {name: total / count for name, total in processes.sum(sums).items()}
 
 
 def _view_metrics(
     views: Sequence[Batch], model: nn.Module, loss: Loss, step: Step, precision: torch.dtype
-) -> dict[str, float]:
-    """Return the metrics of one batch: means over its crops, and the accuracy of all crops together."""
+) -> tuple[dict[str, float], Tensor]:
+    """Return the metrics of one batch, means over its crops, and the scores of all crops together."""
     metrics: dict[str, float] = defaultdict(float)
     probabilities = []
     for view in views:
@@ -79,7 +87,9 @@ def _view_metrics(
         probabilities.append(output.probabilities.float())
         for name, value in batch_metrics(output, view, terms).items():
             metrics[name] += value / len(views)
-    if len(views) > 1:
-        pooled = accuracies(pool_crops(probabilities), views[0].labels)
-        metrics.update({name: value.item() for name, value in pooled.items()})
-    return metrics
+    if len(views) == 1:
+        return metrics, output.scores
+    scores = pool_crops(probabilities)
+    pooled = accuracies(scores, views[0].labels)
+    metrics.update({name: value.item() for name, value in pooled.items()})
+    return metrics, scores

@@ -7,10 +7,11 @@ command.txt   env.json  dirty.patch  the command; versions, commit, machine; unc
 status.json                          running | completed | failed | interrupted, step, total, heartbeat, best,
                                      steps_per_epoch, seconds of work, results or error,
                                      choices (option of each config group),
-                                     stopped (if an accuracy ended the training: which one, on which images)
+                                     stopped (if an accuracy ended the training: which one, on which images),
+                                     costs (of the network: capsexp.training.costs)
+test_errors.json   validation_errors.json   errors by class and by group: capsexp.training.tally
 metrics.jsonl   train.log   tb/      metrics in full precision; the log; TensorBoard
-figures/                             plots and image grids: NAME.png
-checkpoints/                         see capsexp.training.checkpoint
+figures/   checkpoints/              plots and image grids: NAME.png; see capsexp.training.checkpoint
 
 Nothing is written through a link: `locked` and `require_own` check the names above (see capsexp.files).
 """
@@ -45,11 +46,11 @@ FOLDERS = (".hydra", "checkpoints", "figures", "predictions", "studies", "tb")
 APPENDED = (LOCK, "evaluations.jsonl", "metrics.jsonl", "stdout.log", "train.log")
 REPLACED = (
     *("command.txt", "data.json", "dirty.patch", "env.json", "non_finite.json", "profile.txt"),
-    *("resolved_config.yaml", "status.json", "trace.json"),
+    *("resolved_config.yaml", "status.json", "test_errors.json", "trace.json", "validation_errors.json"),
 )
 LARGEST_STATUS = 16 * 2**20  # bytes
 LONGEST = 1e12  # seconds; a larger number in a file is damage
-CARRIED_OVER = ("started", "resumes", "step", "total", "steps_per_epoch", "best")
+CARRIED_OVER = ("started", "resumes", "step", "total", "steps_per_epoch", "best", "costs")
 """Fields of status.json that a resumed run starts with."""
 HEARTBEAT_SECONDS = 5
 

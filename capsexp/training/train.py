@@ -14,10 +14,12 @@ from capsexp.data.batches import Batches
 from capsexp.routing import advance
 from capsexp.schedule import Step
 from capsexp.training import checkpoint
-from capsexp.training.early_stop import caveats, describe_end
+from capsexp.training.costs import note_network, note_peak
+from capsexp.training.early_stop import describe_end
 from capsexp.training.evaluate import evaluate
 from capsexp.training.gradients import accumulate_gradients, gradient_norm
-from capsexp.training.introduction import describe_data, describe_network
+from capsexp.training.introduction import first_lines
+from capsexp.training.metrics import prefixed, sentence
 from capsexp.training.non_finite import refuse_non_finite
 from capsexp.training.parallel import SINGLE, ProcessGroup
 from capsexp.training.profiler import profiler
@@ -31,6 +33,7 @@ from capsexp.training.splits import Splits, read_splits, require_same_images
 from capsexp.training.start import resume_state, start_state
 from capsexp.training.state import State, random_state
 from capsexp.training.stop_signal import StopSignal
+from capsexp.training.tally import Tally, new_tally, report_test, report_validation
 
 
 def train(
@@ -122,9 +125,8 @@ class Training:
         if saved is not None and process_count(saved) != size:
             change = f"was {process_count(saved)}, is {size}"
             report(f"number of processes: {change}; the run resumes, but not bit for bit")
-        components, splits = self.components, self.splits
-        lines = [*describe_data(components.dataset, splits), describe_network(self.state)]
-        for line in [*lines, *components.caveats(), *caveats(splits.familiar)]:
+        costs = note_network(self.run, self.components)
+        for line in first_lines(self.components, self.splits, self.state, costs):
             report(line)
 
     def fit(self) -> None:
@@ -177,7 +179,7 @@ class Training:
         )
         if logged:
             schedule = {"learning_rate": learning_rate, **loss.scheduled(step), **scheduled}
-            values = {**_prefixed("train", metrics), **_prefixed("schedule", schedule)}
+            values = {**prefixed("train", metrics), **prefixed("schedule", schedule)}
             self.record.log_metrics(state.step, values, epoch=epoch)
             self.record.log_timing(state.step, {"images_per_second": self.reporter.images_per_second})
 
@@ -185,8 +187,9 @@ class Training:
         """Evaluate at the end of an epoch, and decide whether an accuracy ends the training."""
         state, settings, splits = self.state, self.settings, self.splits
         metrics: dict[str, float] = {}
+        tally = new_tally(self.components, "validation")
         if splits.validation is not None:
-            metrics |= self._evaluate(splits.validation, "validation", state.position)
+            metrics |= self._evaluate(splits.validation, "validation", state.position, tally)
         if splits.familiar is not None:
             familiar = self._evaluate(splits.familiar, "familiar", state.position)
             metrics["familiar/accuracy"] = familiar["familiar/accuracy"]
@@ -197,8 +200,9 @@ class Training:
         stopped = self.processes.broadcast(lambda: settings.check_stop(metrics, state.step))
         if stopped is not None:
             state.note_stop(stopped, metrics)
+        report_validation(self.run, tally, state, self.components)
         self.run.update_status("running", step=state.step, best=state.best)
-        self.reporter.print(f"epoch {epoch}: {_sentence(metrics)}")
+        self.reporter.print(f"epoch {epoch}: {sentence(metrics)}")
         if epoch % settings.images_every == 0 or last or stopped is not None:
             self._log_reconstructions()
 
@@ -220,12 +224,14 @@ class Training:
             if self.processes.is_main:
                 keep_fingerprints(self.run.path, self.components.dataset, report=self.reporter.print)
             batches = self.components.batches(split, limit=settings.limit_eval_batches)
-            results |= self._evaluate(batches, "test", position)
-            self.reporter.print(f"test split, {batches.visited} images: {_sentence(results)}")
+            tally = new_tally(self.components, "test")
+            results |= self._evaluate(batches, "test", position, tally)
+            report_test(self.run, tally, position, self.components)
+            self.reporter.print(f"test split, {batches.visited} images: {sentence(results)}")
         self.record.log_metrics(state.step, results, epoch=state.epoch)
-        self.run.update_status(
-            "completed", step=state.step, results=results, stopped=state.stopped, exit_code=0
-        )
+        note_peak(self.run, self.components)
+        ending = {"results": results, "stopped": state.stopped, "exit_code": 0}
+        self.run.update_status("completed", step=state.step, **ending)
         return results
 
     def _restore_tested_weights(self) -> Step:
@@ -245,7 +251,9 @@ class Training:
         metrics = self._evaluate(self.splits.familiar, "familiar", position)
         return {"familiar/accuracy": metrics["familiar/accuracy"]}
 
-    def _evaluate(self, batches: Batches, split: str, position: Step) -> dict[str, float]:
+    def _evaluate(
+        self, batches: Batches, split: str, position: Step, tally: Tally | None = None
+    ) -> dict[str, float]:
         """Return the metrics of a split, with its name as a prefix, with every schedule at a position."""
         advance(self.evaluated_model, position)
         metrics = evaluate(
@@ -256,8 +264,9 @@ class Training:
             precision=self.settings.precision,
             processes=self.processes,
             at_batch=self._stop_if_asked,
+            tally=tally,
         )
-        return _prefixed(split, metrics)
+        return prefixed(split, metrics)
 
     def _log_reconstructions(self) -> None:
         # Not the compiled network: another batch size would compile it once more.
@@ -289,11 +298,3 @@ class Training:
             if not self.testing:
                 self._save()
             self.stop.end(self.state.step, self.run.path)
-
-
-def _prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
-    return {f"{prefix}/{name}": value for name, value in values.items()}
-
-
-def _sentence(values: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.count("/") < 2)

@@ -1,7 +1,6 @@
-from wave_numbers import wave
-
 import pytest
 import torch
+from wave_numbers import wave
 
 from capsexp.capsules import Batch, Capsules, Routed
 from capsexp.config.build import build

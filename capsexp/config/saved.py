@@ -58,6 +58,7 @@ ADDED_KEYS: dict[
         "primary_stride": 1,
         "share_positions": True,
     },
+    "capsexp.training.trainer.Trainer": {"max_seconds": None},
 }
 
 
@@ -157,7 +158,7 @@ def _with_renamed_targets(node: Any, depth: int = 0) -> Any:
     for old, new in RENAMED_TARGETS.items():
         if isinstance(target, str) and target.startswith(old):
             node["_target_"] = new + target.removeprefix(old)
-    for key, added in ADDED_KEYS.get(str(target), {}).items():
+    for key, added in ADDED_KEYS.get(str(node.get("_target_")), {}).items():
         node.setdefault(key, added)
     return node
 

@@ -93,9 +93,8 @@ class CapsNet(nn.Module):
         require_literal(Initialisation, initialisation=initialisation)
         require_literal(Transformation, transformation=transformation)
         if transformation == "elementwise" and primary_dim != class_dim:
-            refuse(
-                f"transformation elementwise needs class_dim = primary_dim, got {class_dim}, {primary_dim}"
-            )
+            got = f"{class_dim} and {primary_dim}"
+            refuse(f"transformation elementwise needs class_dim = primary_dim, got {got}")
         stop_if_refused()
         self.decode: Decode | int = decode
         self.primary_caps = PrimaryCaps(

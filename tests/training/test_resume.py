@@ -12,6 +12,7 @@ import torch
 from capsexp.errors import UserError
 from capsexp.schedule import Step
 from capsexp.training import checkpoint
+from capsexp.training.budget import Budget
 from capsexp.training.run_dir import RunDir
 from capsexp.training.saved_state import saved_position
 from capsexp.training.state import State
@@ -119,6 +120,16 @@ def test_every_option_survives_a_resume(overrides, tmp_path, kill_at, train_tiny
             ],
             id="concurrent",
         ),
+        pytest.param(
+            [
+                "model=efficient",
+                "model.conv_channels=[8,16]",
+                "model.conv_kernels=[3,3]",
+                "model.conv_strides=[1,2]",
+                "trainer.ema_decay=0.9",
+            ],
+            id="self-attention, batch normalization",
+        ),
     ],
 )
 def test_other_networks_resume_bit_for_bit(network, tmp_path, kill_at, tiny_overrides, assert_same_run):
@@ -192,7 +203,7 @@ def test_a_checkpoint_has_the_length_of_the_run_with_its_last_config(
 def test_an_older_checkpoint_without_the_length_of_its_run_resumes(tiny_components):
     components = tiny_components()
     model = components.new_model()
-    state = State(model, components.new_optimizer(model.parameters(), lr=0.1), None, total=9)
+    state = State(model, components.new_optimizer(model.parameters(), lr=0.1), None, budget=Budget(9))
     state.step = 4
     saved = state.state_dict([{"random": torch.get_rng_state(), "random_cuda": []}])
     assert saved_position(saved) == Step(4, 9)

@@ -78,6 +78,18 @@ def test_every_option_survives_a_resume(overrides, tmp_path, kill_at, train_tiny
             "trainer.accumulate=3",
         ],
         [
+            "model=trunk_caps",
+            "model.channels=[4,4]",
+            "model.strides=[1,2]",
+            "model.primary_types=2",
+            "model.dense_types=[3]",
+            "model.initialisation=orthogonal",
+            "model.norm=batch",
+            "routing.beta_start=0.5",
+            "trainer.ema_decay=0.9",
+        ],
+        ["model=pool", "model.channels=[4,4]", "model.strides=[1,2]", "trainer.accumulate=2"],
+        [
             "model=vb",
             "model.conv_types=[4]",
             "model.conv_kernels=[2]",
@@ -89,6 +101,8 @@ def test_every_option_survives_a_resume(overrides, tmp_path, kill_at, train_tiny
         "dropout",
         "cluster routing, stairs",
         "matrix capsules, a balanced start, ramps",
+        "Heinsen routing, running means of the trunk",
+        "the trunk alone",
         "running means of capsule norms, a gain",
     ],
 )

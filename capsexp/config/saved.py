@@ -45,6 +45,7 @@ RENAMED_VALUES = {  # by the new name of the key
 ADDED_KEYS: dict[
     str, dict[str, Any]
 ] = {  # by class: keys that configs of earlier versions lack, with the values of conf/
+    "capsexp.data.preprocess.Preprocess": {"shift_fill": "zeros"},
     "capsexp.dataset.image_folder.ImageFolder": {"background": "auto", "white_level": None},
     "capsexp.model.em_routing.MatrixCapsNet": {
         "initialisation": "identity",

@@ -47,6 +47,7 @@ ADDED_KEYS: dict[
 ] = {  # by class: keys that configs of earlier versions lack, with the values of conf/
     "capsexp.data.preprocess.Preprocess": {"shift_fill": "zeros"},
     "capsexp.dataset.image_folder.ImageFolder": {"background": "auto", "white_level": None},
+    "capsexp.model.dynamic_routing.CapsNet": {"transformation": "matrix"},
     "capsexp.model.em_routing.MatrixCapsNet": {
         "initialisation": "identity",
         "vote_bias": False,

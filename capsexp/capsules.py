@@ -58,15 +58,18 @@ class Routed(NamedTuple):
     """
     fields: ReceptiveFields | None = None
     """None where every parent sees every child."""
+    scores: Float[Tensor, "B J"] | None = None
+    """Unbounded scores of the output capsules, for a cross-entropy; activations = sigmoid(scores). None for a
+    routing whose activations are no function of a score."""
 
 
 class Output(NamedTuple):
     """What a network returns. Studies read the layers from here, so no hooks are needed."""
 
     scores: Float[Tensor, "B J"]
-    """Input of the loss: lengths or activations of the class capsules, or logits of a CNN."""
+    """Input of the loss: lengths, activations or scores of the class capsules, or logits of a CNN."""
     probabilities: Float[Tensor, "B J"]
-    """Per class, in [0, 1]. Those of capsules are independent: they need not add up to 1."""
+    """Per class, in [0, 1]. Lengths and activations are independent: they need not add up to 1."""
     layers: dict[str, Capsules | Routed] = {}  # noqa: RUF012 - never written to
     """The capsules of every layer, by its name, from the primary to the class capsules."""
     reconstruction: Float[Tensor, "B *T C H W"] | None = None

@@ -5,7 +5,7 @@ reconstruction, a margin, an inverse temperature. A schedule keeps no state, so 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from capsexp.errors import (
@@ -71,6 +71,27 @@ class Exponential:
     def __call__(self, step: Step) -> int | float:
         """Value at a step."""
         return max(self.minimum, self.start * self.decay ** (step.number / self.every))
+
+
+class Stairs:
+    """`start`, times `factor` from each of the points `at` on: constant between them.
+
+    Args:
+        start: value at step 0.
+        factor: > 0; 0.1 divides the value by 10 at each point.
+        at: points in ascending order: all steps, or all fractions of the run, as `steps` of `Linear`.
+    """
+
+    def __init__(self, *, start: int | float, factor: int | float, at: Sequence[int | float]) -> None:
+        require_finite(start=start)
+        require_positive(factor=factor)
+        self.start, self.factor, self.at = start, factor, [_ramp_length(point, name="at") for point in at]
+        if list(at) != sorted(at) or len({type(point) for point in at}) > 1:
+            refuse(f"at must be steps, or fractions of the run, in ascending order, got {list(at)}")
+
+    def __call__(self, step: Step) -> int | float:
+        """Value at a step."""
+        return self.start * self.factor ** sum(_ramp(step, point) >= 1 for point in self.at)
 
 
 class Linear:
@@ -197,9 +218,9 @@ def _value_at(schedule: Schedule, step: Step) -> Any:
         return None
 
 
-def _ramp_length(steps: int | float) -> int | float:
+def _ramp_length(steps: int | float, *, name: str = "steps") -> int | float:
     if isinstance(steps, bool) or not steps > 0 or (isinstance(steps, float) and steps > 1):
-        refuse(f"steps must be an integer >= 1 (steps) or a fraction in (0, 1] of the run, got {steps}")
+        refuse(f"{name} must be an integer >= 1 (steps) or a fraction in (0, 1] of the run, got {steps}")
     return steps
 
 

@@ -11,6 +11,7 @@ from capsexp.schedule import (
     Linear,
     Saturating,
     Sigmoid,
+    Stairs,
     Step,
     Warmup,
     as_schedule,
@@ -86,6 +87,36 @@ def test_saturating_has_the_inverse_temperatures_of_the_authors(number, value):
 
 def test_saturating_without_decay_is_constant():
     assert Saturating(limit=0.5, decay=0)(Step(0, 1)) == Saturating(limit=0.5, decay=0)(Step(9, 1)) == 0.5
+
+
+@pytest.mark.parametrize(("at", "total"), [([10, 30], 7), ([0.25, 0.75], 40)], ids=["steps", "shares"])
+def test_stairs_apply_the_factor_from_each_point_on(at, total):
+    rate = Stairs(start=2.0, factor=0.1, at=at)
+    expected = {0: 2.0, 9: 2.0, 10: 0.2, 29: 0.2, 30: 0.02, 10**6: 0.02}
+    assert {number: rate(Step(number, total)) for number in expected} == pytest.approx(expected)
+
+
+def test_stairs_without_a_point_are_constant():
+    assert Stairs(start=2.0, factor=0.1, at=[])(Step(9, 10)) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"factor": 0}, "factor must be > 0, got 0"),
+        ({"start": math.nan}, "start must be finite, got nan"),
+        (
+            {"at": [0.5, 1.5]},
+            r"at must be an integer >= 1 \(steps\) or a fraction in \(0, 1\] of the run, got 1.5",
+        ),
+        ({"at": [20, 10]}, r"at must be steps, or fractions of the run, in ascending order, got \[20, 10\]"),
+        ({"at": [10, 0.5]}, r"in ascending order, got \[10, 0.5\]"),
+        ({"at": [1, 0.5]}, r"in ascending order, got \[1, 0.5\]"),
+    ],
+)
+def test_stairs_refuse_wrong_settings(change, message):
+    with pytest.raises(ValueError, match=message):
+        Stairs(**{"start": 1.0, "factor": 0.1, "at": [0.5]} | change)
 
 
 @pytest.mark.parametrize("ramp", [*RAMPS, Sigmoid])

@@ -42,11 +42,21 @@ RENAMED_VALUES = {  # by the new name of the key
     "dataset.preprocess.contrast_mean": {"picture": "image"},
     "dataset.source.preprocess.contrast_mean": {"picture": "image"},
 }
-ADDED_KEYS: dict[
-    str, dict[str, Any]
-] = {  # by class: keys that configs of earlier versions lack, with the values of conf/
+# By class: keys that configs of earlier versions lack, with the values of conf/.
+ADDED_KEYS: dict[str, dict[str, Any]] = {
     "capsexp.dataset.image_folder.ImageFolder": {"background": "auto", "white_level": None},
     "capsexp.training.trainer.Trainer": {"max_seconds": None},
+    "capsexp.model.em_routing.MatrixCapsNet": {
+        "initialisation": "identity",
+        "vote_bias": False,
+        "norm": "none",
+        "conv_norm": "none",
+        "loss_input": "scores",
+        "score_gain": None,
+        "primary_kernel": 1,
+        "primary_stride": 1,
+        "share_positions": True,
+    },
 }
 
 

@@ -29,14 +29,21 @@ def uniform_per_image(
 
 
 def standardise(
-    pixels: Float[Tensor, "B C h w"], whole: Float[Tensor, "B C H W"]
+    pixels: Float[Tensor, "B C h w"], whole: Float[Tensor, "B C H W"], *, each_channel: bool = False
 ) -> Float[Tensor, "B C h w"]:
-    """Subtract the mean of the whole images from their windows and divide by their standard deviation."""
-    mean = whole.mean(dim=(1, 2, 3), keepdim=True)
+    """Subtract the mean of the whole images from their windows and divide by their standard deviation.
+
+    Args:
+        pixels: the windows.
+        whole: the images.
+        each_channel: mean and deviation of each channel by itself, instead of over all channels.
+    """
+    axes = (2, 3) if each_channel else (1, 2, 3)
+    mean = whole.mean(dim=axes, keepdim=True)
     # torch.std_mean is ten times slower here.
-    deviation = (whole - mean).square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    deviation = (whole - mean).square().mean(dim=axes, keepdim=True).sqrt()
     # Keeps a constant image finite. The same floor as on the scale 0 … 255.
-    floor = 1 / (255 * whole[0].numel() ** 0.5)
+    floor = 1 / (255 * (whole[0].numel() // deviation[0].numel()) ** 0.5)
     return (pixels - mean) / deviation.clamp_min(floor)
 
 

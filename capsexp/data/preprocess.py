@@ -40,7 +40,7 @@ LARGEST_BRIGHTNESS = 10
 EXACT_FLOATS = (torch.float16, torch.float32, torch.float64)
 """Float dtypes that represent all bytes divided by 255 as different numbers; bfloat16 does not."""
 
-Standardise = Literal["first", "last"]
+Standardise = Literal["first", "last", "camera"]
 ContrastMean = Literal["window", "image"]
 
 
@@ -75,7 +75,8 @@ class Preprocess:
         standardise: scales each image to mean 0 and standard deviation 1 over all its channels. The deviation
             is clamped to at least 1 / sqrt(numbers in the image), on the scale 0 … 255. `last` does it to the
             window, as the last step. That undoes brightness; it undoes contrast too for one channel, nearly
-            for several. `first` uses mean and deviation of the whole image, before everything else.
+            for several. `camera` does the same to each channel by itself. `first` uses mean and deviation of
+            the whole image, before everything else.
         test_crops: windows that `test_views` returns: 1, the center; or 13, which adds the center moved by
             1, 2 and 3 pixels along both diagonals (the code of Hinton et al. 2018).
 
@@ -197,7 +198,9 @@ class Preprocess:
             pixels, whole = standardise(pixels, whole), standardise(whole, whole)
         if generator is not None:
             pixels = self._random_photometry(pixels, whole, generator)
-        return standardise(pixels, pixels) if self.standardise == "last" else pixels
+        if self.standardise in ("last", "camera"):
+            return standardise(pixels, pixels, each_channel=self.standardise == "camera")
+        return pixels
 
     def _random_photometry(
         self, pixels: Float[Tensor, "B C h w"], whole: Float[Tensor, "B C H W"], generator: torch.Generator

@@ -1,5 +1,6 @@
 """Fully connected capsules: every input capsule votes for every output capsule."""
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -26,7 +27,8 @@ class ClassCaps(RoutedLayer):
         in_caps, in_dim: number and pose size of the input capsules (I, K).
         out_caps, out_dim: of the output capsules (J, D).
         shared_transformations: one matrix W_j per output capsule for all input capsules, instead of W_ij.
-        routing: builds the routing from (in_caps, out_caps, pose_dim), see `capsexp.routing.Routing`.
+        routing: builds the routing from (in_caps, out_caps, pose_dim), see `capsexp.routing.Routing`; it also
+            gets K if it has an argument `in_dim`.
         votes_mib: memory for votes in MiB, beyond which the batch is routed in chunks; None: by device.
     Raises:
         ValueError: a number < 1, votes_mib <= 0.
@@ -59,7 +61,7 @@ class ClassCaps(RoutedLayer):
         # that sum is I times theirs, which gives the same std. On MNIST the capsules of a type are alike from
         # place to place: the s_j start 3 to 4.5 times as long as the u_i, far from where squash saturates.
         nn.init.normal_(self.weight, std=out_caps / math.sqrt(in_caps * out_dim))
-        self.routing = routing(in_caps, out_caps, out_dim)
+        self.routing = routing(in_caps, out_caps, out_dim, **_pose_size(routing, in_dim))
 
     def votes(self, poses: Float[Tensor, "B I K"]) -> Float[Tensor, "B I J D"]:
         """û_j|i of every child."""
@@ -82,6 +84,11 @@ class ClassCaps(RoutedLayer):
     def _matrices(self) -> Float[Tensor, "I K J D"]:
         """W_ij of every pair; shared ones are a view that repeats them."""
         return self.weight.expand(self.in_caps, -1, -1, -1)
+
+
+def _pose_size(routing: Callable[..., nn.Module], in_dim: int) -> dict[str, int]:
+    """The size of the children's poses, for a routing that has an argument for it."""
+    return {"in_dim": in_dim} if "in_dim" in inspect.signature(routing).parameters else {}
 
 
 class UnroutedClassCaps(nn.Module):

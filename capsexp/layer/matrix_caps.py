@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from capsexp.capsules import ReceptiveFields
 from capsexp.errors import refuse, require_literal
+from capsexp.layer.matrix_start import Initialisation, Pose, matrix_side, start_matrices
 from capsexp.layer.routed import RoutedLayer, require_factory
 from capsexp.ops.receptive_fields import Grid, gather_windows, receptive_fields
 from capsexp.ops.votes import MatrixVotes, window_votes
 
-Pose = Literal["matrix", "vector"]
 Coordinates = Literal["paper", "official"]
 
 
@@ -26,8 +26,10 @@ class MatrixCapsOptions(TypedDict):
     pose_dim: int
     pose: Pose
     shared_transformations: bool
+    initialisation: Initialisation
     init_identity: int | float
     init_noise: int | float
+    vote_bias: bool
     routing: Callable[..., nn.Module]
     votes_mib: int | float | None
 
@@ -41,10 +43,12 @@ class MatrixCaps(RoutedLayer):
         pose: "matrix": a pose is n x n, and so are the W_ij; "vector": W_ij is pose_dim x pose_dim (the
             paper's comparison, Table 1).
         places: children of a parent that have matrices of their own.
+        window: positions of a parent's window; 1 where every parent sees every child.
         repeats: how many times such children follow each other, with the same matrices.
         types: parent types.
         shared_transformations: one W_j per parent type for all children, instead of W_ij.
-        init_identity, init_noise: W_ij starts as init_identity * I + init_noise * N(0, 1).
+        initialisation, init_identity, init_noise: see `start_matrices`.
+        vote_bias: learn a bias per matrix and number of the pose, from 0, added to the votes (Heinsen 2019).
         routing: routes the votes.
         votes_mib, votes_per_image: see `RoutedLayer`.
     Raises: ValueError: an unknown option, a pose_dim that is no square for matrices, votes_mib <= 0.
@@ -60,11 +64,14 @@ class MatrixCaps(RoutedLayer):
         pose_dim: int,
         pose: Pose,
         places: int,
+        window: int,
         repeats: int,
         types: int,
         shared_transformations: bool,
+        initialisation: Initialisation,
         init_identity: int | float,
         init_noise: int | float,
+        vote_bias: bool,
         routing: nn.Module,
         votes_mib: int | float | None,
         votes_per_image: int,
@@ -75,8 +82,19 @@ class MatrixCaps(RoutedLayer):
         side = matrix_side(pose_dim, pose)
         self.places = places
         own = 1 if shared_transformations else places
-        start = init_identity * torch.eye(side) + init_noise * torch.randn(own, types, side, side)
+        start = start_matrices(
+            initialisation,
+            matrices=own,
+            types=types,
+            side=side,
+            pose_dim=pose_dim,
+            places=places,
+            window=window,
+            init_identity=init_identity,
+            init_noise=init_noise,
+        )
         self.weight = nn.Parameter(start)  # W_ij, or W_j
+        self.bias = nn.Parameter(torch.zeros(own, types, pose_dim)) if vote_bias else None  # B_ij, or B_j
         self.routing = routing
         self.register_buffer(
             "matrices", torch.arange(places).remainder(own).repeat(repeats), persistent=False
@@ -85,6 +103,12 @@ class MatrixCaps(RoutedLayer):
     @abstractmethod
     def lazy_votes(self, poses: Float[Tensor, "B I D"]) -> MatrixVotes:
         """The votes before they are computed."""
+
+    def fused_reason(self) -> str | None:
+        """Why this layer takes the reference path; None where it takes the fused one. See `FusedRouting`."""
+        if self.bias is not None and not getattr(self.routing, "fused_bias", False):
+            return f"there is no fused {type(self.routing).__name__} for votes with a bias"
+        return super().fused_reason()
 
     def extra_repr(self) -> str:
         """The sizes of the layer."""
@@ -95,6 +119,11 @@ class MatrixCaps(RoutedLayer):
     def _matrices_of_places(self) -> Float[Tensor, "K J n n"]:
         """W_ij of the child at every place; shared ones are a view that repeats them."""
         return self.weight.expand(self.places, -1, -1, -1)
+
+    def _votes_of_windows(self, children: Float[Tensor, "B P K D"]) -> Float[Tensor, "B P K J D"]:
+        """V_ij of the child at each place of each window: the product, and the bias if there is one."""
+        votes = window_votes(children, self._matrices_of_places())
+        return votes if self.bias is None else votes + self.bias
 
 
 class ConvCaps(MatrixCaps):
@@ -108,7 +137,8 @@ class ConvCaps(MatrixCaps):
         types: parent types.
         kernel, stride: K and the stride of the windows, without padding.
         routing: builds the routing from (in_caps, out_caps, pose_dim, fields), with the types as out_caps.
-        pose_dim, pose, shared_transformations, init_identity, init_noise, votes_mib: see `MatrixCaps`.
+        pose_dim, pose, shared_transformations, votes_mib: see `MatrixCaps`.
+        initialisation, init_identity, init_noise, vote_bias: see `MatrixCaps`.
     Raises: ValueError: a routing that does not route windows; see `MatrixCaps`.
     """
 
@@ -126,8 +156,10 @@ class ConvCaps(MatrixCaps):
         pose_dim: int = 16,
         pose: Pose = "matrix",
         shared_transformations: bool = False,
+        initialisation: Initialisation = "identity",
         init_identity: int | float = 1.0,
         init_noise: int | float = 0.03,
+        vote_bias: bool = False,
         votes_mib: int | float | None = None,
     ) -> None:
         require_factory(routing)
@@ -140,11 +172,14 @@ class ConvCaps(MatrixCaps):
             pose_dim=pose_dim,
             pose=pose,
             places=fields.children.shape[1],
+            window=window[0] * window[1],
             repeats=1,
             types=types,
             shared_transformations=shared_transformations,
+            initialisation=initialisation,
             init_identity=init_identity,
             init_noise=init_noise,
+            vote_bias=vote_bias,
             routing=routing(fields.in_caps, types, pose_dim, fields),
             votes_mib=votes_mib,
             votes_per_image=fields.children.numel() * types * pose_dim,
@@ -155,11 +190,11 @@ class ConvCaps(MatrixCaps):
 
     def votes(self, poses: Float[Tensor, "B I D"]) -> Float[Tensor, "B P K J D"]:
         """V_ij of the child at each place of each window."""
-        return window_votes(gather_windows(poses, self._fields()), self._matrices_of_places())
+        return self._votes_of_windows(gather_windows(poses, self._fields()))
 
     def lazy_votes(self, poses: Float[Tensor, "B I D"]) -> MatrixVotes:
         """V_ij of the child at each place of each window before they are computed."""
-        return MatrixVotes(poses, self.weight, self.matrices, self._fields(), None)
+        return MatrixVotes(poses, self.weight, self.matrices, self._fields(), None, self.bias)
 
     def _fields(self) -> ReceptiveFields:
         return ReceptiveFields(self.windows, *self.counts)
@@ -180,7 +215,8 @@ class SharedClassCaps(MatrixCaps):
             right-hand column (3 and 7 of 16); "official": to elements 0 and 1, as in the authors' code.
         coordinate_scale: per pixel.
         routing: builds the routing from (in_caps, out_caps, pose_dim).
-        pose_dim, pose, shared_transformations, init_identity, init_noise, votes_mib: see `MatrixCaps`.
+        pose_dim, pose, shared_transformations, votes_mib: see `MatrixCaps`.
+        initialisation, init_identity, init_noise, vote_bias: see `MatrixCaps`.
     Raises: ValueError: unknown coordinates; see `MatrixCaps`.
     """
 
@@ -201,8 +237,10 @@ class SharedClassCaps(MatrixCaps):
         pose_dim: int = 16,
         pose: Pose = "matrix",
         shared_transformations: bool = False,
+        initialisation: Initialisation = "identity",
         init_identity: int | float = 1.0,
         init_noise: int | float = 0.03,
+        vote_bias: bool = False,
         votes_mib: int | float | None = None,
     ) -> None:
         require_factory(routing)
@@ -216,11 +254,14 @@ class SharedClassCaps(MatrixCaps):
             pose_dim=pose_dim,
             pose=pose,
             places=in_types,
+            window=1,
             repeats=grid.positions,
             types=classes,
             shared_transformations=shared_transformations,
+            initialisation=initialisation,
             init_identity=init_identity,
             init_noise=init_noise,
+            vote_bias=vote_bias,
             routing=routing(in_caps, classes, pose_dim),
             votes_mib=votes_mib,
             votes_per_image=in_caps * classes * pose_dim,
@@ -236,7 +277,7 @@ class SharedClassCaps(MatrixCaps):
     def votes(self, poses: Float[Tensor, "B I D"]) -> Float[Tensor, "B I J D"]:
         """V_ij of every child."""
         by_position = poses.unflatten(1, (-1, self.places))  # [B, P, types, D]
-        votes = window_votes(by_position, self._matrices_of_places())  # a view of [B, P, J, types, D]
+        votes = self._votes_of_windows(by_position)  # a view of [B, P, J, types, D]
         if self.coordinates is not None:
             votes = votes + self.coordinates[:, None, None]
         by_parent = votes.permute(0, 3, 1, 2, 4).flatten(2, 3)  # [B, J, I, D]
@@ -247,19 +288,7 @@ class SharedClassCaps(MatrixCaps):
         offsets = self.coordinates
         if offsets is not None:
             offsets = offsets.repeat_interleave(self.places, 0)  # [I, D]
-        return MatrixVotes(poses, self.weight, self.matrices, None, offsets)
-
-
-def matrix_side(pose_dim: int, pose: Pose) -> int:
-    """Rows of a W_ij for poses of this size.
-
-    Raises: ValueError: an unknown option, or a matrix that is not square.
-    """
-    require_literal(Pose, pose=pose)
-    side = pose_dim if pose == "vector" else math.isqrt(pose_dim)
-    if pose == "matrix" and side * side != pose_dim:
-        refuse(f"pose_dim must be a square for matrix poses, got {pose_dim}")
-    return side
+        return MatrixVotes(poses, self.weight, self.matrices, None, offsets, self.bias)
 
 
 def _coordinate_elements(pose_dim: int, coordinates: Coordinates) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from capsexp.capsules import Capsules, Routed
 from capsexp.ops.votes import DenseVotes, MatrixVotes, chunked, images_per_chunk, votes_budget
-from capsexp.routing import BalancedRouting, FusedRouting
+from capsexp.routing import BalancedRouting, FusedRouting, reads_poses
 
 BALANCE_ROUNDS = 3
 """The costs to balance depend, through the E-steps, on the start that the previous round set."""
@@ -86,8 +86,10 @@ class RoutedLayer(nn.Module, ABC):
         # Votes in the weights' precision also under autocast: writing them is most of the work, and a routing
         # in float32 would write them a second time.
         with torch.autocast(poses.device.type, enabled=False):
-            votes = self.votes(poses.to(self.weight.dtype))
-            routed = self.routing(votes, activations.to(self.weight.dtype))
+            poses = poses.to(self.weight.dtype)
+            votes = self.votes(poses)
+            given = (poses,) if reads_poses(self.routing) else ()
+            routed = self.routing(votes, activations.to(self.weight.dtype), *given)
         _check_routed(routed, votes, name=type(self.routing).__name__)
         return routed
 
@@ -115,6 +117,8 @@ def _check_routed(routed: object, votes: Tensor, *, name: str) -> None:
         "activations": [len(votes), parents],
         "coupling": list(votes.shape[:-1]),
     }
+    if routed.scores is not None:
+        expected["scores"] = expected["activations"]
     for field, shape in expected.items():
         got = list(getattr(routed, field).shape)
         if got != shape:

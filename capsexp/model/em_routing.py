@@ -16,9 +16,13 @@ from capsexp.errors import (
     require_positive,
     stop_if_refused,
 )
+from capsexp.layer.capsule_norm import CapsuleNorm, ChannelNorm, Norm, require_norm
+from capsexp.layer.class_scores import ClassScores, LossInput
 from capsexp.layer.decoder import Decode, check_decode, decoded_class
-from capsexp.layer.matrix_caps import ConvCaps, Coordinates, MatrixCapsOptions, Pose, SharedClassCaps
+from capsexp.layer.dense_caps import DenseCaps
+from capsexp.layer.matrix_caps import ConvCaps, Coordinates, MatrixCaps, MatrixCapsOptions, SharedClassCaps
 from capsexp.layer.matrix_primary import MatrixPrimaryCaps
+from capsexp.layer.matrix_start import Initialisation, Pose
 from capsexp.ops.receptive_fields import Grid, Padding, padded, require_kernels
 from capsexp.ops.weights import kernels_and_matrices
 
@@ -39,10 +43,19 @@ class MatrixCapsNet(nn.Module):
         classes: E.
         conv_channels, conv_kernel, conv_stride: A; of the first convolution, with ReLU.
         padding: of the first convolution, "valid" or "same".
-        primary_types: B.
-        conv_types, conv_kernels, conv_strides: C, D, …; one number per layer of convolutional capsules.
-        pose_dim, pose, shared_transformations, init_identity, init_noise, votes_mib: see `MatrixCaps`.
+        primary_types, primary_kernel, primary_stride: B; kernel and stride of the primary capsules, 1 in the
+            paper.
+        conv_types, conv_kernels, conv_strides: C, D, …; one number per layer of convolutional capsules, of
+            which there may be none.
+        pose_dim, pose, shared_transformations, votes_mib: see `MatrixCaps`.
+        initialisation, init_identity, init_noise, vote_bias: see `MatrixCaps`.
+        norm: of the capsules after each layer: "none", "batch" or "group", see `CapsuleNorm`. That of the
+            primary capsules has a gain and a bias.
+        conv_norm: the same of the first convolution, which then has no bias; "group": per channel and image.
+        loss_input, score_gain: see `ClassScores`.
         coordinates, coordinate_scale: see `SharedClassCaps`.
+        share_positions: class capsules share their matrices over the positions, as in the paper. Without it
+            each capsule has its own, and there are no coordinates (`DenseCaps`).
         decode: see `CapsNet`; counts only with a decoder.
         routing: builds a layer's routing from (in_caps, out_caps, pose_dim[, fields]).
         decoder: builds the decoder from (classes, pose_dim, image_shape); None for a network without.
@@ -60,6 +73,8 @@ class MatrixCapsNet(nn.Module):
         conv_stride: int,
         padding: Padding,
         primary_types: int,
+        primary_kernel: int,
+        primary_stride: int,
         conv_types: Sequence[int],
         conv_kernels: Sequence[int],
         conv_strides: Sequence[int],
@@ -68,22 +83,31 @@ class MatrixCapsNet(nn.Module):
         shared_transformations: bool,
         init_identity: int | float,
         init_noise: int | float,
+        initialisation: Initialisation,
+        vote_bias: bool,
+        norm: Norm,
+        conv_norm: Norm,
+        loss_input: LossInput,
+        score_gain: int | float | None,
         coordinates: Coordinates | None,
         coordinate_scale: int | float,
+        share_positions: bool,
         decode: Decode | int,
         votes_mib: int | float | None,
         routing: Callable[..., nn.Module],
         decoder: Callable[..., nn.Module] | None,
     ) -> None:
         super().__init__()
-        require_at_least_1(
+        require_at_least_1(  # None: no convolutional capsules
             conv_channels=conv_channels,
             conv_kernel=conv_kernel,
             conv_stride=conv_stride,
             primary_types=primary_types,
-            conv_types=conv_types,
-            conv_kernels=conv_kernels,
-            conv_strides=conv_strides,
+            primary_kernel=primary_kernel,
+            primary_stride=primary_stride,
+            conv_types=conv_types or None,
+            conv_kernels=conv_kernels or None,
+            conv_strides=conv_strides or None,
             pose_dim=pose_dim,
         )
         _check_lengths(conv_types, conv_kernels, conv_strides)
@@ -96,6 +120,7 @@ class MatrixCapsNet(nn.Module):
         if init_identity == init_noise == 0:
             refuse("init_identity and init_noise must not both be 0: all votes would be 0")
         check_decode(decode, classes)
+        require_norm(norm=norm, conv_norm=conv_norm)
         stop_if_refused()
         channels, height, width = image_shape
         shared = MatrixCapsOptions(
@@ -104,27 +129,50 @@ class MatrixCapsNet(nn.Module):
             shared_transformations=shared_transformations,
             init_identity=init_identity,
             init_noise=init_noise,
+            initialisation=initialisation,
+            vote_bias=vote_bias,
             routing=routing,
             votes_mib=votes_mib,
         )
         self.decode: Decode | int = decode
         self.padding: Padding = padding
-        self.conv = nn.Conv2d(channels, conv_channels, conv_kernel, conv_stride)
-        self.primary_caps = MatrixPrimaryCaps(conv_channels, types=primary_types, pose_dim=pose_dim)
+        self.conv = nn.Conv2d(channels, conv_channels, conv_kernel, conv_stride, bias=conv_norm == "none")
+        self.conv_norm = (
+            None if conv_norm == "none" else ChannelNorm(conv_channels, norm=conv_norm, affine=True)
+        )
+        self.primary_caps = MatrixPrimaryCaps(
+            conv_channels,
+            types=primary_types,
+            pose_dim=pose_dim,
+            kernel=primary_kernel,
+            stride=primary_stride,
+            norm=norm,
+            initialisation=initialisation,
+        )
         self.routed_layers = [*(f"conv_caps_{number + 1}" for number in range(len(conv_types))), "class_caps"]
         grid = _first_grid(height, width, conv_kernel, conv_stride, padding)
+        grid = _primary_grid(grid, primary_kernel, primary_stride)
         windows = zip(conv_types, conv_kernels, conv_strides, strict=True)
         self.grid, types = self._add_conv_caps(grid, primary_types, windows, shared)
         """Positions of the last convolutional capsules."""
-        self.class_caps = SharedClassCaps(
-            self.grid,
-            types,
-            classes,
-            image_size=(height, width),
-            coordinates=coordinates,
-            coordinate_scale=coordinate_scale,
-            **shared,
-        )
+        self.class_caps: MatrixCaps
+        if share_positions:
+            self.class_caps = SharedClassCaps(
+                self.grid,
+                types,
+                classes,
+                image_size=(height, width),
+                coordinates=coordinates,
+                coordinate_scale=coordinate_scale,
+                **shared,
+            )
+        else:
+            self.class_caps = DenseCaps(self.grid.positions * types, classes, **shared)
+        self.norms = nn.ModuleDict()
+        if norm != "none":
+            parents = zip(self.routed_layers, [*conv_types, classes], strict=True)
+            self.norms.update({name: CapsuleNorm(types, pose_dim, norm=norm) for name, types in parents})
+        self.class_scores = ClassScores(loss_input, score_gain)
         self.decoder = None if decoder is None else decoder(classes, pose_dim, image_shape)
 
     def forward(self, images: Float[Tensor, "B C H W"], labels: Int[Tensor, " B *T"] | None = None) -> Output:
@@ -132,15 +180,15 @@ class MatrixCapsNet(nn.Module):
         layers: dict[str, Capsules | Routed] = {"primary_caps": self.primary_caps(self._features(images))}
         capsules: Capsules | Routed = layers["primary_caps"]
         for name in self.routed_layers:
-            layer = getattr(self, name)
-            capsules = layers[name] = layer(Capsules(capsules.poses, capsules.activations))
-        activations = capsules.activations
+            capsules = layers[name] = self._route(name, Capsules(capsules.poses, capsules.activations))
+        assert isinstance(capsules, Routed)
+        scores, probabilities = self.class_scores(capsules)
         reconstruction = None
         if self.decoder is not None:
-            reconstruction = self.decoder(capsules.poses, decoded_class(self.decode, activations, labels))
+            reconstruction = self.decoder(capsules.poses, decoded_class(self.decode, scores, labels))
         return Output(
-            scores=activations,
-            probabilities=activations,
+            scores=scores,
+            probabilities=probabilities,
             layers=layers,
             reconstruction=reconstruction,
             weights=kernels_and_matrices(self),
@@ -160,7 +208,7 @@ class MatrixCapsNet(nn.Module):
         for name in self.routed_layers:
             layer, inputs = getattr(self, name), Capsules(capsules.poses, capsules.activations)
             layer.calibrate(inputs)
-            capsules = layer(inputs)
+            capsules = self._route(name, inputs)
 
     def _add_conv_caps(
         self, grid: Grid, types: int, windows: Iterable[tuple[int, int, int]], shared: MatrixCapsOptions
@@ -181,8 +229,19 @@ class MatrixCapsNet(nn.Module):
 
     def _features(self, images: Tensor) -> Float[Tensor, "B C H W"]:
         kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
-        features: Tensor = self.conv(padded(images, kernel, stride, self.padding)).relu()
-        return features
+        features: Tensor = self.conv(padded(images, kernel, stride, self.padding))
+        if self.conv_norm is not None:
+            features = self.conv_norm(features.flatten(2)).view_as(features)
+        return features.relu()
+
+    def _route(self, name: str, capsules: Capsules) -> Routed:
+        """Apply a layer, and its norm if there is one."""
+        routed: Routed = getattr(self, name)(capsules)
+        if name not in self.norms:
+            return routed
+        norm = self.norms[name]
+        assert isinstance(norm, CapsuleNorm)
+        return norm.routed(routed)
 
 
 def _check_lengths(types: Sequence[int], kernels: Sequence[int], strides: Sequence[int]) -> None:
@@ -202,3 +261,11 @@ def _first_grid(height: int, width: int, kernel: int, stride: int, padding: Padd
             f"with padding {padding}, got {height}x{width}"
         )
     return grid
+
+
+def _primary_grid(grid: Grid, kernel: int, stride: int) -> Grid:
+    """Positions of the primary capsules on features with this grid."""
+    if min(grid.rows, grid.columns) < kernel:
+        refuse(f"primary_kernel must be <= the features' {grid.rows}x{grid.columns}, got {kernel}")
+        return grid
+    return grid.after_convolution((kernel, kernel), stride)

@@ -1,5 +1,6 @@
 """The steps of EM routing as tensor functions: coupling at the start, M-step, E-step."""
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ def m_step(
     before: Float[Tensor, "B P J D"] | None,
     options: EMOptions,
 ) -> Gaussians:
-    """Weighted mean and variance of the votes for each parent.
+    """Weighted mean and variance of the votes for each parent, as EM routing takes them.
 
     Args:
         votes: V_ij.
@@ -90,19 +91,43 @@ def m_step(
         before: means of the previous iteration; None in the first.
         options: of these, `mean_smoothing` and `variance_floor` count.
     """
+    return fit_gaussians(
+        votes, shares, before, smoothing=options.mean_smoothing, variance_floor=options.variance_floor
+    )
+
+
+def fit_gaussians(
+    votes: Float[Tensor, "B P K J D"],
+    shares: Float[Tensor, "B P K J"],
+    before: Float[Tensor, "B P J D"] | None = None,
+    *,
+    smoothing: int | float = 0.0,
+    variance_floor: int | float,
+    mass_epsilon: int | float = 0.0,
+) -> Gaussians:
+    """Weighted mean and variance of the votes for each parent.
+
+    Args:
+        votes: V_ij.
+        shares: r_ij, the weights.
+        before: means of the previous iteration; None in the first.
+        smoothing: weight of these in the new ones.
+        variance_floor: added to every variance.
+        mass_epsilon: added to the sum of the weights where it divides. It pulls mean and variance towards 0.
+    """
     # Matrix products over K, on memory in the order [B, P, J, K, D], which `window_votes` makes: the only
     # tensor of the votes' size that is written is that of the squared differences.
     mass = shares.sum(2)
     # Clamped: adding a number to the divisor would pull the mean towards 0.
-    weights = (shares / mass.clamp_min(SMALLEST_MASS).unsqueeze(2)).permute(0, 1, 3, 2).unsqueeze(3)
+    divisor = (mass + mass_epsilon if mass_epsilon else mass).clamp_min(SMALLEST_MASS)
+    weights = (shares / divisor.unsqueeze(2)).permute(0, 1, 3, 2).unsqueeze(3)
     by_parent = votes.permute(0, 1, 3, 2, 4)
     mean = torch.matmul(weights, by_parent)
-    smoothing = options.mean_smoothing
     if smoothing:
         mean = (1 - smoothing) * mean + (0 if before is None else smoothing * before.unsqueeze(3))
     # The same as (by_parent - mean).square(), with one pass forward and two backward instead of two and six.
     squared = F.mse_loss(by_parent, mean.expand_as(by_parent), reduction="none")
-    variance = torch.matmul(weights, squared).squeeze(3) + options.variance_floor
+    variance = torch.matmul(weights, squared).squeeze(3) + variance_floor
     return Gaussians(mean.squeeze(3), squared.permute(0, 1, 3, 2, 4), variance, mass)
 
 
@@ -116,11 +141,38 @@ def e_step(
     precision = 0.5 * fitted.variance.reciprocal().unsqueeze(3)
     distance = torch.matmul(precision, fitted.squared.permute(0, 1, 3, 4, 2)).squeeze(3)  # [B, P, J, K]
     logits = (weight.unsqueeze(3) - distance).transpose(2, 3)
+    return shares_of(logits, fields, normalisation)
+
+
+def shares_of(
+    logits: Float[Tensor, "B P K J"],
+    fields: ReceptiveFields | None,
+    normalisation: Normalisation,
+    *,
+    outlier: int | float | None = None,
+) -> Float[Tensor, "B P K J"]:
+    """Densities, given as logarithms, divided by their sum over the parents that compete for a child.
+
+    Args:
+        logits: log densities of each child under each of its parents.
+        fields: windows; None where every parent sees every child.
+        normalisation: see `EMOptions`.
+        outlier: smallest divisor: a child that no parent explains keeps less than 1; None for none.
+    """
     if fields is None or normalisation == "types":
-        return logits.softmax(3)
+        if outlier is None:
+            return logits.softmax(3)
+        floor = logits.new_tensor(outlier).log()
+        return (logits - torch.maximum(logits.logsumexp(3, keepdim=True), floor)).exp()
     if normalisation == "paper":
-        shares = (logits - gather_windows(scatter_max(logits.amax(3), fields), fields).unsqueeze(3)).exp()
-        return shares / gather_windows(scatter_sum(shares.sum(3), fields), fields).unsqueeze(3)
+        top = scatter_max(logits.amax(3), fields)
+        if outlier is not None:
+            top = top.clamp_min(math.log(outlier))
+        shares = (logits - gather_windows(top, fields).unsqueeze(3)).exp()
+        total = scatter_sum(shares.sum(3), fields)
+        if outlier is not None:
+            total = torch.maximum(total, (math.log(outlier) - top).exp())
+        return shares / gather_windows(total, fields).unsqueeze(3)
     shares = (logits - gather_windows(scatter_max(logits, fields), fields)).exp()
     return shares / gather_windows(scatter_sum(shares, fields), fields)
 

@@ -1,4 +1,4 @@
-"""The non-linearity of vector capsules: keeps the direction, maps the length into [0, 1)."""
+"""Non-linearities of vector capsules: keep the direction, map the length into [0, 1)."""
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,25 @@ def squash(vectors: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
     vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     n = length(vectors).unsqueeze(-1)
     return vectors * (n / (1 + n * n))  # one n cancels, so nothing is divided by n
+
+
+def exponential_squash(vectors: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
+    """Shrink each vector to length 1 - exp(-n), where n is its own length.
+
+        v = (1 - exp(-|s|))  s / |s|
+
+    Mazzia, Salvetti, Chiaberge, "Efficient-CapsNet: capsule network with self-attention routing" (Scientific
+    Reports 11, 2021). Short vectors keep their length, where `squash` squares it.
+    Differs from it in: no epsilon beside |s|; float16 and bfloat16 are computed and returned in float32.
+
+    Args: vectors: s.
+    Returns: v, of length < 1 up to rounding and in the same direction.
+    Laws: the result at 0 is 0, with gradient 0; rotating the input rotates the output.
+    """
+    vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    n = length(vectors).unsqueeze(-1)
+    # expm1 keeps the digits of short vectors. At n = 0 it is 0, so clamping the divisor changes no value.
+    return vectors * (-torch.expm1(-n) / n.clamp_min(torch.finfo(n.dtype).tiny))
 
 
 def squash_backward(vectors: Float[Tensor, "*N D"], gradient: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:

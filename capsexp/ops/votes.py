@@ -26,6 +26,8 @@ class MatrixVotes(NamedTuple):
     """None where every parent sees every child: K = I."""
     offsets: Float[Tensor, "K D"] | None
     """Added to the votes of the child at each place."""
+    bias: Float[Tensor, "W J D"] | None = None
+    """Learned, added to the votes; one for each matrix."""
 
 
 class DenseVotes(NamedTuple):
@@ -127,4 +129,5 @@ def chunked(route: Callable[..., Routed], *inputs: Float[Tensor, "B ..."], image
     poses, activations, coupling = (
         torch.cat(field) for field in zip(*(routed[:3] for routed in chunks), strict=True)
     )
-    return Routed(poses, activations, coupling, chunks[0].fields)
+    scores = [routed.scores for routed in chunks if routed.scores is not None]
+    return Routed(poses, activations, coupling, chunks[0].fields, torch.cat(scores) if scores else None)

@@ -1,12 +1,14 @@
 """One routing algorithm per file: a reference, a fast path, a public function, a module.
 
-A layer builds its routing from (in_caps, out_caps, pose_dim), a convolutional layer also from `fields`, and
-calls it as `Routing` describes. That call is all that a new algorithm needs. Everything else is optional: a
-routing that has the methods of one of the other protocols gets what that protocol describes. A routing
-derives from `nn.Module` and inherits from none of these classes.
+A layer builds its routing from (in_caps, out_caps, pose_dim), a convolutional layer also from `fields`, a
+`DenseCaps` with shared matrices also from `shared=True` if the routing has that argument. It calls it as
+`Routing` describes. That call is all that a new algorithm needs. Everything else is optional: a routing that
+has the methods of one of the other protocols gets what that protocol describes. A routing derives from
+`nn.Module` and inherits from none of these classes.
 
-Two optional attributes need no method:
+Three optional attributes need no method:
 
+    reads_poses: bool the call takes a third argument, the poses of the children; False without it.
     iterations: int   passes of the algorithm; 1 without it (the routing study).
     squashes: bool    a pose is a squashed sum of votes, not their mean; False without it (the routing study).
 """
@@ -34,6 +36,7 @@ class Routing(Protocol):
             votes: [B, I, J, D]; in a convolutional layer [B, P, K, J, D], see `ReceptiveFields`.
             activations: of the input capsules, [B, I].
         """
+        # A routing with `reads_poses = True` is called with the poses of the input capsules, too.
         ...
 
 
@@ -102,6 +105,11 @@ class AgreementRouting(Protocol):
     def agreement(self, votes: Tensor, poses: Tensor) -> Tensor:
         """Return the amount that a pass ending with these poses adds to the logits b_ij, [B, I, J]."""
         ...
+
+
+def reads_poses(routing: object) -> bool:
+    """Whether a routing is called with the poses of the children, [B, I, D], as a third argument."""
+    return bool(getattr(routing, "reads_poses", False))
 
 
 def advance(model: nn.Module, step: Step) -> dict[str, float]:

@@ -11,13 +11,15 @@ from torchvision.transforms.functional import InterpolationMode, rotate
 
 from capsexp.analysis.findings import Findings
 from capsexp.analysis.trained_run import TrainedRun
-from capsexp.capsules import Routed
 from capsexp.data.preprocess import RESIZE_CHUNK
 from capsexp.data.split import Split
 from capsexp.errors import UserError, refuse, require_in, require_seed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+TALLEST = 64
+"""Dimensions of a pose for which the heat map grows; beyond, its rows get thinner and have no numbers."""
 
 Move = Callable[[UInt8[Tensor, "N C H W"], int | float], UInt8[Tensor, "N C H W"]]
 
@@ -172,7 +174,7 @@ def _class_poses(run: TrainedRun, split: Split, description: str) -> ClassPoses:
     poses, correct = [], []
     for batch, output in run.outputs(split, description=description):
         top = [*output.layers.values()][-1:]
-        if not top or not isinstance(top[0], Routed):
+        if not top:
             raise UserError("this network has no capsules, so there are no poses to follow")
         rows = torch.arange(len(batch.labels), device=batch.labels.device)
         poses.append(top[0].poses[rows, batch.labels].cpu())
@@ -248,7 +250,8 @@ def _pose_figure(
     from matplotlib.figure import Figure
 
     size = next(iter(changes.values())).shape[1]
-    figure = Figure(figsize=(3.5 * len(changes) + 1, 0.22 * size + 1.5), layout="constrained")
+    rows, height = range(size if size <= TALLEST else 0), 0.22 * min(size, TALLEST) + 1.5
+    figure = Figure(figsize=(3.5 * len(changes) + 1, height), layout="constrained")
     plots = figure.subplots(1, len(changes), squeeze=False, sharey=True)[0]
     largest = max(change.abs().max().item() for change in changes.values()) or 1.0
     for plot, (name, change) in zip(plots, changes.items(), strict=True):
@@ -256,7 +259,7 @@ def _pose_figure(
         order = sorted(range(len(by)), key=by.__getitem__)
         image = plot.imshow(change[order].T.numpy(), cmap="bwr", vmin=-largest, vmax=largest, aspect="auto")
         plot.set_xticks(range(len(by)), [f"{by[place]:+g}" for place in order], fontsize=8)
-        plot.set_yticks(range(size), [str(dimension) for dimension in range(size)], fontsize=7)
+        plot.set_yticks(rows, [str(dimension) for dimension in rows], fontsize=7)
         plot.set_xlabel(_axis_label(name))
     plots[0].set_ylabel("dimension of the pose")
     figure.colorbar(image, ax=plots, label="mean change")

@@ -10,6 +10,7 @@ from capsexp.layer.class_caps import ClassCaps
 from capsexp.ops.squash import squash
 from capsexp.ops.votes import make_votes
 from capsexp.routing.dynamic import DynamicRouting
+from capsexp.routing.self_routing import SelfRouting
 from capsexp.routing.uniform import UniformRouting
 
 MIB = 2**20
@@ -144,3 +145,13 @@ def test_at_the_start_the_sums_are_as_long_as_independent_children(sizes, shared
     sums = (lengths / (1 - lengths)).sqrt()  # squash, undone
     rms = [tensor.square().mean().sqrt().item() for tensor in (sums, inputs.activations)]
     assert math.log2(rms[0] / rms[1]) == pytest.approx(0, abs=0.3)
+
+
+def test_a_routing_that_reads_poses_gets_those_of_the_children_and_their_size():
+    layer = class_caps(6, 4, 5, 8, routing=SelfRouting, votes_mib=1e-6)
+    assert layer.routing.map.shape == (6, 4, 5)
+    torch.nn.init.normal_(layer.routing.map)
+    inputs = capsules(3, 6, 4)
+    expected = layer.routing(layer.votes(inputs.poses), inputs.activations, inputs.poses)
+    torch.testing.assert_close(layer(inputs).poses, expected.poses)
+    torch.testing.assert_close(layer(inputs).activations, expected.activations)

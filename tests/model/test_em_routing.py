@@ -271,7 +271,7 @@ def test_too_small_a_image_is_refused_with_the_smallest_size(image_shape):
     [
         ("conv_kernels=[3]", "conv_types, .* must have one number per layer, got 2, 1 and 2"),
         ("conv_strides=[2,1,1]", "conv_types, .* must have one number per layer, got 2, 2 and 3"),
-        ("conv_types=[]", r"conv_types must be a list of numbers >= 1, got \[\]"),
+        ("conv_types=[]", "conv_types, .* must have one number per layer, got 0, 2 and 2"),
         ("conv_types=[3,0]", r"conv_types must be a list of numbers >= 1, got \[3, 0\]"),
         ("primary_types=0", "primary_types must be >= 1, got 0"),
         ("padding=full", "padding must be one of valid, same, got full"),

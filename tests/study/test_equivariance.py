@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from capsexp.analysis.trained_run import TrainedRun
-from capsexp.capsules import Output, Routed
+from capsexp.capsules import Capsules, Output, Routed
 from capsexp.data.dataset import Dataset
 from capsexp.data.preprocess import Preprocess
 from capsexp.data.seeds import epoch_order
@@ -182,6 +182,30 @@ def test_networks_and_images_without_a_pose_to_follow_are_refused(tiny_component
     components.dataset.labels_per_image = 2
     with pytest.raises(UserError, match=r"^this study needs images of one class each; those of "):
         Equivariance(**MOVES)(run)
+
+
+def test_class_capsules_that_nothing_routes_are_followed_too_and_poses_may_be_long(tiny_components):
+    def long(images):
+        return middle(images).repeat(1, 40)
+
+    routed, unrouted = Network(long), Network(long)
+    forward = unrouted.forward
+
+    def without_coupling(images, labels):
+        output = forward(images, labels)
+        poses, activations = output.layers["class_caps"][:2]
+        return output._replace(layers={"class_caps": Capsules(poses, activations)})
+
+    unrouted.forward = without_coupling
+    components = tiny_components()._replace(dataset=Blobs())
+    findings = [
+        Equivariance(**MOVES)(TrainedRun(model, components, path=Path("run"), step=Step(0, 1), limit=None))
+        for model in (routed, unrouted)
+    ]
+    assert findings[0].numbers == findings[1].numbers
+    figure = findings[1].figures["equivariance-poses"]
+    assert figure.get_figheight() < 20
+    assert not len(figure.axes[0].get_yticks())
 
 
 @pytest.mark.parametrize("none", [[], [0]])

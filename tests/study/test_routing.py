@@ -162,7 +162,7 @@ def test_distances_of_all_images_are_the_mean_of_those_of_each(em_config):
 
 def test_a_network_that_routes_nothing_and_images_of_several_classes_are_refused(em_config):
     cnn = untrained(em_config("model=cnn_sabour", "model.conv_channels=[2]", "model.hidden=[4]"))
-    with pytest.raises(UserError, match=r"^this network has no capsules, so there is no routing to study$"):
+    with pytest.raises(UserError, match=r"^this network routes no capsules, so there is no routing"):
         Routing(**SETTINGS)(cnn)
     run = untrained(em_config(*EM))
     run.model.grid = None

@@ -67,6 +67,7 @@ def test_every_option_survives_a_resume(overrides, tmp_path, kill_at, train_tiny
     "network",
     [
         ["model=cnn_sabour", "model.conv_channels=[4,4]", "model.hidden=[8,8]"],
+        ["model=cluster_small", "trainer.ema_decay=0.9"],
         [
             "model=em_routing",
             "model.conv_types=[4]",
@@ -77,8 +78,20 @@ def test_every_option_survives_a_resume(overrides, tmp_path, kill_at, train_tiny
             "trainer.ema_decay=0.9",
             "trainer.accumulate=3",
         ],
+        [
+            "model=vb",
+            "model.conv_types=[4]",
+            "model.conv_kernels=[2]",
+            "model.conv_strides=[1]",
+            "trainer.ema_decay=0.9",
+        ],
     ],
-    ids=["dropout", "matrix capsules, a balanced start, ramps"],
+    ids=[
+        "dropout",
+        "cluster routing, stairs",
+        "matrix capsules, a balanced start, ramps",
+        "running means of capsule norms, a gain",
+    ],
 )
 def test_other_networks_resume_bit_for_bit(network, tmp_path, kill_at, tiny_overrides, assert_same_run):
     from capsexp.config.build import build_components

@@ -18,7 +18,7 @@ from capsexp.capsules import Capsules, Routed
 from capsexp.errors import UserError
 from capsexp.ops.entropy import coupling_entropy
 from capsexp.ops.votes import images_per_chunk
-from capsexp.routing import AgreementRouting, Routing, TracedRouting
+from capsexp.routing import AgreementRouting, Routing, TracedRouting, reads_poses
 
 
 class TracedLayer(NamedTuple):
@@ -58,7 +58,7 @@ def routed_layers(model: nn.Module, layers: Mapping[str, Capsules | Routed]) -> 
             children = Capsules(below.poses, below.activations)
             routed.append(TracedLayer(name, layer.votes, layer.routing, children))
     if not routed:
-        raise UserError("this network has no capsules, so there is no routing to study")
+        raise UserError("this network routes no capsules, so there is no routing to study")
     return routed
 
 
@@ -75,12 +75,13 @@ def trace_layer(layer: TracedLayer, *, iterations: int | None) -> Iterator[Routi
     images = images_per_chunk(layer.votes(poses[:1]).nbytes, budget=None, device=poses.device)
     for poses, activations in zip(*(tensor.split(images) for tensor in layer.children), strict=True):
         votes = layer.votes(poses)
-        yield RoutingTrace(votes, trace(votes, activations))
+        given = (poses,) if reads_poses(layer.routing) else ()
+        yield RoutingTrace(votes, trace(votes, activations, *given))
 
 
-def _trace_function(routing: Routing, iterations: int | None) -> Callable[[Tensor, Tensor], list[Routed]]:
+def _trace_function(routing: Routing, iterations: int | None) -> Callable[..., list[Routed]]:
     if not isinstance(routing, TracedRouting):
-        return lambda votes, activations: [routing(votes, activations)]
+        return lambda *inputs: [routing(*inputs)]
     trace: Callable[..., list[Routed]] = routing.trace
     if iterations is None or "iterations" not in inspect.signature(trace).parameters:
         return trace

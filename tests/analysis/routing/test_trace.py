@@ -176,7 +176,7 @@ def test_the_grid_of_a_network_has_the_receptive_fields_of_the_children_of_its_c
 
 def test_a_network_without_capsules_and_a_layer_without_votes_are_refused():
     model, images = network("model=cnn_sabour", "model.conv_channels=[2]", "model.hidden=[4]")
-    with pytest.raises(UserError, match=r"^this network has no capsules, so there is no routing to study$"):
+    with pytest.raises(UserError, match=r"^this network routes no capsules, so there is no routing"):
         routed_layers(model, model(images).layers)
     capsules = Capsules(torch.zeros(1, 2, 3), torch.zeros(1, 2))
     layers = {"primary": capsules, "top": Routed(*capsules, torch.zeros(1, 2, 2))}

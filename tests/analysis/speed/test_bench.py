@@ -88,3 +88,13 @@ def test_a_network_without_routing_is_measured_alone(quick, capsys):
     settings = to_plain(compose("train", [*overrides, "trainer.batch_size=8"], config_dir=None))
     bench.bench(settings, plugins=[])
     assert "ratio to" not in capsys.readouterr().out
+
+
+def test_cluster_routing_is_compared_with_equal_weights(quick, capsys):
+    from capsexp.config.compose import compose, to_plain
+
+    overrides = ["device=cpu", "model=cluster_small", "trainer.batch_size=8"]
+    bench.bench(to_plain(compose("train", overrides, config_dir=None)), plugins=[])
+    text = capsys.readouterr().out
+    assert "ratio to no routing" in text
+    assert "ratio to reference" not in text

@@ -304,11 +304,18 @@ def test_overrides_that_are_no_list_are_unknown(content, tmp_path):
     assert RunDir(tmp_path).overrides() == []
 
 
-@pytest.mark.parametrize("target", saved.ADDED_KEYS)
-def test_an_added_key_has_the_value_of_conf_in_the_config_of_an_earlier_run(target):
-    name = target.split(".")[-2]
-    today = to_plain(compose("train", [f"dataset={name}", "dataset.path=x"], config_dir=None))
+@pytest.mark.parametrize(
+    ("target", "overrides"),
+    [
+        ("capsexp.dataset.image_folder.ImageFolder", ["dataset=image_folder", "dataset.path=x"]),
+        ("capsexp.training.trainer.Trainer", []),
+        ("capsexp.model.em_routing.MatrixCapsNet", ["model=em_routing"]),
+    ],
+)
+def test_an_added_key_has_the_value_of_conf_in_the_config_of_an_earlier_run(target, overrides):
+    today = to_plain(compose("train", overrides, config_dir=None))
     earlier = json.loads(json.dumps(today))
+    (node,) = (group for group in earlier.values() if isinstance(group, dict) and group["_target_"] == target)
     for key in saved.ADDED_KEYS[target]:
-        del earlier["dataset"][key]
+        del node[key]
     assert parse_saved(json.dumps(earlier).encode()) == today

@@ -58,6 +58,7 @@ ADDED_KEYS: dict[
         "primary_stride": 1,
         "share_positions": True,
     },
+    "capsexp.training.trainer.Trainer": {"max_seconds": None},
 }
 
 

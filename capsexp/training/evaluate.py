@@ -5,13 +5,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from capsexp.capsules import Batch
 from capsexp.data.batches import Batches
 from capsexp.schedule import Step
 from capsexp.training.metrics import Loss, accuracies, autocast, batch_metrics, pool_crops
 from capsexp.training.parallel import SINGLE, ProcessGroup
+from capsexp.training.per_class import balanced_accuracy, count_labels
+from capsexp.training.tally import Tally
 
 
 @contextmanager
@@ -35,6 +38,7 @@ def evaluate(
     precision: torch.dtype = torch.float32,
     at_batch: Callable[[], None] = lambda: None,
     processes: ProcessGroup = SINGLE,
+    tally: Tally | None = None,
 ) -> dict[str, float]:
     """Average the metrics over all images of a split, and over the crops of each if there are several.
 
@@ -46,12 +50,14 @@ def evaluate(
         precision: of autocast; float32 for none.
         at_batch: called before each batch; may raise to stop the evaluation.
         processes: share the images of each batch.
+        tally: counts the images by class and predicted class.
 
     Returns:
-        The metrics of `batch_metrics`. With several crops the predicted classes of an image are those of all
-        its crops together.
+        The metrics of `batch_metrics`, and `balanced_accuracy`, the mean of the accuracies of the classes.
+        With several crops the predicted classes of an image are those of all its crops together.
     """
     sums: dict[str, float] = defaultdict(float)
+    labels: dict[str, float] = defaultdict(float)
     count = 0
     with inference(model):
         for views in batches.views():
@@ -59,17 +65,28 @@ def evaluate(
             size = len(views[0].labels)
             slices = [processes.slice_of(view) for view in views]
             _, share = slices[0]
-            metrics = _view_metrics([view for view, _ in slices], model, loss, step, precision)
+            own = [view for view, _ in slices]
+            metrics, scores = _view_metrics(own, model, loss, step, precision)
+            # Processes that share the same image count it once together.
+            weight = share * size / len(own[0].labels)
+            if tally is not None:
+                tally.add(own[0], scores, weight=weight)
             for name, value in metrics.items():
                 sums[name] += value * (share * size)
+            for name, value in count_labels(scores, own[0].labels).items():
+                labels[name] += value * weight
             count += size
-    return {name: total / count for name, total in processes.sum(sums).items()}
+    if tally is not None:
+        tally.sum_over(processes)
+    means = {name: total / count for name, total in processes.sum(sums).items()}
+    balanced = balanced_accuracy(processes.sum(labels))
+    return {"accuracy": means["accuracy"], "balanced_accuracy": balanced, **means}
 
 
 def _view_metrics(
     views: Sequence[Batch], model: nn.Module, loss: Loss, step: Step, precision: torch.dtype
-) -> dict[str, float]:
-    """Return the metrics of one batch: means over its crops, and the accuracy of all crops together."""
+) -> tuple[dict[str, float], Float[Tensor, "B J"]]:
+    """Return metrics and scores of a batch: means over its crops; accuracy and scores of all together."""
     metrics: dict[str, float] = defaultdict(float)
     probabilities = []
     for view in views:
@@ -79,7 +96,8 @@ def _view_metrics(
         probabilities.append(output.probabilities.float())
         for name, value in batch_metrics(output, view, terms).items():
             metrics[name] += value / len(views)
-    if len(views) > 1:
-        pooled = accuracies(pool_crops(probabilities), views[0].labels)
-        metrics.update({name: value.item() for name, value in pooled.items()})
-    return metrics
+    if len(views) == 1:
+        return metrics, output.scores
+    scores = pool_crops(probabilities)
+    metrics.update({name: value.item() for name, value in accuracies(scores, views[0].labels).items()})
+    return metrics, scores

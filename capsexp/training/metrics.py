@@ -1,6 +1,6 @@
 """Metrics of a batch: accuracy, loss and its terms, capsule statistics."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -66,3 +66,13 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     """Return a context of mixed precision on a device; float32 disables it."""
     enabled = precision is not torch.float32
     return torch.autocast(device.type, dtype=precision if enabled else torch.bfloat16, enabled=enabled)
+
+
+def prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    """Return metrics under the name of their split, such as `validation/accuracy`."""
+    return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+def sentence(values: Mapping[str, float]) -> str:
+    """Return metrics as one line, without those of layers."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.count("/") < 2)

@@ -27,6 +27,7 @@ from capsexp.training.reconstructions import log_reconstructions
 from capsexp.training.record import NoRecord, Record, closing
 from capsexp.training.run_data import keep_data, keep_fingerprints
 from capsexp.training.run_dir import RunDir
+from capsexp.training.running_statistics import describe_statistics
 from capsexp.training.saved_state import process_count, saved_position
 from capsexp.training.splits import Splits, read_splits, require_same_images
 from capsexp.training.start import resume_state, start_state
@@ -127,6 +128,7 @@ class Training:
         components, splits = self.components, self.splits
         network = describe_network(self.state, epochs=self.settings.max_epochs)
         lines = [*describe_data(components.dataset, splits), network]
+        lines += describe_statistics(self.state.model, accumulate=self.settings.accumulate)
         for line in [*lines, *components.caveats(), *caveats(splits.familiar)]:
             report(line)
 

@@ -21,10 +21,14 @@ from capsexp.errors import (
 
 
 class Step(NamedTuple):
-    """Progress of a training: `number` optimizer steps done, of `total`."""
+    """Progress of a training: `number` optimizer steps done, of `total`.
+
+    Where time ends the training, `total` is the number of steps that it will have at the speed so far: a
+    float, so that `number / total` is the share of the time used, and infinite before the first step.
+    """
 
     number: int
-    total: int
+    total: int | float
 
 
 Schedule = Callable[[Step], int | float]

@@ -45,7 +45,9 @@ RENAMED_VALUES = {  # by the new name of the key
 ADDED_KEYS: dict[
     str, dict[str, Any]
 ] = {  # by class: keys that configs of earlier versions lack, with the values of conf/
+    "capsexp.data.preprocess.Preprocess": {"shift_fill": "zeros"},
     "capsexp.dataset.image_folder.ImageFolder": {"background": "auto", "white_level": None},
+    "capsexp.model.dynamic_routing.CapsNet": {"transformation": "matrix"},
     "capsexp.model.em_routing.MatrixCapsNet": {
         "initialisation": "identity",
         "vote_bias": False,
@@ -57,6 +59,7 @@ ADDED_KEYS: dict[
         "primary_stride": 1,
         "share_positions": True,
     },
+    "capsexp.training.trainer.Trainer": {"max_seconds": None},
 }
 
 
@@ -156,7 +159,7 @@ def _with_renamed_targets(node: Any, depth: int = 0) -> Any:
     for old, new in RENAMED_TARGETS.items():
         if isinstance(target, str) and target.startswith(old):
             node["_target_"] = new + target.removeprefix(old)
-    for key, added in ADDED_KEYS.get(str(target), {}).items():
+    for key, added in ADDED_KEYS.get(str(node.get("_target_")), {}).items():
         node.setdefault(key, added)
     return node
 

@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capsexp.errors import DataError
+from capsexp.errors import DataError, refuse
 
 MAGIC = {"uint8": 0x1E3D4C55, "int32": 0x1E3D4C54}
 LEAST_DIMENSIONS = 3
@@ -82,3 +82,22 @@ def _header(dtype: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int]]:
 
 def _text(name: str, value: int) -> str:
     return f"0x{value:08X}" if "magic" in name else str(value)
+
+
+def held_out_instances(chosen: int | Sequence[int] | None, instances: Sequence[int]) -> tuple[int, ...]:
+    """Return the instances of every class that a setting `validation_instance` holds out for validation.
+
+    Args:
+        chosen: the setting: one of them, several, or None for none.
+        instances: all of the training split.
+
+    Raises:
+        ValueError: there is no such instance, one is there twice, or none is left to train on.
+    """
+    if chosen is None:
+        return ()
+    held_out = (chosen,) if isinstance(chosen, int) else tuple(chosen)
+    if not 0 < len({*held_out} & {*instances}) == len(held_out) < len(instances):
+        known = ", ".join(map(str, instances))
+        refuse(f"validation_instance must be null, one of {known}, or a list of some of them, got {chosen}")
+    return held_out

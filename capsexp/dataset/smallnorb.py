@@ -1,6 +1,7 @@
 """smallNORB: toys photographed by two cameras, from many viewpoints and in several lightings; 96x96 gray."""
 
 import copy
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -14,7 +15,7 @@ from torch import Tensor
 from capsexp.data.cache import cached, content_fingerprint, file_fingerprint
 from capsexp.data.checked_files import Progress, RemoteFile, StoredFile, digest
 from capsexp.data.manifest import ListedSplit
-from capsexp.data.norb_file import check_values, open_norb
+from capsexp.data.norb_file import check_values, held_out_instances, open_norb
 from capsexp.data.preprocess import RESIZE_CHUNK, Preprocess
 from capsexp.data.published import USABLE, PublishedDataset
 from capsexp.data.split import Groups, Split, SplitName
@@ -99,14 +100,14 @@ class SmallNORB(PublishedDataset):
         root: see `PublishedDataset`.
         download: see `PublishedDataset`.
         cameras: `stereo` for two channels, or one of them.
-        validation_instance: the training instance of every class that is set aside for validation.
+        validation_instance: training instances of every class set aside for validation: one, some or None.
         viewpoint: the factor limited to familiar values in training: `azimuth` (300 … 40 degrees, a third of
             the images), `elevation` (the lowest three, a third), or None.
         test_views: test images with familiar or novel values of that factor, or all.
         preprocess: see `Dataset`.
 
     Raises:
-        ValueError: no such training instance; familiar or novel views without a `viewpoint`.
+        ValueError: no such training instances, or all; familiar or novel views without a `viewpoint`.
     """
 
     name = "smallnorb"
@@ -126,19 +127,15 @@ class SmallNORB(PublishedDataset):
         root: str,
         download: bool,
         cameras: Literal["stereo", "left", "right"],
-        validation_instance: int | None,
+        validation_instance: int | Sequence[int] | None,
         viewpoint: Literal["azimuth", "elevation"] | None,
         test_views: Literal["all", "familiar", "novel"],
         preprocess: Preprocess,
     ) -> None:
-        instances = self.setup.instances["train"]
-        if validation_instance is not None and validation_instance not in instances:
-            allowed = ", ".join(map(str, instances))
-            refuse(f"validation_instance must be null or one of {allowed}, got {validation_instance}")
+        self.held_out = held_out_instances(validation_instance, self.setup.instances["train"])
         if viewpoint is None and test_views != "all":
             refuse(f"test_views must be 'all' where viewpoint is null, got {test_views!r}")
-        self.channels, self.validation_instance = CAMERAS[cameras], validation_instance
-        self.viewpoint = viewpoint
+        self.channels, self.viewpoint = CAMERAS[cameras], viewpoint
         self.test_views: Literal["all", "familiar", "novel"] = test_views
         size = preprocess.resize or (self.setup.side, self.setup.side)
         self.file_shape = (self.channels.stop - self.channels.start, *size)
@@ -146,7 +143,7 @@ class SmallNORB(PublishedDataset):
         super().__init__(root=root, download=download, preprocess=preprocess, validation=0, split_seed=0)
 
     def read_training(self) -> tuple[Split, Split]:
-        """Read the training images without the validation instance, and the images of that instance."""
+        """Read the training images without the validation instances, and the images of those."""
         images = self.read("train")
         training, validation = self._split_rows(self.factors("train"))
         return images.take(training), images.take(validation)
@@ -267,9 +264,7 @@ class SmallNORB(PublishedDataset):
 
     def _split_rows(self, factors: Int64[Tensor, "N 4"]) -> tuple[Int64[Tensor, " T"], Int64[Tensor, " V"]]:
         """Return the rows for training and those for validation."""
-        is_validation = torch.zeros(len(factors), dtype=torch.bool)
-        if self.validation_instance is not None:
-            is_validation = factors[:, FACTORS.index("instance")] == self.validation_instance
+        is_validation = torch.isin(factors[:, FACTORS.index("instance")], torch.tensor(self.held_out))
         return (~is_validation).nonzero().flatten(), is_validation.nonzero().flatten()
 
     def _images(self, split: SplitName) -> NDArray[np.uint8]:

@@ -1,5 +1,6 @@
 """Matrix capsules that every capsule below votes for, whatever its place in the image."""
 
+import inspect
 from collections.abc import Callable
 
 from jaxtyping import Float
@@ -20,7 +21,8 @@ class DenseCaps(MatrixCaps):
 
     Args:
         in_caps, out_caps: I and J.
-        routing: builds the routing from (in_caps, out_caps, pose_dim).
+        routing: builds the routing from (in_caps, out_caps, pose_dim); with shared_transformations also from
+            `shared=True`, if it has such an argument.
         pose_dim, pose, shared_transformations, votes_mib: see `MatrixCaps`.
         initialisation, init_identity, init_noise, vote_bias: see `MatrixCaps`.
     Raises: ValueError: a number < 1; see `MatrixCaps`.
@@ -43,6 +45,7 @@ class DenseCaps(MatrixCaps):
     ) -> None:
         require_factory(routing)
         require_at_least_1(in_caps=in_caps, out_caps=out_caps)
+        takes_shared = shared_transformations and "shared" in inspect.signature(routing).parameters
         super().__init__(
             in_caps=in_caps,
             pose_dim=pose_dim,
@@ -56,7 +59,7 @@ class DenseCaps(MatrixCaps):
             init_identity=init_identity,
             init_noise=init_noise,
             vote_bias=vote_bias,
-            routing=routing(in_caps, out_caps, pose_dim),
+            routing=routing(in_caps, out_caps, pose_dim, **({"shared": True} if takes_shared else {})),
             votes_mib=votes_mib,
             votes_per_image=in_caps * out_caps * pose_dim,
         )

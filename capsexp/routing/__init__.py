@@ -1,9 +1,10 @@
 """One routing algorithm per file: a reference, a fast path, a public function, a module.
 
-A layer builds its routing from (in_caps, out_caps, pose_dim), a convolutional layer also from `fields`, and
-calls it as `Routing` describes. That call is all that a new algorithm needs. Everything else is optional: a
-routing that has the methods of one of the other protocols gets what that protocol describes. A routing
-derives from `nn.Module` and inherits from none of these classes.
+A layer builds its routing from (in_caps, out_caps, pose_dim), a convolutional layer also from `fields`, a
+`DenseCaps` with shared matrices also from `shared=True` if the routing has that argument. It calls it as
+`Routing` describes. That call is all that a new algorithm needs. Everything else is optional: a routing that
+has the methods of one of the other protocols gets what that protocol describes. A routing derives from
+`nn.Module` and inherits from none of these classes.
 
 Three optional attributes need no method:
 
@@ -103,6 +104,18 @@ class AgreementRouting(Protocol):
 
     def agreement(self, votes: Tensor, poses: Tensor) -> Tensor:
         """Return the amount that a pass ending with these poses adds to the logits b_ij, [B, I, J]."""
+        ...
+
+
+@runtime_checkable
+class SteppedRouting(Protocol):
+    """Optional: route one iteration at a time. `RoutedLayer.step` calls it, for the concurrent network."""
+
+    iterations: int
+    """Passes of the algorithm."""
+
+    def step(self, votes: Tensor, before: Tensor | None) -> Routed:
+        """Return the state after one iteration, from the parents' poses before it; None in the first."""
         ...
 
 

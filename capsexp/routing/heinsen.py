@@ -17,7 +17,7 @@ from capsexp.errors import (
     require_not_negative,
 )
 from capsexp.ops.em_steps import check_shapes, e_step, fit_gaussians, initial_shares
-from capsexp.ops.moments import moment_routing
+from capsexp.ops.moment_routing import moment_routing, moments_problem
 from capsexp.ops.receptive_fields import gather_windows
 from capsexp.ops.votes import MatrixVotes
 from capsexp.routing import MOST_ITERATIONS
@@ -153,6 +153,7 @@ class HeinsenRouting(nn.Module):
     """
 
     fused_votes = MatrixVotes
+    fused_bias = True
     windows: Tensor | None
 
     def __init__(
@@ -224,8 +225,11 @@ class HeinsenRouting(nn.Module):
 
     def _moments_reason(self, weight: Float[Tensor, "W J n n"]) -> str | None:
         """Why moments of the poses do not replace the votes; None where they do."""
-        shared = self.windows is None and len(weight) == len(self.beta_use) == 1
-        return None if shared else "there is no fused Heinsen routing for children with their own matrices"
+        if self.windows is not None or len(weight) > 1:
+            return "there is no fused Heinsen routing for children with their own matrices"
+        if len(self.beta_use) > 1:
+            return "there is no fused Heinsen routing for children with their own betas"
+        return moments_problem(weight.device.type)
 
     def route_fused(self, votes: MatrixVotes, activations: Float[Tensor, "B I"]) -> Routed:
         """Make the votes and route them."""
@@ -233,6 +237,7 @@ class HeinsenRouting(nn.Module):
             votes.poses,
             activations.to(votes.weight.dtype),
             votes.weight[0],
+            bias=None if votes.bias is None else votes.bias[0],
             offsets=votes.offsets,
             beta_use=self.beta_use[0],
             beta_ign=self.beta_ign[0],

@@ -34,9 +34,11 @@ def caveats(familiar: Batches | None) -> list[str]:
     ]
 
 
-def describe_end(settings: Trainer, stopped: Mapping[str, Any] | None, total: int) -> str:
+def describe_end(settings: Trainer, stopped: Mapping[str, Any] | None, total: int | None) -> str:
     """Describe how a training with `trainer.stop_accuracy` ended."""
     if stopped is None:
         return f"an accuracy of {settings.stop_accuracy} on {settings.stop_on} images was not reached"
-    at = f"stopped at step {stopped['step']} of {total}"
+    # Where time ends the training, its steps are only expected.
+    of_total = "" if total is None or settings.max_seconds is not None else f" of {total}"
+    at = f"stopped at step {stopped['step']}{of_total}"
     return f"{at}: accuracy {stopped['accuracy']:.4f} on {stopped['on']} images"

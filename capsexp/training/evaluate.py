@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsexp.capsules import Batch
@@ -12,6 +13,7 @@ from capsexp.data.batches import Batches
 from capsexp.schedule import Step
 from capsexp.training.metrics import Loss, accuracies, autocast, batch_metrics, pool_crops
 from capsexp.training.parallel import SINGLE, ProcessGroup
+from capsexp.training.per_class import balanced_accuracy, count_labels
 from capsexp.training.tally import Tally
 
 
@@ -51,10 +53,11 @@ def evaluate(
         tally: counts the images by class and predicted class.
 
     Returns:
-        The metrics of `batch_metrics`. With several crops the predicted classes of an image are those of all
-        its crops together.
+        The metrics of `batch_metrics`, and `balanced_accuracy`, the mean of the accuracies of the classes.
+        With several crops the predicted classes of an image are those of all its crops together.
     """
     sums: dict[str, float] = defaultdict(float)
+    labels: dict[str, float] = defaultdict(float)
     count = 0
     with inference(model):
         for views in batches.views():
@@ -62,22 +65,28 @@ def evaluate(
             size = len(views[0].labels)
             slices = [processes.slice_of(view) for view in views]
             _, share = slices[0]
-            metrics, scores = _view_metrics([view for view, _ in slices], model, loss, step, precision)
+            own = [view for view, _ in slices]
+            metrics, scores = _view_metrics(own, model, loss, step, precision)
+            # Processes that share the same image count it once together.
+            weight = share * size / len(own[0].labels)
             if tally is not None:
-                own = slices[0][0]
-                tally.add(own, scores, weight=share * size / len(own.labels))
+                tally.add(own[0], scores, weight=weight)
             for name, value in metrics.items():
                 sums[name] += value * (share * size)
+            for name, value in count_labels(scores, own[0].labels).items():
+                labels[name] += value * weight
             count += size
     if tally is not None:
         tally.sum_over(processes)
-    return {name: total / count for name, total in processes.sum(sums).items()}
+    means = {name: total / count for name, total in processes.sum(sums).items()}
+    balanced = balanced_accuracy(processes.sum(labels))
+    return {"accuracy": means["accuracy"], "balanced_accuracy": balanced, **means}
 
 
 def _view_metrics(
     views: Sequence[Batch], model: nn.Module, loss: Loss, step: Step, precision: torch.dtype
-) -> tuple[dict[str, float], Tensor]:
-    """Return the metrics of one batch, means over its crops, and the scores of all crops together."""
+) -> tuple[dict[str, float], Float[Tensor, "B J"]]:
+    """Return metrics and scores of a batch: means over its crops; accuracy and scores of all together."""
     metrics: dict[str, float] = defaultdict(float)
     probabilities = []
     for view in views:
@@ -90,6 +99,5 @@ def _view_metrics(
     if len(views) == 1:
         return metrics, output.scores
     scores = pool_crops(probabilities)
-    pooled = accuracies(scores, views[0].labels)
-    metrics.update({name: value.item() for name, value in pooled.items()})
+    metrics.update({name: value.item() for name, value in accuracies(scores, views[0].labels).items()})
     return metrics, scores

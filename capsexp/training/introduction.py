@@ -19,7 +19,7 @@ def first_lines(
     components: Components, splits: Splits, state: State, costs: Mapping[str, int | None]
 ) -> list[str]:
     """Return the data, the network with what it costs, and what to keep in mind beside every metric."""
-    network = describe_network(state, costs)
+    network = describe_network(state, costs, epochs=components.trainer.max_epochs)
     data = describe_data(components.dataset, splits)
     return [*data, network, *components.caveats(), *caveats(splits.familiar)]
 
@@ -33,11 +33,22 @@ def describe_data(dataset: Dataset, splits: Splits) -> list[str]:
     return [first, *dataset.notes()]
 
 
-def describe_network(state: State, costs: Mapping[str, int | None]) -> str:
-    """Return the network, its parameters and multiplications, and the step at which the run starts."""
+def describe_network(state: State, costs: Mapping[str, int | None], *, epochs: int | None) -> str:
+    """Return the network, what it costs, and the step at which the run starts.
+
+    Args:
+        state: of the run.
+        costs: parameters and multiplications.
+        epochs: `trainer.max_epochs`.
+    """
     products = costs["multiplications"]
     work = "" if products is None else f" and {in_words(products)} multiplications per image"
-    start = f"resuming at step {state.step} of {state.total}" if state.step else f"{state.total} steps"
+    budget = state.budget
+    start = (
+        f"resuming at {budget.describe_place(state.step, state.seconds)}"
+        if state.step
+        else budget.describe(epochs)
+    )
     return f"{type(state.model).__name__} with {costs['parameters']:,} parameters{work}; {start}"
 
 

@@ -94,6 +94,15 @@ class ProcessGroup:
             dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value)
 
+    def number_of_main(self, number: float) -> float:
+        """Return the number of rank 0, in every process: one small exchange."""
+        if self.size == 1:
+            return number
+        value = torch.tensor(number, dtype=torch.float64)
+        with _detect_lost_process():
+            dist.broadcast(value, 0)
+        return float(value)
+
     def broadcast(self, make: Callable[[], T]) -> T:
         """Return what `make` returns in rank 0, in every process; the others do not call it."""
         if self.size == 1:

@@ -1,15 +1,17 @@
 """Progress of a run: a bar on a terminal, otherwise a plain line every few seconds."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from capsexp.files import open_own, writing
+from capsexp.schedule import Step
 from capsexp.terminal import new_console
 from capsexp.text import printable, printable_lines
 
@@ -51,16 +53,16 @@ class Reporter:
     """Prints the progress of a run; printed lines also go to the log.
 
     Args:
-        total: optimizer steps of the whole run.
-        done: steps done before this process started.
+        start: the step at which this process starts, of the whole run.
+        timed: whether time may end the run: then its total of steps is not known.
         console: where to print; a bar is shown only on a terminal.
     """
 
-    def __init__(self, *, total: int, done: int, console: Console | None = None) -> None:
+    def __init__(self, start: Step, *, timed: bool = False, console: Console | None = None) -> None:
         self._console = console or new_console(soft_wrap=True)
+        self._timed = timed
         self._bar = _bar(self._console) if self._console.is_terminal else None
-        self._total = total
-        self._task = self._bar.add_task("", total=total, completed=done, metrics="") if self._bar else None
+        self._task = self._bar.add_task("", **self._fields(start), metrics="") if self._bar else None
         self._last_line = 0.0
         self._speed = Speedometer()
 
@@ -79,27 +81,35 @@ class Reporter:
         console = self._bar.console if self._bar else self._console
         console.print(printable_lines(text), markup=False)
 
-    def step(self, step: int, *, epoch: int, epochs: int, metrics: Mapping[str, float], images: int) -> None:
+    def step(
+        self, step: Step, *, epoch: int, epochs: int | None, metrics: Mapping[str, float], images: int
+    ) -> None:
         """Show the progress of the training.
 
         Args:
-            step: optimizer steps done.
+            step: optimizer steps done, of the whole run.
             epoch: the current epoch, counted from 1.
-            epochs: epochs of the whole run.
+            epochs: epochs of the whole run; None without a limit.
             metrics: loss terms and accuracy of this step.
             images: images that this step trained on.
         """
         self._speed.add(images)
         text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         text += f"  {self._speed.rate:.0f} images/s"
+        description = f"epoch {epoch}" if epochs is None else f"epoch {epoch}/{epochs}"
         if self._bar and self._task is not None:
             self._bar.update(
-                self._task, completed=step, description=f"epoch {epoch}/{epochs}", metrics=printable(text)
+                self._task, **self._fields(step), description=description, metrics=printable(text)
             )
-        elif time.monotonic() - self._last_line >= EVERY_SECONDS or step == self._total:
+        elif time.monotonic() - self._last_line >= EVERY_SECONDS or step.number == step.total:
             self._last_line = time.monotonic()
-            left = self._speed.seconds_per_step * (self._total - step)
-            self.print(f"epoch {epoch}/{epochs}  step {step}/{self._total}  {text}  {clock(left)} left")
+            left = clock(self._speed.seconds_per_step * (step.total - step.number))
+            self.print(f"{description}  step {_count(step, timed=self._timed)}  {text}  {left} left")
+
+    def _fields(self, step: Step) -> dict[str, Any]:
+        """Return what the bar shows: it fills with the share of the run, whose end in steps may move."""
+        share = step.number / step.total if step.number else 0.0
+        return {"total": 1.0, "completed": share, "count": _count(step, timed=self._timed)}
 
     def pause(self) -> None:
         """Exclude the time until the next step from the speed."""
@@ -139,15 +149,22 @@ def _bar(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[count]}"),
         TextColumn("{task.fields[metrics]}", markup=False),
         TimeRemainingColumn(),
         console=console,
     )
 
 
+def _count(step: Step, *, timed: bool) -> str:
+    """Return the number of steps, of the total unless that is only expected."""
+    return str(step.number) if timed else f"{step.number}/{step.total}"
+
+
 def clock(seconds: float) -> str:
-    """Format a duration as M:SS, or H:MM:SS from an hour on."""
+    """Format a duration as M:SS, or H:MM:SS from an hour on; `?` if it is not known."""
+    if not math.isfinite(seconds):
+        return "?"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -16,6 +16,7 @@ from capsexp.data.image_ops import displayable
 from capsexp.errors import UserError, is_interruption, is_number
 from capsexp.files import open_own, own_folder, write_atomic, writing
 from capsexp.training.events import STATUS, EventFile, begin_session, end_session, shown_events, shown_steps
+from capsexp.training.timing import TimingFile
 
 Points = list[tuple[int, dict[str, float]]]
 """Step and metrics of each line of metrics.jsonl."""
@@ -24,7 +25,8 @@ Points = list[tuple[int, dict[str, float]]]
 class Record:
     """Writes a run's metrics and images.
 
-    metrics.jsonl has only values that a resumed run repeats bit for bit. Timings go to TensorBoard.
+    metrics.jsonl has only values that a resumed run repeats bit for bit. Timings go to timing.jsonl and to
+    TensorBoard.
 
     Args:
         path: the run directory.
@@ -42,6 +44,7 @@ class Record:
         points = read_recorded(self._path, length=length, step=start_step)
         self._folder, self._figures = path / "tb", path / "figures"
         begin_session(path, settings)
+        self._timing = TimingFile(path, start_step=start_step)
         self._metrics = open_own(self._path, "ab")
         with writing(self._path):
             self._metrics.seek(self._metrics.truncate(length))
@@ -56,13 +59,25 @@ class Record:
             self._events.add(event)
         self._events.flush()
 
-    def log_metrics(self, step: int, values: Mapping[str, float], **position: int) -> None:
-        """Write reproducible metrics to metrics.jsonl and TensorBoard."""
+    def log_metrics(
+        self, step: int, values: Mapping[str, float], *, seconds: float | None = None, **position: int
+    ) -> None:
+        """Write reproducible metrics to metrics.jsonl and TensorBoard.
+
+        Args:
+            step: optimizer steps done.
+            values: by name.
+            seconds: of training up to the step, for timing.jsonl and TensorBoard.
+            position: such as the epoch; only in metrics.jsonl.
+        """
         line = json.dumps({"step": step, **position, **values})
         with writing(self._path):
             self._metrics.write(line.encode() + b"\n")
             self._metrics.flush()
         self.log_timing(step, values)
+        if seconds is not None:
+            self._timing.add(step, seconds)
+            self.log_timing(step, {"training_seconds": seconds})
 
     def log_timing(self, step: int, values: Mapping[str, float]) -> None:
         """Write timing metrics, which are not reproducible, to TensorBoard only."""
@@ -88,6 +103,7 @@ class Record:
 
     def close(self, status: str) -> None:
         """Close the files; TensorBoard's HParams table shows `status` (unknown if interrupted)."""
+        self._timing.close()
         with writing(self._path):
             self._metrics.close()
         self._events.close()
@@ -98,7 +114,9 @@ class Record:
 class NoRecord:
     """Takes the place of a `Record` in processes other than rank 0."""
 
-    def log_metrics(self, step: int, values: Mapping[str, float], **position: int) -> None:
+    def log_metrics(
+        self, step: int, values: Mapping[str, float], *, seconds: float | None = None, **position: int
+    ) -> None:
         """Do nothing."""
 
     def log_timing(self, step: int, values: Mapping[str, float]) -> None:

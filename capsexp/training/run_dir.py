@@ -5,13 +5,16 @@ resolved_config.yaml                 the same config with every interpolation re
 data.json                            classes, and the files or checksums of every split: capsexp.data.manifest
 command.txt   env.json  dirty.patch  the command; versions, commit, machine; uncommitted changes
 status.json                          running | completed | failed | interrupted, step, total, heartbeat, best,
-                                     steps_per_epoch, seconds of work, results or error,
+                                     steps_per_epoch, seconds of work, training_seconds (of the training
+                                     steps alone), results or error,
                                      choices (option of each config group),
                                      stopped (if an accuracy ended the training: which one, on which images),
                                      costs (of the network: capsexp.training.costs)
 test_errors.json   validation_errors.json   errors by class and by group: capsexp.training.tally
 metrics.jsonl   train.log   tb/      metrics in full precision; the log; TensorBoard
-figures/   checkpoints/              plots and image grids: NAME.png; see capsexp.training.checkpoint
+timing.jsonl                         seconds of training by step: see capsexp.training.timing
+figures/                             plots and image grids: NAME.png
+checkpoints/                         see capsexp.training.checkpoint
 
 Nothing is written through a link: `locked` and `require_own` check the names above (see capsexp.files).
 """
@@ -43,14 +46,14 @@ from capsexp.training.environment import describe
 
 LOCK = "run.lock"
 FOLDERS = (".hydra", "checkpoints", "figures", "predictions", "studies", "tb")
-APPENDED = (LOCK, "evaluations.jsonl", "metrics.jsonl", "stdout.log", "train.log")
+APPENDED = (LOCK, "evaluations.jsonl", "metrics.jsonl", "stdout.log", "timing.jsonl", "train.log")
 REPLACED = (
     *("command.txt", "data.json", "dirty.patch", "env.json", "non_finite.json", "profile.txt"),
     *("resolved_config.yaml", "status.json", "test_errors.json", "trace.json", "validation_errors.json"),
 )
 LARGEST_STATUS = 16 * 2**20  # bytes
 LONGEST = 1e12  # seconds; a larger number in a file is damage
-CARRIED_OVER = ("started", "resumes", "step", "total", "steps_per_epoch", "best", "costs")
+CARRIED_OVER = ("started", "resumes", "step", "total", "steps_per_epoch", "training_seconds", "best", "costs")
 """Fields of status.json that a resumed run starts with."""
 HEARTBEAT_SECONDS = 5
 
@@ -260,22 +263,20 @@ class RunDir:
             return []
         return [override for override in overrides if not override.startswith("run=")]
 
-    def log_resume(
-        self, *, step: int, total: int, steps_per_epoch: int, best: Mapping[str, Any] | None
-    ) -> None:
-        """Record the step at which this process starts, and extend the list of resumes."""
+    def log_resume(self, *, step: int, **more: Any) -> None:
+        """Record the step at which this process starts, with more fields, and extend the list of resumes."""
         if self._resumes:
             self._status["resumes"] = [*self._status["resumes"], {"step": step, "time": time.time()}]
-        self.update_status("running", step=step, total=total, steps_per_epoch=steps_per_epoch, best=best)
+        self.update_status("running", step=step, **more)
 
-    def heartbeat(self, step: int) -> None:
-        """Record that the run is alive at this step; write the file at most every five seconds.
+    def heartbeat(self, step: int, **more: Any) -> None:
+        """Record that the run is alive at this step, with more fields; write at most every five seconds.
 
         Raises:
             RunStopped: the directory is gone.
         """
         self.require_present()
-        self._status["step"] = step
+        self._status |= {"step": step, **more}
         if time.monotonic() - self._written > HEARTBEAT_SECONDS:
             self.update_status("running", step=step)
 

@@ -25,6 +25,15 @@ def is_count(value: Any) -> bool:
     return is_integer(value) and 0 <= value < LARGEST_COUNT
 
 
+def _is_seconds(value: Any) -> bool:
+    return is_number(value) and 0 <= value < LARGEST_COUNT
+
+
+def _is_total(value: Any) -> bool:
+    # Where time ends the run it is a float, and infinite before the first step.
+    return is_count(value) or (isinstance(value, float) and value >= 0)
+
+
 def _is_optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
@@ -91,7 +100,8 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 """The keys of every checkpoint: a check of the value, and what it must be."""
 LATER_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "total": (is_count, "a number of steps"),
+    "total": (_is_total, "a number of steps"),
+    "seconds": (_is_seconds, "a number of seconds"),
     "stopped": (_is_optional(_is_stop), "the accuracy that ended the training, or null"),
     "random_others": (_is_random_of_others, "states of random generators"),
 }
@@ -210,7 +220,7 @@ def saved_position(saved: Mapping[str, Any], *, recorded: object = None) -> Step
         recorded: the total in the run's status, for older checkpoints, which do not have it.
     """
     step, total = saved["step"], saved.get("total", recorded)
-    return Step(step, total if isinstance(total, int) and total >= step else step)
+    return Step(step, total if is_number(total) and total >= step else step)
 
 
 def trained_weights(saved: Mapping[str, Any]) -> dict[str, Any]:

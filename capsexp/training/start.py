@@ -11,8 +11,8 @@ from capsexp.config.components import Components
 from capsexp.data.batches import Batches
 from capsexp.data.seeds import derive_seed
 from capsexp.routing import advance
-from capsexp.schedule import Step
 from capsexp.training import checkpoint
+from capsexp.training.budget import Budget
 from capsexp.training.parallel import ProcessGroup
 from capsexp.training.state import State
 
@@ -22,14 +22,15 @@ def start_state(
 ) -> State:
     """Build network, optimizer and moving average, with the same weights in all processes."""
     settings = components.trainer
-    total = settings.total_steps(len(training))
+    budget = Budget(settings.total_steps(len(training)), settings.max_seconds)
+    position = budget.position(0, 0.0)
     model = components.device.place(components.new_model())
-    advance(model, Step(0, total))
-    optimizer = components.new_optimizer(model.parameters(), lr=components.learning_rate(Step(0, total)))
+    advance(model, position)
+    optimizer = components.new_optimizer(model.parameters(), lr=components.learning_rate(position))
     if calibrate:
         _calibrate(model, training)
     processes.broadcast_parameters(model)
-    return State(model, optimizer, moving_average(model, settings.ema_decay), total=total)
+    return State(model, optimizer, moving_average(model, settings.ema_decay), budget=budget)
 
 
 def resume_state(
@@ -64,7 +65,7 @@ def require_resumable(components: Components, folder: Path) -> None:
         model = components.new_model()
         optimizer = components.new_optimizer(model.parameters(), lr=1.0)
         average = moving_average(model, components.trainer.ema_decay)
-        State(model, optimizer, average, total=saved["step"]).restore(saved)
+        State(model, optimizer, average, budget=Budget(saved["step"])).restore(saved)
 
 
 def _calibrate(model: nn.Module, batches: Batches) -> None:

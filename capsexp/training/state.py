@@ -1,5 +1,6 @@
 """The state of a training run, as checkpoints store it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from capsexp.errors import UserError
 from capsexp.schedule import Step
+from capsexp.training.budget import Budget
 from capsexp.training.saved_state import process_count, restore_optimizer, restore_weights
 
 
@@ -19,7 +21,7 @@ class State:
         model: the network.
         optimizer: of its parameters.
         average: the moving average of its weights; None without one.
-        total: optimizer steps of the whole run.
+        budget: the length of the whole run.
     """
 
     def __init__(
@@ -28,10 +30,12 @@ class State:
         optimizer: torch.optim.Optimizer,
         average: AveragedModel | None,
         *,
-        total: int,
+        budget: Budget,
     ) -> None:
-        self.model, self.optimizer, self.average, self.total = model, optimizer, average, total
+        self.model, self.optimizer, self.average, self.budget = model, optimizer, average, budget
         self.step = self.epoch = self.batch = 0
+        self.seconds = 0.0
+        """Seconds of all training steps so far, with their data; rank 0 counts them."""
         self.recorded = 0  # bytes of metrics.jsonl
         self.best_accuracy = -1.0
         self.best_step: int | None = None
@@ -40,8 +44,24 @@ class State:
 
     @property
     def position(self) -> Step:
-        """The step of the training, for schedules."""
-        return Step(self.step, self.total)
+        """The step of the training, for schedules. It changes only at the end of a step."""
+        return self.budget.position(self.step, self.seconds)
+
+    @property
+    def total(self) -> int | None:
+        """Optimizer steps of the whole run; expected ones if time ends it, and None before the first step."""
+        total = self.position.total
+        return round(total) if math.isfinite(total) else None
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """How far the training is, for status.json."""
+        return {"step": self.step, "total": self.total, "training_seconds": self.seconds}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the length of the run is used up."""
+        return self.budget.is_used(self.step, self.seconds)
 
     @property
     def best(self) -> dict[str, int | float] | None:
@@ -70,9 +90,10 @@ class State:
         Args:
             rng_states: `random_state` of every process of the run, by rank.
         """
-        numbers = ("step", "total", "epoch", "batch", "recorded", "best_accuracy", "best_step", "stopped")
+        numbers = ("step", "seconds", "epoch", "batch", "recorded", "best_accuracy", "best_step", "stopped")
         return {
             **{name: getattr(self, name) for name in numbers},
+            "total": self.position.total,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
@@ -81,7 +102,7 @@ class State:
         }
 
     def restore(self, saved: dict[str, Any], *, rank: int = 0) -> None:
-        """Restore what `state_dict` returned, in the process of this rank. `total` follows the new config.
+        """Restore what `state_dict` returned, in the process of this rank. The budget is the new config's.
 
         A process of a rank that the saved run did not have keeps its random state.
 
@@ -93,6 +114,7 @@ class State:
         for name in ("step", "epoch", "batch", "recorded", "best_accuracy", "best_step"):
             setattr(self, name, saved[name])
         self.stopped = saved.get("stopped")  # older checkpoints have none
+        self.seconds = saved.get("seconds", 0.0)  # older checkpoints have none
         if rank < process_count(saved):
             _restore_random(saved if rank == 0 else saved["random_others"][rank - 1])
 

@@ -34,6 +34,7 @@ from capsexp.training.start import resume_state, start_state
 from capsexp.training.state import State, random_state
 from capsexp.training.stop_signal import StopSignal
 from capsexp.training.tally import Tally, new_tally, report_test, report_validation
+from capsexp.training.timing import StepClock
 
 
 def train(
@@ -68,16 +69,14 @@ def train(
     resume_state(state, saved, components, processes)
 
     with checkpoint.explain_failed_write(run.checkpoints):
-        run.log_resume(
-            step=state.step, total=state.total, steps_per_epoch=len(splits.training), best=state.best
-        )
+        run.log_resume(**state.progress, steps_per_epoch=len(splits.training), best=state.best)
         run.write_environment(f"{components.device}{processes}")
         record = (
             Record(run.path, start_step=state.step, length=state.recorded, settings=config)
             if processes.is_main
             else NoRecord()
         )
-        reporter = Reporter(total=state.total, done=state.step)
+        reporter = Reporter(state.position, timed=components.trainer.max_seconds is not None)
         stop, profiled = StopSignal(), components.trainer.profile and processes.is_main
         with (
             closing(record),
@@ -109,6 +108,8 @@ class Training:
 
     def __post_init__(self) -> None:
         self.settings = self.components.trainer
+        # Where time ends the run, all processes must agree on it.
+        self.clock = StepClock(float if self.settings.max_seconds is None else self.processes.number_of_main)
         self.forward: nn.Module = self.state.model
         if self.settings.compile:
             self.forward = torch.compile(self.state.model)  # type: ignore[assignment]
@@ -130,23 +131,26 @@ class Training:
             report(line)
 
     def fit(self) -> None:
-        """Train up to the last step, or until an accuracy ends the training."""
+        """Train until the epochs, the steps or the seconds are used, or an accuracy ends the training."""
         state = self.state
         self._log_reconstructions()
-        while state.stopped is None and (state.step < state.total or state.batch > 0):
+        while state.stopped is None and (not state.is_over or state.batch > 0):
             self._train_epoch()
-            ended, last = state.epoch + 1, state.step >= state.total
+            ended, last = state.epoch + 1, state.is_over
             if self.splits.has_validation and (ended % self.settings.validate_every == 0 or last):
                 self._validate(epoch=ended, last=last)
             state.epoch, state.batch = ended, 0
             self._save()
+        if state.stopped is None and (line := state.budget.end_line(state.step, state.seconds)) is not None:
+            self.reporter.print(line)
 
     def _train_epoch(self) -> None:
         """Train on the rest of an epoch."""
         state = self.state
         batches = self.splits.epoch(state.epoch, start=state.batch, overfit=self.settings.overfit)
-        for batch in batches:
-            if state.step >= state.total:
+        while not state.is_over:
+            self.clock.start()
+            if (batch := next(batches, None)) is None:
                 break
             self._train_step(batch)
             if self.profile is not None:
@@ -161,7 +165,7 @@ class Training:
         learning_rate = self.components.learning_rate(step)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate
-        logged = (step.number + 1) % settings.log_every == 0 or step.number + 1 == step.total
+        logged = (step.number + 1) % settings.log_every == 0 or step.number + 1 == state.budget.steps
         metrics = accumulate_gradients(
             self.forward, loss, batch, step, settings, layers=logged, processes=self.processes
         )
@@ -172,15 +176,16 @@ class Training:
         if state.average is not None:
             state.average.update_parameters(state.model)
         state.step, state.batch = state.step + 1, state.batch + 1
+        state.seconds += self.clock.stop()
 
         epoch = state.epoch + 1
         self.reporter.step(
-            state.step, epoch=epoch, epochs=settings.max_epochs, metrics=shown, images=len(batch.labels)
+            state.position, epoch=epoch, epochs=settings.max_epochs, metrics=shown, images=len(batch.labels)
         )
         if logged:
             schedule = {"learning_rate": learning_rate, **loss.scheduled(step), **scheduled}
             values = {**prefixed("train", metrics), **prefixed("schedule", schedule)}
-            self.record.log_metrics(state.step, values, epoch=epoch)
+            self.record.log_metrics(state.step, values, seconds=state.seconds, epoch=epoch)
             self.record.log_timing(state.step, {"images_per_second": self.reporter.images_per_second})
 
     def _validate(self, *, epoch: int, last: bool) -> None:
@@ -193,7 +198,7 @@ class Training:
         if splits.familiar is not None:
             familiar = self._evaluate(splits.familiar, "familiar", state.position)
             metrics["familiar/accuracy"] = familiar["familiar/accuracy"]
-        self.record.log_metrics(state.step, metrics, epoch=epoch)
+        self.record.log_metrics(state.step, metrics, seconds=state.seconds, epoch=epoch)
         if splits.validation is not None:
             state.note_validation(metrics["validation/accuracy"])
         # Rank 0 decides for all: if only some processes stopped, the others would wait for them forever.
@@ -201,7 +206,7 @@ class Training:
         if stopped is not None:
             state.note_stop(stopped, metrics)
         report_validation(self.run, tally, state, self.components)
-        self.run.update_status("running", step=state.step, best=state.best)
+        self.run.update_status("running", **state.progress, best=state.best)
         self.reporter.print(f"epoch {epoch}: {sentence(metrics)}")
         if epoch % settings.images_every == 0 or last or stopped is not None:
             self._log_reconstructions()
@@ -228,10 +233,10 @@ class Training:
             results |= self._evaluate(batches, "test", position, tally)
             report_test(self.run, tally, position, self.components)
             self.reporter.print(f"test split, {batches.visited} images: {sentence(results)}")
-        self.record.log_metrics(state.step, results, epoch=state.epoch)
+        self.record.log_metrics(state.step, results, seconds=state.seconds, epoch=state.epoch)
         note_peak(self.run, self.components)
         ending = {"results": results, "stopped": state.stopped, "exit_code": 0}
-        self.run.update_status("completed", step=state.step, **ending)
+        self.run.update_status("completed", **state.progress, **ending)
         return results
 
     def _restore_tested_weights(self) -> Step:
@@ -293,7 +298,7 @@ class Training:
         checkpoint.prune(folder, keep_last=2, keep_steps=keep, keep_every=self.settings.keep_every)
 
     def _stop_if_asked(self) -> None:
-        self.run.heartbeat(self.state.step)
+        self.run.heartbeat(**self.state.progress)
         if self.stop.asked(self.processes):
             if not self.testing:
                 self._save()

@@ -21,8 +21,9 @@ class Trainer:
     def __init__(
         self,
         *,
-        max_epochs: int,
+        max_epochs: int | None,
         max_steps: int | None,
+        max_seconds: int | float | None,
         batch_size: int,
         accumulate: int,
         grad_clip: int | float | None,
@@ -55,12 +56,15 @@ class Trainer:
             save_every=save_every,
             keep_every=keep_every,
         )
-        require_positive(grad_clip=grad_clip)
+        require_positive(grad_clip=grad_clip, max_seconds=max_seconds)
         require_in("(0, 1)", ema_decay=ema_decay)
         require_in("(0, 1]", stop_accuracy=stop_accuracy)
         if accumulate > batch_size >= 1:
             refuse(f"accumulate must be <= batch_size ({batch_size}), got {accumulate}")
-        self.max_epochs, self.max_steps, self.batch_size = max_epochs, max_steps, batch_size
+        if max_epochs is None and max_steps is None and max_seconds is None:
+            refuse("max_epochs, max_steps or max_seconds must be set: nothing would end the training")
+        self.max_epochs, self.max_steps, self.max_seconds = max_epochs, max_steps, max_seconds
+        self.batch_size = batch_size
         self.accumulate, self.grad_clip, self.ema_decay = accumulate, grad_clip, ema_decay
         self.precision = torch.bfloat16 if precision == "bfloat16" else torch.float32
         self.compile, self.overfit, self.test, self.profile = compile, overfit, test, profile
@@ -69,10 +73,10 @@ class Trainer:
         self.save_every, self.keep_every = save_every, keep_every
         self.stop_accuracy, self.stop_on = stop_accuracy, stop_on
 
-    def total_steps(self, batches_per_epoch: int) -> int:
-        """Return the optimizer steps of the whole run."""
-        steps = self.max_epochs * batches_per_epoch
-        return steps if self.max_steps is None else min(steps, self.max_steps)
+    def total_steps(self, batches_per_epoch: int) -> int | None:
+        """Return the optimizer steps that end the run; None if only `max_seconds` ends it."""
+        epochs = None if self.max_epochs is None else self.max_epochs * batches_per_epoch
+        return min((steps for steps in (epochs, self.max_steps) if steps is not None), default=None)
 
     def check_stop(self, metrics: Mapping[str, float], step: int) -> dict[str, Any] | None:
         """Return accuracy, images and step of the stop if these validation metrics end the training."""

@@ -30,6 +30,7 @@ COUNT = 5 * 2 * 3 * 4 * 2
 OF_THE_PAPER = {
     "resize": 48,
     "shift": 0,
+    "shift_fill": "zeros",
     "crop": 32,
     "flip": False,
     "brightness": 63,
@@ -117,9 +118,7 @@ def path_of(dataset, split="train", kind="dat"):
 def training_factors(dataset):
     """The factors of both splits of `read_training`."""
     factors = dataset.factors("train")
-    is_validation = factors[:, 0] == (
-        -1 if dataset.validation_instance is None else dataset.validation_instance
-    )
+    is_validation = torch.isin(factors[:, 0], torch.tensor(dataset.held_out))
     return factors[~is_validation], factors[is_validation]
 
 
@@ -181,6 +180,25 @@ def test_exactly_one_instance_of_every_class_is_set_aside(world):
         assert torch.equal(grays(split), grays_of(split.labels, rows))
 
 
+def test_a_list_of_one_instance_is_that_instance(world):
+    for ours, theirs in zip(
+        world(validation_instance=[4]).read_training(),
+        world(validation_instance=4).read_training(),
+        strict=True,
+    ):
+        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.labels, theirs.labels)
+
+
+@pytest.mark.parametrize("chosen", [[4, 6], [9, 7, 4, 8]])
+def test_several_instances_of_every_class_are_set_aside_together(chosen, tmp_path):
+    instances = torch.tensor([4, 6, 7, 8, 9]).repeat(3)
+    factors = torch.stack([instances, *torch.zeros(3, 15, dtype=torch.int64)], dim=1)
+    training, validation = build(SmallNORB, tmp_path, validation_instance=chosen)._split_rows(factors)
+    assert sorted(instances[validation].tolist()) == sorted(3 * chosen)
+    assert sorted([*training.tolist(), *validation.tolist()]) == [*range(15)]
+
+
 def test_without_a_validation_instance_all_is_for_training(world):
     training, validation = world(validation_instance=None).read_training()
     assert (training.size, validation.size) == (COUNT, 0)
@@ -213,10 +231,17 @@ def test_familiar_views_are_available_beside_novel_ones(world):
     assert world().familiar() is None
 
 
+INSTANCES = "^validation_instance must be null, one of 4, 9, or a list of some of them"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"validation_instance": 5}, "validation_instance must be null or one of 4, 9, got 5"),
+        ({"validation_instance": 5}, f"{INSTANCES}, got 5$"),
+        ({"validation_instance": []}, rf"{INSTANCES}, got \[\]$"),
+        ({"validation_instance": [4, 5]}, rf"{INSTANCES}, got \[4, 5\]$"),
+        ({"validation_instance": [4, 4]}, rf"{INSTANCES}, got \[4, 4\]$"),
+        ({"validation_instance": [4, 9]}, rf"{INSTANCES}, got \[4, 9\]$"),
         ({"test_views": "novel"}, "test_views must be 'all' where viewpoint is null, got 'novel'"),
         ({"preprocess": {**SMALL, "crop": 7}}, "crop must be <= the image's 6x6, got 7"),
     ],

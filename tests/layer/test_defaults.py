@@ -19,6 +19,7 @@ KEYS = {
         "stride": "primary_stride",
         "scale": "primary_scale",
     },
+    MatrixPrimaryCaps: {"kernel": "primary_kernel", "stride": "primary_stride"},
     ConvCaps: {"kernel": "conv_kernels", "stride": "conv_strides"},
 }
 

@@ -38,11 +38,19 @@ def final_state():
 
 @pytest.fixture
 def assert_same_run():
-    """`assert_same_run(RUN, OTHER)`: weights, optimizer, random state and metrics.jsonl, bit for bit."""
+    """`assert_same_run(RUN, OTHER)`: weights, optimizer, random state and metrics.jsonl, bit for bit.
 
-    def check(path, other):
+    The seconds of training differ, unless a test sets the clock: then they are compared with `seconds=True`.
+    """
+
+    def check(path, other, *, seconds=False):
         assert (path / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
-        compare(load_last(path), load_last(other))
+        states = [load_last(run) for run in (path, other)]
+        if seconds:
+            assert (path / "timing.jsonl").read_bytes() == (other / "timing.jsonl").read_bytes()
+        else:
+            states = [{**state, "seconds": 0.0} for state in states]
+        compare(*states)
 
     return check
 

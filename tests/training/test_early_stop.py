@@ -9,6 +9,7 @@ import torch
 from capsexp.analysis.evaluate_run import evaluate_run
 from capsexp.errors import UserError
 from capsexp.training import checkpoint, train
+from capsexp.training.budget import Budget
 from capsexp.training.state import State
 from capsexp.training.trainer import Trainer
 
@@ -184,7 +185,7 @@ def test_a_stopped_run_continues_only_if_a_higher_accuracy_is_asked_for(tmp_path
 def test_a_checkpoint_from_before_this_setting_is_accepted(tiny_components):
     components = tiny_components()
     model = components.new_model()
-    state = State(model, components.new_optimizer(model.parameters(), lr=0.1), None, total=9)
+    state = State(model, components.new_optimizer(model.parameters(), lr=0.1), None, budget=Budget(9))
     saved = state.state_dict([{"random": torch.get_rng_state(), "random_cuda": []}])
     del saved["stopped"]
     state.stopped = {"on": "validation", "accuracy": 1.0, "step": 3}

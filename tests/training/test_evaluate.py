@@ -16,6 +16,7 @@ from capsexp.schedule import Step
 from capsexp.training import checkpoint
 from capsexp.training.evaluate import evaluate, inference
 from capsexp.training.metrics import autocast, pool_crops
+from capsexp.training.per_class import balanced_accuracy, count_labels
 from capsexp.training.run_dir import RunDir
 from capsexp.training.state import State
 from capsexp.training.train import train
@@ -70,6 +71,29 @@ def test_crops_have_equal_votes():
     center = evaluate(ByBrightness(), crops(1), brightness, Step(0, 1))
     assert center["accuracy"] == pytest.approx(2 / 3)
     assert center["brightness"] == pytest.approx(2 / 3)
+
+
+def test_the_balanced_accuracy_is_the_mean_over_classes():
+    together = evaluate(ByBrightness(), crops(13), brightness, Step(0, 1))
+    assert together["balanced_accuracy"] == pytest.approx(1)
+    center = evaluate(ByBrightness(), crops(1), brightness, Step(0, 1))
+    assert center["balanced_accuracy"] == pytest.approx((1 + 1 / 2) / 2)  # of three images two are right
+
+
+def test_classes_without_images_do_not_count():
+    scores = torch.eye(5)[[0, 0, 0, 3]]
+    assert balanced_accuracy(count_labels(scores, torch.tensor([0, 0, 3, 3]))) == pytest.approx((1 + 0.5) / 2)
+
+
+def test_of_several_labels_each_counts():
+    scores = torch.tensor([[0.9, 0.8, 0.1], [0.1, 0.9, 0.8]])
+    counts = count_labels(scores, torch.tensor([[0, 2], [1, 2]]))
+    assert balanced_accuracy(counts) == pytest.approx((1 + 1 + 0.5) / 3)
+
+
+def test_without_class_imbalance_it_is_the_accuracy(tmp_path, train_tiny):
+    results = train_tiny(tmp_path, "trainer.max_epochs=1", "trainer.limit_eval_batches=null")
+    assert results["test/balanced_accuracy"] == pytest.approx(results["test/accuracy"], abs=0.02)
 
 
 def test_a_crop_with_zero_probabilities_has_no_vote():

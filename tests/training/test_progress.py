@@ -3,18 +3,20 @@ import logging
 
 from rich.console import Console
 
+from capsexp.schedule import Step
 from capsexp.training import progress
 from capsexp.training.progress import Reporter
 
 
 def reporter_on(text, *, terminal, total=4, done=0):
     console = Console(file=text, force_terminal=terminal, width=160, highlight=False, soft_wrap=True)
-    return Reporter(total=total, done=done, console=console)
+    return Reporter(Step(done, total), console=console)
 
 
-def take_steps(reporter, count):
+def take_steps(reporter, count, total=4):
     for step in range(1, count + 1):
-        reporter.step(step, epoch=1, epochs=2, metrics={"loss": 0.5, "accuracy": 0.25}, images=32)
+        metrics = {"loss": 0.5, "accuracy": 0.25}
+        reporter.step(Step(step, total), epoch=1, epochs=2, metrics=metrics, images=32)
 
 
 def test_a_pipe_gets_plain_lines_and_always_the_last_step():
@@ -31,7 +33,7 @@ def test_a_pipe_gets_plain_lines_and_always_the_last_step():
 def test_a_pipe_does_not_get_a_line_for_every_step():
     text = io.StringIO()
     with reporter_on(text, terminal=False, total=1000) as reporter:
-        take_steps(reporter, 500)
+        take_steps(reporter, 500, 1000)
     assert len(text.getvalue().splitlines()) == 1
 
 
@@ -40,7 +42,7 @@ def test_lines_come_every_few_seconds(monkeypatch):
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
     text = io.StringIO()
     with reporter_on(text, terminal=False, total=100) as reporter:
-        take_steps(reporter, 20)
+        take_steps(reporter, 20, 100)
     assert 5 < len(text.getvalue().splitlines()) <= 20
 
 

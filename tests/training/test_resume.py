@@ -12,6 +12,7 @@ import torch
 from capsexp.errors import UserError
 from capsexp.schedule import Step
 from capsexp.training import checkpoint
+from capsexp.training.budget import Budget
 from capsexp.training.run_dir import RunDir
 from capsexp.training.saved_state import saved_position
 from capsexp.training.state import State
@@ -65,31 +66,88 @@ def test_every_option_survives_a_resume(overrides, tmp_path, kill_at, train_tiny
 @pytest.mark.parametrize(
     "network",
     [
-        ["model=cnn_sabour", "model.conv_channels=[4,4]", "model.hidden=[8,8]"],
-        ["model=cluster_small", "trainer.ema_decay=0.9"],
-        [
-            "model=em_routing",
-            "model.conv_types=[4]",
-            "model.conv_kernels=[2]",
-            "model.conv_strides=[1]",
-            "routing.inverse_temperature_ramp="
-            "{_target_: capsexp.schedule.Linear, start: 0.5, end: 1, steps: 0.9}",
-            "trainer.ema_decay=0.9",
-            "trainer.accumulate=3",
-        ],
-        [
-            "model=vb",
-            "model.conv_types=[4]",
-            "model.conv_kernels=[2]",
-            "model.conv_strides=[1]",
-            "trainer.ema_decay=0.9",
-        ],
-    ],
-    ids=[
-        "dropout",
-        "cluster routing, stairs",
-        "matrix capsules, a balanced start, ramps",
-        "running means of capsule norms, a gain",
+        pytest.param(["model=cnn_sabour", "model.conv_channels=[4,4]", "model.hidden=[8,8]"], id="dropout"),
+        pytest.param(["model=cluster_small", "trainer.ema_decay=0.9"], id="cluster routing, stairs"),
+        pytest.param(
+            [
+                "model=em_routing",
+                "model.conv_types=[4]",
+                "model.conv_kernels=[2]",
+                "model.conv_strides=[1]",
+                "routing.inverse_temperature_ramp="
+                "{_target_: capsexp.schedule.Linear, start: 0.5, end: 1, steps: 0.9}",
+                "trainer.ema_decay=0.9",
+                "trainer.accumulate=3",
+            ],
+            id="matrix capsules, a balanced start, ramps",
+        ),
+        pytest.param(
+            [
+                "model=vb",
+                "model.conv_types=[4]",
+                "model.conv_kernels=[2]",
+                "model.conv_strides=[1]",
+                "trainer.ema_decay=0.9",
+            ],
+            id="running means of capsule norms, a gain",
+        ),
+        pytest.param(
+            [
+                "model=self_routing",
+                "model.trunk.stem=4",
+                "model.trunk.channels=[4,6]",
+                "model.trunk.blocks=[1,1]",
+                "model.trunk.strides=[1,2]",
+                "model.primary_types=2",
+                "model.conv_types=[3]",
+                "model.conv_kernels=[3]",
+                "model.conv_strides=[1]",
+                "trainer.ema_decay=0.9",
+            ],
+            id="self-routing",
+        ),
+        pytest.param(
+            [
+                "model=concurrent",
+                "model.trunk.stem=4",
+                "model.trunk.channels=[4]",
+                "model.trunk.blocks=[1]",
+                "model.trunk.strides=[2]",
+                "model.primary_types=2",
+                "model.conv_types=[3]",
+                "model.conv_kernels=[3]",
+                "model.conv_strides=[1]",
+            ],
+            id="concurrent",
+        ),
+        pytest.param(
+            [
+                "model=efficient",
+                "model.conv_channels=[8,16]",
+                "model.conv_kernels=[3,3]",
+                "model.conv_strides=[1,2]",
+                "trainer.ema_decay=0.9",
+            ],
+            id="self-attention, batch normalization",
+        ),
+        pytest.param(
+            [
+                "model=trunk_caps",
+                "model.channels=[4,4]",
+                "model.strides=[1,2]",
+                "model.primary_types=2",
+                "model.dense_types=[3]",
+                "model.initialisation=orthogonal",
+                "model.norm=batch",
+                "routing.beta_start=0.5",
+                "trainer.ema_decay=0.9",
+            ],
+            id="Heinsen routing, running means of the trunk",
+        ),
+        pytest.param(
+            ["model=pool", "model.channels=[4,4]", "model.strides=[1,2]", "trainer.accumulate=2"],
+            id="the trunk alone",
+        ),
     ],
 )
 def test_other_networks_resume_bit_for_bit(network, tmp_path, kill_at, tiny_overrides, assert_same_run):
@@ -163,7 +221,7 @@ def test_a_checkpoint_has_the_length_of_the_run_with_its_last_config(
 def test_an_older_checkpoint_without_the_length_of_its_run_resumes(tiny_components):
     components = tiny_components()
     model = components.new_model()
-    state = State(model, components.new_optimizer(model.parameters(), lr=0.1), None, total=9)
+    state = State(model, components.new_optimizer(model.parameters(), lr=0.1), None, budget=Budget(9))
     state.step = 4
     saved = state.state_dict([{"random": torch.get_rng_state(), "random_cuda": []}])
     assert saved_position(saved) == Step(4, 9)

@@ -9,6 +9,7 @@ from torch import nn
 
 from capsexp.errors import UserError
 from capsexp.training import checkpoint
+from capsexp.training.budget import Budget
 from capsexp.training.saved_state import CHECKS, LATER_CHECKS, problem, restore_optimizer, restore_weights
 from capsexp.training.start import moving_average
 from capsexp.training.state import State, random_state
@@ -20,7 +21,7 @@ def trained(make=torch.optim.Adam, *, width=3, decay=0.9, **options):
     optimizer = make(network.parameters(), lr=0.1, **options)
     network(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    state = State(network, optimizer, moving_average(network, decay), total=8)
+    state = State(network, optimizer, moving_average(network, decay), budget=Budget(8))
     state.step, state.recorded = 4, 50
     return state
 
@@ -29,7 +30,7 @@ def saved_state(**options):
     return trained(**options).state_dict([random_state(), random_state()])
 
 
-COUNTS = ("step", "epoch", "batch", "recorded", "total")
+COUNTS = ("step", "epoch", "batch", "recorded")
 NO_OPTIMIZERS = [
     {"state": {}},
     {"state": [], "param_groups": []},
@@ -43,6 +44,8 @@ NO_STOPS = [{}, {"on": 5, "accuracy": 0.5, "step": 4}, {"on": "validation", "acc
 BYTES = torch.zeros(5, dtype=torch.uint8)
 WRONG = {
     **{key: ["7", -1, 1.5, True, None, 2**60, [1]] for key in COUNTS},
+    "total": ["7", -1, -1.5, float("nan"), True, None, 2**60, [1]],
+    "seconds": ["7", -1.0, float("nan"), float("inf"), True, None, [1]],
     "best_accuracy": ["0.5", None, float("nan"), True, [0.5]],
     "best_step": ["../x", "7", -1, 1.5, True],
     "model": [5, None, [], {1: torch.ones(1)}, {"weight": 5}, {"weight": [1.0]}],

@@ -42,11 +42,12 @@ RENAMED_VALUES = {  # by the new name of the key
     "dataset.preprocess.contrast_mean": {"picture": "image"},
     "dataset.source.preprocess.contrast_mean": {"picture": "image"},
 }
-ADDED_KEYS: dict[
-    str, dict[str, Any]
-] = {  # by class: keys that configs of earlier versions lack, with the values of conf/
+# By class: keys that configs of earlier versions lack, with the values of conf/.
+ADDED_KEYS: dict[str, dict[str, Any]] = {
+    "capsexp.data.preprocess.Preprocess": {"shift_fill": "zeros"},
     "capsexp.dataset.image_folder.ImageFolder": {"background": "auto", "white_level": None},
     "capsexp.model.dynamic_routing.CapsNet": {"transformation": "matrix"},
+    "capsexp.training.trainer.Trainer": {"max_seconds": None},
     "capsexp.model.em_routing.MatrixCapsNet": {
         "initialisation": "identity",
         "vote_bias": False,
@@ -58,7 +59,6 @@ ADDED_KEYS: dict[
         "primary_stride": 1,
         "share_positions": True,
     },
-    "capsexp.training.trainer.Trainer": {"max_seconds": None},
 }
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from capsexp.capsules import Routed
 from capsexp.errors import require_literal
+from capsexp.ops.shared_norm import batch_norm
 
 Norm = Literal["none", "batch", "group"]
 Per = Literal["type", "element"]
@@ -19,7 +20,8 @@ EPS = 1e-5
 class ChannelNorm(nn.Module):
     """Mean 0 and variance 1 for each channel, over a batch ("batch") or over each image ("group").
 
-    With "batch" the evaluation uses running means, as `torch.nn.BatchNorm1d` does.
+    With "batch" the evaluation uses running means, as `torch.nn.BatchNorm1d` does. In a run of several
+    processes the statistics are those of the whole batch.
     Differs from it in: a channel with a single value becomes 0 and leaves the running means alone, where
     PyTorch raises an error.
 
@@ -48,11 +50,8 @@ class ChannelNorm(nn.Module):
             values = values.to(torch.promote_types(values.dtype, torch.float32))
             if self.norm == "group":
                 return F.group_norm(values, self.channels, self.weight, self.bias, EPS)
-            if self.training and values.numel() == self.channels:  # a variance needs two values
-                zeros = torch.zeros_like(values)
-                return zeros if self.bias is None else zeros + self.bias[:, None]
-            means = (self.running_mean, self.running_var)
-            return F.batch_norm(values, *means, self.weight, self.bias, self.training, MOMENTUM, EPS)
+            means, affine = (self.running_mean, self.running_var), (self.weight, self.bias)
+            return batch_norm(values, *means, *affine, training=self.training, momentum=MOMENTUM, eps=EPS)
 
     def extra_repr(self) -> str:
         """The number of channels and what the statistics are over."""

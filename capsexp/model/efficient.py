@@ -31,7 +31,7 @@ class EfficientCapsNet(nn.Module):
     [0, 1]; the authors' target on smallNORB is the standardised image, which a sigmoid cannot reach. What we
     found no source for is ours: each convolution is followed by the activation and then the normalisation,
     with PyTorch's epsilon and momentum; kernels start from He's normal. So do the matrices, with the fan-in
-    of a kernel [I, K, J, D], which is I K J: their standard deviation is 0.04 on MNIST.
+    I K J of a kernel [I, K, J, D]: on MNIST their standard deviation is 0.04.
 
     The batch normalisation sees the images of a step, or those of a piece with `trainer.accumulate`.
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from capsexp.capsules import Batch
+from capsexp.ops.shared_norm import shared_statistics
 from capsexp.schedule import Step
 from capsexp.training.metrics import Loss, autocast, batch_metrics
 from capsexp.training.parallel import SINGLE, ProcessGroup
@@ -33,15 +34,16 @@ def accumulate_gradients(
     model.zero_grad(set_to_none=True)
     metrics: dict[str, float] = {}
     own, own_share = processes.slice_of(batch)
-    for microbatch in _microbatches(own, settings.accumulate):
-        share = own_share * len(microbatch.labels) / len(own.labels)
-        with autocast(microbatch.images.device, settings.precision):
-            output = model(microbatch.images, microbatch.labels)
-            terms = loss(output, microbatch, step)
-        total = torch.stack(list(terms.values())).sum()
-        (total * share if share < 1 else total).backward()
-        for name, value in batch_metrics(output, microbatch, terms, layers=layers).items():
-            metrics[name] = metrics.get(name, 0.0) + share * value
+    with shared_statistics(processes.size > 1):
+        for microbatch in _microbatches(own, settings.accumulate):
+            share = own_share * len(microbatch.labels) / len(own.labels)
+            with autocast(microbatch.images.device, settings.precision):
+                output = model(microbatch.images, microbatch.labels)
+                terms = loss(output, microbatch, step)
+            total = torch.stack(list(terms.values())).sum()
+            (total * share if share < 1 else total).backward()
+            for name, value in batch_metrics(output, microbatch, terms, layers=layers).items():
+                metrics[name] = metrics.get(name, 0.0) + share * value
     return processes.all_reduce_gradients(model, metrics)
 
 

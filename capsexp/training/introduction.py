@@ -8,6 +8,7 @@ from capsexp.data.preprocess import Shape
 from capsexp.text import printable
 from capsexp.training.costs import in_words
 from capsexp.training.early_stop import caveats
+from capsexp.training.running_statistics import describe_statistics
 from capsexp.training.splits import Splits
 from capsexp.training.state import State
 
@@ -21,7 +22,8 @@ def first_lines(
     """Return the data, the network with what it costs, and what to keep in mind beside every metric."""
     network = describe_network(state, costs, epochs=components.trainer.max_epochs)
     data = describe_data(components.dataset, splits)
-    return [*data, network, *components.caveats(), *caveats(splits.familiar)]
+    statistics = describe_statistics(state.model, accumulate=components.trainer.accumulate)
+    return [*data, network, *statistics, *components.caveats(), *caveats(splits.familiar)]
 
 
 def describe_data(dataset: Dataset, splits: Splits) -> list[str]:

@@ -4,9 +4,7 @@ Each process creates every batch, which is a function of (seed, epoch, batch), a
 rank 0 writes files and prints. A single process sends nothing.
 """
 
-import contextlib
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -16,15 +14,11 @@ from torch import Tensor, nn
 
 from capsexp.capsules import Batch
 from capsexp.config.components import Components
-from capsexp.errors import UserError, first_line
+from capsexp.errors import UserError
+from capsexp.ops.processes import detect_lost_process
+from capsexp.training.running_statistics import running_statistics
 
 T = TypeVar("T")
-
-
-class ProcessLostError(UserError):
-    """Another process of the run does not answer."""
-
-    exit_code = 1
 
 
 class ProcessGroup:
@@ -67,7 +61,7 @@ class ProcessGroup:
         numbers = [float(parameter.grad is not None) for parameter in parameters] + list(metrics.values())
         pieces = [torch.tensor(numbers, device=parameters[0].device), *map(_flat_gradient, parameters)]
         flat = torch.cat(pieces)
-        with _detect_lost_process():
+        with detect_lost_process():
             dist.all_reduce(flat)
         total, *gradients = flat.split([len(piece) for piece in pieces])
         counts = total.tolist()
@@ -81,7 +75,7 @@ class ProcessGroup:
         if self.size == 1:
             return dict(metrics)
         values = torch.tensor(list(metrics.values()), dtype=torch.float64)
-        with _detect_lost_process():
+        with detect_lost_process():
             dist.all_reduce(values)
         return dict(zip(metrics, values.tolist(), strict=True))
 
@@ -90,7 +84,7 @@ class ProcessGroup:
         if self.size == 1:
             return number
         value = torch.tensor(number)
-        with _detect_lost_process():
+        with detect_lost_process():
             dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value)
 
@@ -99,7 +93,7 @@ class ProcessGroup:
         if self.size == 1:
             return number
         value = torch.tensor(number, dtype=torch.float64)
-        with _detect_lost_process():
+        with detect_lost_process():
             dist.broadcast(value, 0)
         return float(value)
 
@@ -108,7 +102,7 @@ class ProcessGroup:
         if self.size == 1:
             return make()
         values: list[Any] = [make() if self.is_main else None]
-        with _detect_lost_process():
+        with detect_lost_process():
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
@@ -117,7 +111,7 @@ class ProcessGroup:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size if self.is_main else []
-        with _detect_lost_process():
+        with detect_lost_process():
             dist.gather_object(value, values if self.is_main else None)
         return values
 
@@ -125,7 +119,7 @@ class ProcessGroup:
         """Copy rank 0's parameters and buffers to every process: processors may differ in the last bit."""
         for tensor in (*model.parameters(), *model.buffers()) if self.size > 1 else ():
             values = tensor.detach().contiguous()
-            with _detect_lost_process():
+            with detect_lost_process():
                 dist.broadcast(values, 0)
             tensor.detach().copy_(values)
 
@@ -166,6 +160,9 @@ def _unshareable(components: Components) -> Iterator[str]:
         if normalises and not isinstance(module, nn.SyncBatchNorm):
             kind = type(module).__name__
             yield f"model: {name} is a {kind}, which would see only a slice of each batch: use one process"
+    accumulate = components.trainer.accumulate
+    if accumulate > 1 and running_statistics(model):  # the processes' pieces may differ in number
+        yield f"trainer.accumulate must be 1 with batch norms in several processes, got {accumulate}"
 
 
 def _flat_gradient(parameter: nn.Parameter) -> Tensor:
@@ -176,18 +173,3 @@ def _set_gradient(parameter: nn.Parameter, flat: Tensor) -> None:
     if parameter.grad is None:
         parameter.grad = torch.empty_like(parameter)
     parameter.grad.copy_(flat.view_as(parameter))
-
-
-@contextlib.contextmanager
-def _detect_lost_process() -> Iterator[None]:
-    """Turn the error of an exchange into one that says how to resume."""
-    try:
-        yield
-    except RuntimeError as error:
-        hint = "run the same command to resume from the last checkpoint"
-        raise ProcessLostError(f"lost another process of this run ({_reason(error)}); {hint}") from error
-
-
-def _reason(error: RuntimeError) -> str:
-    """Return the first sentence of an error of gloo or NCCL, without the place in their source code."""
-    return re.sub(r"^\[\S+:\d+\] ", "", first_line(error)).partition(". ")[0]

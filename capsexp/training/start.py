@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from capsexp.config.components import Components
 from capsexp.data.batches import Batches
@@ -14,6 +14,7 @@ from capsexp.routing import advance
 from capsexp.training import checkpoint
 from capsexp.training.budget import Budget
 from capsexp.training.parallel import ProcessGroup
+from capsexp.training.running_statistics import MovingAverage, kept_statistics
 from capsexp.training.state import State
 
 
@@ -71,12 +72,12 @@ def require_resumable(components: Components, folder: Path) -> None:
 def _calibrate(model: nn.Module, batches: Batches) -> None:
     """Calibrate a network that supports it on the first training batch."""
     if (calibrate := getattr(model, "calibrate", None)) is not None:
-        calibrate(next(batches.training(0)).images)
+        with kept_statistics(model):
+            calibrate(next(batches.training(0)).images)
 
 
 def moving_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
     """Return a copy of the network that follows its weights as an exponential moving average."""
     if decay is None:
         return None
-    # Buffers are copied, not averaged: some hold indices, such as those of a layer's windows.
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
+    return MovingAverage(model, decay)

@@ -30,6 +30,7 @@ COUNT = 5 * 2 * 3 * 4 * 2
 OF_THE_PAPER = {
     "resize": 48,
     "shift": 0,
+    "shift_fill": "zeros",
     "crop": 32,
     "flip": False,
     "brightness": 63,

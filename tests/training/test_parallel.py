@@ -18,13 +18,13 @@ from torch import nn
 
 from capsexp.cli import agreement, torchrun
 from capsexp.cli import entry as cli
+from capsexp.config.build import build_components
 from capsexp.config.compose import compose, to_plain
 from capsexp.errors import UserError
+from capsexp.ops.processes import ProcessLostError, detect_lost_process
 from capsexp.training.parallel import (
     SINGLE,
     ProcessGroup,
-    ProcessLostError,
-    _detect_lost_process,
     check,
 )
 from capsexp.training.run_dir import RunDir
@@ -125,6 +125,18 @@ def test_gradients_and_metrics_are_those_of_one_process(routing, accumulate, siz
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size", [33, 2])
+def test_batch_norms_take_the_means_of_all_processes(size, reports):
+    first, second = [report[f"norms 1 {size}"] for report in reports]
+    assert first["torch.float64"]["to one process"] < 1e-9
+    for dtype in first:
+        assert first[dtype] == second[dtype]
+        assert first[dtype]["same in all"]
+        for ours, theirs in first[dtype]["metrics"].values():
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
 def test_all_processes_start_with_the_parameters_and_buffers_of_rank_0(reports):
     first, second = [report["broadcast"] for report in reports]
     assert first == second
@@ -156,20 +168,28 @@ def test_an_evaluation_is_that_of_one_process(views, reports):
 
 
 @pytest.mark.slow
-def test_a_run_is_that_of_one_process(reports, folder, final_state):
-    ours, theirs = metrics(folder / "capsnet"), metrics(folder / "capsnet single")
+@pytest.mark.parametrize(("run", "tolerance"), [("capsnet", 1e-3), ("norms", 1e-2)])
+def test_a_run_is_that_of_one_process(run, tolerance, reports, folder, final_state):
+    ours, theirs = metrics(folder / run), metrics(folder / f"{run} single")
     assert len(ours) == len(theirs)
     for line, expected in zip(ours, theirs, strict=True):
-        assert line == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    ours, theirs = (final_state(folder / name)["model"] for name in ("capsnet", "capsnet single"))
-    for name, weights in ours.items():
-        torch.testing.assert_close(weights, theirs[name], rtol=1e-3, atol=1e-5)
+        assert line == pytest.approx(expected, rel=tolerance / 10, abs=1e-6)
+    ours, theirs = (final_state(folder / name) for name in (run, f"{run} single"))
+    for key in ("model", "average") if ours["average"] else ("model",):
+        for name, weights in ours[key].items():
+            torch.testing.assert_close(weights, theirs[key][name], rtol=tolerance, atol=tolerance / 100)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["capsnet", "whole", "stopped", "resumed", "from one"])
+@pytest.mark.parametrize("run", ["capsnet", "norms", "timed", "whole", "stopped", "resumed", "from one"])
 def test_all_processes_have_the_same_weights(run, reports):
     assert reports[0][run]["weights"] == reports[1][run]["weights"]
+
+
+@pytest.mark.slow
+def test_the_clock_of_rank_0_ends_the_training(reports, folder, final_state):
+    saved = final_state(folder / "timed")
+    assert (saved["step"], saved["seconds"], saved["total"]) == (8, 2.0, 8)
 
 
 @pytest.mark.slow
@@ -377,7 +397,7 @@ def test_a_lost_process_is_named_without_the_source_code_of_gloo():
         pytest.raises(
             ProcessLostError, match=r"^lost another process of this run \(Connection closed by peer "
         ),
-        _detect_lost_process(),
+        detect_lost_process(),
     ):
         raise RuntimeError(text)
 
@@ -421,6 +441,14 @@ def test_a_network_with_batch_statistics_is_refused(second, tiny_components):
         UserError, match=r"^model: 0 is a BatchNorm1d, which would see only a slice of each batch"
     ):
         check(components, second)
+
+
+def test_pieces_of_a_batch_are_refused_for_shared_batch_norms(second, em_config):
+    for pieces in (1, 2):
+        components = build_components(em_config("model=vb", f"trainer.accumulate={pieces}"), plugins=[])
+        message = "^trainer.accumulate must be 1 with batch norms in several processes, got 2$"
+        with pytest.raises(UserError, match=message) if pieces > 1 else contextlib.nullcontext():
+            check(components, second)
 
 
 @pytest.mark.parametrize(

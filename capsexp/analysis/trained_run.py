@@ -29,6 +29,7 @@ from capsexp.training import checkpoint
 from capsexp.training.evaluate import evaluate, inference
 from capsexp.training.run_dir import RunDir
 from capsexp.training.saved_state import restore_weights, saved_position, trained_weights
+from capsexp.training.tally import Tally
 
 SPLITS = ("test", "familiar", "validation", "train")
 
@@ -62,8 +63,7 @@ class TrainedRun:
         self.model = model.eval().requires_grad_(False)
         self.components, self.path, self.step, self.limit = components, path, step, limit
         self.config = {} if config is None else config
-        self.classes: tuple[str, ...] = tuple(components.dataset.classes)
-        self._plugins = plugins
+        self.classes, self._plugins = tuple(components.dataset.classes), plugins
 
     def __repr__(self) -> str:
         network = type(self.model).__name__
@@ -187,10 +187,10 @@ class TrainedRun:
         batches = self.components.batches(images, limit=self.components.trainer.limit_eval_batches)
         return batches if limit is None else batches.subset(_sample(batches.count, limit))
 
-    def evaluate_batches(self, batches: Batches) -> dict[str, float]:
-        """Return the metrics of the network over some batches."""
-        precision = self.components.trainer.precision
-        return evaluate(self.model, batches, self.components.loss, self.step, precision=precision)
+    def evaluate_batches(self, batches: Batches, tally: Tally | None = None) -> dict[str, float]:
+        """Return the metrics of the network over some batches; the tally counts their images."""
+        loss, precision = self.components.loss, self.components.trainer.precision
+        return evaluate(self.model, batches, loss, self.step, precision=precision, tally=tally)
 
     def other_run(self, path: str) -> "TrainedRun":
         """Load the best weights of another run, on the same device and under the same limit.

@@ -58,7 +58,7 @@ class SvgCurve(NamedTuple):
 def chart(curves: Sequence[Curve], tag: str) -> str:
     """Draw one panel: each curve with the band of its standard deviation, and a title on hover."""
     points = [point for curve in curves for point in curve.points[tag]]
-    x_axis = _axis((point.step for point in points), LEFT, WIDTH - RIGHT, margin=0.0)
+    x_axis = _axis((point.x for point in points), LEFT, WIDTH - RIGHT, margin=0.0)
     values = [point.mean + sign * point.sd for point in points for sign in (-1, 1)]
     y_axis = _axis(values, HEIGHT - BOTTOM, TOP, margin=0.03)
     drawn = [
@@ -99,20 +99,20 @@ def _ticks(axis: Axis) -> list[Tick]:
 def _svg_curve(index: int, curve: Curve, tag: str, x_axis: Axis, y_axis: Axis) -> SvgCurve:
     points = curve.points[tag]
     last = points[-1]
-    value = f"{last.mean:.4g} at step {last.step:.0f}, {len(curve.runs)} run(s)"
+    value = f"{last.mean:.4g} at step {last.x:.0f}, {len(curve.runs)} run(s)"
     return SvgCurve(
         number=index + 1,
         colour=colour(index),
         is_other=index >= len(COLOURS),
         title=f"{index + 1}: {curve.label}; {value}",
-        line=_svg_path([(point.step, point.mean) for point in points], x_axis, y_axis),
+        line=_svg_path([(point.x, point.mean) for point in points], x_axis, y_axis),
         band=_band(points, x_axis, y_axis) if any(point.sd for point in points) else None,
     )
 
 
 def _band(points: Sequence[Point], x_axis: Axis, y_axis: Axis) -> str:
-    above = [(point.step, point.mean + point.sd) for point in points]
-    below = [(point.step, point.mean - point.sd) for point in reversed(points)]
+    above = [(point.x, point.mean + point.sd) for point in points]
+    below = [(point.x, point.mean - point.sd) for point in reversed(points)]
     return _svg_path(above + below, x_axis, y_axis) + "Z"
 
 

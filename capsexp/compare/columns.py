@@ -23,11 +23,13 @@ class Column:
         name: a setting's dotted key, a config group or a metric's tag; used in CSV and JSON.
         title: the heading in tables for people.
         is_metric: whether the column holds numbers that a run computed and that can be averaged.
+        is_interval: whether each is a mean with an interval.
     """
 
     name: str
     title: str
     is_metric: bool = False
+    is_interval: bool = False
 
     @property
     def is_setting(self) -> bool:
@@ -37,7 +39,11 @@ class Column:
     @property
     def higher_is_better(self) -> bool:
         """Whether larger values are better, as for accuracies. Settings sort from small to large."""
-        return self.is_metric and (self.name.endswith("accuracy") or self.name in ("steps", "epochs"))
+        return self.is_metric and (
+            self.name.endswith("accuracy")
+            or self.name in ("steps", "epochs", "images_per_second")
+            or self.name.startswith("validation/fold")
+        )
 
 
 METRICS = (

@@ -4,11 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from capsexp.compare import layout, selection, tables
 from capsexp.compare.comparison import Comparison, compare
-from capsexp.compare.curves import TAGS, draw, learning_curves, mean_over_seeds
+from capsexp.compare.curves import TAGS, TIME_TAGS, XAxis, draw, learning_curves, mean_over_seeds
 from capsexp.errors import Notes, UserError
 from capsexp.outputs import require_figure_file, require_output
 from capsexp.text import printable
@@ -104,6 +104,14 @@ def _add_table_options(parser: argparse.ArgumentParser) -> None:
         help="smallest first (default: best first for metrics, smallest first for settings)",
     )
     order.add_argument("--descending", action="store_const", const=True, help="largest first")
+    parser.add_argument(
+        "--baseline",
+        type=_split,
+        default=[],
+        metavar="NAME[,NAME]",
+        help="add a column with the difference in test error to the runs with this choice or setting, with "
+        "as many images or as much time: --baseline uniform,pool or --baseline iterations=1",
+    )
     parser.add_argument("--hide-failed", action="store_true", help="leave out runs that failed or died")
     parser.add_argument(
         "--metric",
@@ -126,6 +134,19 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="draw learning curves, averaged over --group-by (default: over seeds): --plot curves.png",
+    )
+    parser.add_argument(
+        "--x-axis",
+        choices=get_args(XAxis),
+        default="step",
+        help="what --plot draws curves over: step (default), or seconds of training, then by default of "
+        + ",".join(TIME_TAGS),
+    )
+    parser.add_argument(
+        "--folds",
+        action="store_true",
+        help="average over the toys held out (dataset.validation_instance) and over seeds: class-balanced "
+        "validation accuracy of folds 4, 6, 7, 8, and fold 9 beside it",
     )
     form = parser.add_mutually_exclusive_group()
     for name, text in (
@@ -158,9 +179,14 @@ def _compare(options: argparse.Namespace, notes: Notes) -> None:
 
 
 def _plot(options: argparse.Namespace, comparison: Comparison, notes: Notes) -> None:
-    tags = options.metric or TAGS
-    if curves := learning_curves(mean_over_seeds(comparison, notes), tags, notes):
-        draw(curves, tags, options.plot)
+    x_axis: XAxis = options.x_axis
+    tags = options.metric or (TAGS if x_axis == "step" else TIME_TAGS)
+    means = mean_over_seeds(comparison, notes)
+    curves = learning_curves(means, tags, notes, x_axis=x_axis)
+    if not options.metric and x_axis == "seconds":  # a run without validation has no such panel
+        tags = [tag for tag in tags if any(curve.points[tag] for curve in curves)]
+    if curves:
+        draw(curves, tags, options.plot, x_axis=x_axis)
         print(f"curves: {printable(options.plot)}", file=sys.stderr)
 
 
@@ -191,4 +217,6 @@ def _comparison(options: argparse.Namespace, notes: Notes, *, group_by: Sequence
         sort_by=options.sort_by,
         descending=options.descending,
         hide_failed=options.hide_failed,
+        baselines=options.baseline,
+        folds=getattr(options, "folds", False),
     )

@@ -24,7 +24,9 @@ from capsexp.compare.columns import (
     setting_columns,
     short_titles,
 )
+from capsexp.compare.intervals import Interval
 from capsexp.compare.means import Row, Spread, grouped
+from capsexp.compare.measures import FOLD, Measures, cost_cells, cost_columns, runs_of_folds
 from capsexp.compare.runs import Run
 from capsexp.errors import Notes, UserError, is_number
 
@@ -53,6 +55,8 @@ def compare(
     sort_by: str = METRICS[0].title,
     descending: bool | None = None,
     hide_failed: bool = False,
+    baselines: Sequence[str] = (),
+    folds: bool = False,
 ) -> Comparison:
     """Build a table of the settings that differ between runs, and of their metrics.
 
@@ -64,22 +68,34 @@ def compare(
         sort_by: a setting, a config group, a metric or a tag.
         descending: the order; None sorts metrics best first and settings from small to large.
         hide_failed: leave out runs that failed or died.
+        baselines: rows to show the gap to; see `Measures`.
+        folds: average over the toys held out and the seeds; leave out runs that hold none out.
     """
     runs = [run for run in runs if not (hide_failed and run.status in UNSUCCESSFUL)]
+    if folds:
+        runs, group_by = _folds(runs, notes), [*group_by, FOLD, "seed"]
     tags = {"--show": show, "--sort-by": [sort_by] if "/" in sort_by else []}
     last_values = _last_values(runs, tags, notes)
     averaged = _full_keys(group_by, runs, notes)
     settings = setting_columns(runs, without=averaged)
     tag_columns = [Column(tag, tag, is_metric=True) for tag in last_values]
-    columns = [*settings, *metric_columns(runs), *tag_columns, STATUS, RUN]
+    columns = [*settings, *metric_columns(runs), *cost_columns(runs), *tag_columns, STATUS, RUN]
     order = _order(sort_by, columns, averaged, runs, notes)
     if order not in columns:
         columns.insert(len(settings), order)
     rows = [Row((run,), _cells(run, last_values)) for run in runs]
     if averaged:
         rows, columns = grouped(rows, columns, averaged, notes)
+    rows, columns = Measures(runs, baselines, folds, notes).add(rows, columns)
     descending = order.higher_is_better if descending is None else descending
     return Comparison(columns, _sorted(rows, order, descending), order, descending, tuple(averaged))
+
+
+def _folds(runs: Sequence[Run], notes: Notes) -> list[Run]:
+    found = runs_of_folds(runs)
+    if runs and not found:
+        notes.error(f"--folds: no run has a toy held out, {FOLD}=4")
+    return found
 
 
 def beside_paper(runs: Sequence[Run], notes: Notes, *, recipes: Sequence[str]) -> Comparison:
@@ -169,7 +185,7 @@ def _cells(run: Run, last_values: Mapping[str, Mapping[Path, float]]) -> dict[st
     metrics = {column.name: value for column, value in zip(columns, values, strict=True) if value is not None}
     tags = {tag: by_run[run.path] for tag, by_run in last_values.items() if run.path in by_run}
     identity = {STATUS.name: run.status, RUN.name: str(run.path)}
-    return {**run.choices, **run.settings, **metrics, **tags, **identity}
+    return {**run.choices, **run.settings, **metrics, **cost_cells(run), **tags, **identity}
 
 
 def _sorted(rows: Iterable[Row], column: Column, descending: bool) -> list[Row]:
@@ -182,7 +198,7 @@ def _sorted(rows: Iterable[Row], column: Column, descending: bool) -> list[Row]:
 def _sort_key(row: Row, column: Column) -> tuple[int, Any] | tuple[()]:
     """Return a key that sorts numbers before strings; empty for no value or NaN."""
     value = row.cells.get(column.name)
-    if isinstance(value, Spread):
+    if isinstance(value, Spread | Interval):
         value = value.mean
     if is_number(value):
         return () if math.isnan(value) else (0, value)

@@ -4,10 +4,10 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from capsexp.compare import history
 from capsexp.compare.comparison import Comparison, compare, row_label
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TAGS = ("validation/accuracy", "train/loss")
+TIME_TAGS = ("validation/error", "train/error")
+"""Errors in %, 100 minus the accuracy of the same name."""
+XAxis = Literal["step", "seconds"]
+X_LABELS = {"step": "step", "seconds": "seconds of training"}
 # Distinct on light and dark backgrounds, and for most color-blind readers.
 COLOURS = ("#2f6fde", "#d9730d", "#1f9d63", "#cf3f5b", "#8250df", "#0f9bb0", "#c2409b", "#8a6a45")
 OTHER_COLOUR = "#9aa0a6"
@@ -34,9 +38,10 @@ LARGEST = 1e100
 
 
 class Point(NamedTuple):
-    """Mean over the runs that have a value at this step."""
+    """Mean over the runs that have a value at a step."""
 
-    step: float
+    x: float
+    """Step, or seconds of training."""
     mean: float
     sd: float
     """0 for a single run."""
@@ -58,7 +63,12 @@ class Curve:
 
 
 def learning_curves(
-    comparison: Comparison, tags: Sequence[str], notes: Notes, *, option: str = "--metric"
+    comparison: Comparison,
+    tags: Sequence[str],
+    notes: Notes,
+    *,
+    option: str = "--metric",
+    x_axis: XAxis = "step",
 ) -> list[Curve]:
     """Return a curve for each of the first rows that have values, in the order of the rows.
 
@@ -67,17 +77,18 @@ def learning_curves(
         tags: of metrics.jsonl.
         notes: collects unknown tags and warnings about files.
         option: the command-line option that names the tags, for messages.
+        x_axis: `step`, or `seconds` of training; runs without timing.jsonl then have no points.
     """
     rows = [row for row in comparison.rows if any(map(_has_metrics, row.runs))]
     drawn = rows[: max(MIN_CURVES, MAX_LINES // max(1, len(tags)))]
     if len(drawn) < len(rows):
         notes.warning(f"the first {len(drawn)} of {len(rows)} curves are drawn, in the order of the table")
-    curves = [_learning_curve(row, comparison, tags, notes) for row in drawn]
+    curves = [_learning_curve(row, comparison, tags, notes, x_axis) for row in drawn]
     for tag in tags:
         if curves and not any(curve.points[tag] for curve in curves):
             runs = [run for curve in curves for run in curve.runs]
             message = history.unknown_tag(tag, runs)
-            if tuple(tags) == TAGS:  # the user has not typed them
+            if tuple(tags) in (TAGS, TIME_TAGS):  # the user has not typed them
                 notes.warning(message)
             else:
                 notes.error(f"{option}: {message}")
@@ -115,7 +126,7 @@ def colour(index: int) -> str:
     return COLOURS[index] if index < len(COLOURS) else OTHER_COLOUR
 
 
-def draw(curves: Sequence[Curve], tags: Sequence[str], file: Path) -> None:
+def draw(curves: Sequence[Curve], tags: Sequence[str], file: Path, *, x_axis: XAxis = "step") -> None:
     """Write a figure with a panel for each tag, and the labels of the curves below."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -132,7 +143,7 @@ def draw(curves: Sequence[Curve], tags: Sequence[str], file: Path) -> None:
     for axes, tag in zip(figure.subplots(1, len(tags), squeeze=False)[0], tags, strict=True):
         for index, curve in reversed(list(enumerate(curves))):  # the first curve is drawn on top
             _draw_curve(axes, curve.points[tag], colour(index), is_other=index >= len(COLOURS))
-        axes.set(xlabel="step", ylabel=tag)
+        axes.set(xlabel=X_LABELS[x_axis], ylabel=f"{tag}, %" if tag.endswith("/error") else tag)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     lines = [Line2D([], [], color=colour(index), label=label) for index, label in enumerate(labels)]
@@ -146,7 +157,7 @@ def draw(curves: Sequence[Curve], tags: Sequence[str], file: Path) -> None:
 
 
 def _draw_curve(axes: "Axes", points: Sequence[Point], colour: str, *, is_other: bool) -> None:
-    steps, means = [point.step for point in points], [point.mean for point in points]
+    steps, means = [point.x for point in points], [point.mean for point in points]
     marker = "o" if len(points) == 1 else None
     axes.plot(steps, means, color=colour, linewidth=0.8 if is_other else 1.6, marker=marker)
     if not is_other and any(point.sd for point in points):
@@ -154,12 +165,15 @@ def _draw_curve(axes: "Axes", points: Sequence[Point], colour: str, *, is_other:
         axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def _learning_curve(row: Row, comparison: Comparison, tags: Sequence[str], notes: Notes) -> Curve:
+def _learning_curve(
+    row: Row, comparison: Comparison, tags: Sequence[str], notes: Notes, x_axis: XAxis
+) -> Curve:
     if len(row.runs) > MAX_RUNS:
         notes.warning(f"a curve is the mean of at most {MAX_RUNS} runs; one setting has {len(row.runs)}")
         row = replace(row, runs=row.runs[:MAX_RUNS])
     values = [history.all_values(run.path, tags, notes) for run in row.runs]
-    points = {tag: downsample(_means([series[tag] for series in values])) for tag in tags}
+    clocks = [history.seconds_by_step(run.path, notes) for run in row.runs] if x_axis == "seconds" else None
+    points = {tag: downsample(_means([series[tag] for series in values], clocks)) for tag in tags}
     return Curve(_label(row, comparison), row.runs, points)
 
 
@@ -178,15 +192,27 @@ def _label(row: Row, comparison: Comparison) -> str:
     return label
 
 
-def _means(all_series: Iterable[history.Series]) -> list[Point]:
-    """Average step by step over the runs that have the step. Values that cannot be drawn are left out."""
-    by_step: dict[int, list[float]] = {}
-    for series in all_series:
+def _means(
+    all_series: Sequence[history.Series], clocks: Sequence[history.Series] | None = None
+) -> list[Point]:
+    """Average step by step over the runs that have the step. Values that cannot be drawn are left out.
+
+    Args:
+        all_series: values by step of each run.
+        clocks: seconds by step of each run; None to place the points at their steps.
+    """
+    by_step: dict[int, list[tuple[float, float]]] = {}
+    for number, series in enumerate(all_series):
         for step, value in series.items():
-            if abs(value) < LARGEST:  # not for NaN
-                by_step.setdefault(step, []).append(value)
-    spreads = {step: spread(by_step[step]) for step in sorted(by_step)}
-    return [Point(float(step), value.mean, value.sd or 0.0) for step, value in spreads.items()]
+            x = step if clocks is None else history.seconds_at(step, clocks[number])
+            if abs(value) < LARGEST and x is not None:  # not for NaN
+                by_step.setdefault(step, []).append((float(x), value))
+    points = []
+    for step in sorted(by_step):
+        places, values = zip(*by_step[step], strict=True)
+        mean = spread(values)
+        points.append(Point(spread(places).mean, mean.mean, mean.sd or 0.0))
+    return points
 
 
 def downsample(points: Sequence[Point]) -> list[Point]:

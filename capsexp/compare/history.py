@@ -1,5 +1,6 @@
 """Read a run's metrics.jsonl. Only lines that contain a requested tag are parsed."""
 
+import bisect
 import json
 import math
 import re
@@ -14,6 +15,7 @@ from capsexp.documents import damage, parse_json
 from capsexp.errors import Notes, nearest
 from capsexp.files import read_regular
 
+METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 NOT_TAGS = {"step", "epoch"}
 LONGEST_LINE = 2**16
 """Bytes of the longest line that is parsed."""
@@ -29,10 +31,28 @@ def all_values(run: Path, tags: Collection[str], notes: Notes) -> dict[str, Seri
     """Return the values of some tags; a tag that the run lacks gets an empty series.
 
     Of a tag with more than `MAX_VALUES` values, every k-th and the last are returned. k is a power of two, so
-    that the steps of runs of different lengths coincide.
+    that the steps of runs of different lengths coincide. SPLIT/error is 100 minus SPLIT/accuracy, in %.
     """
     lines = _lines(run, notes)
-    return {tag: _series(lines, tag, run, notes) for tag in tags}
+    return {tag: _series(lines, tag, run, notes) or _errors(lines, tag, run, notes) for tag in tags}
+
+
+def seconds_by_step(run: Path, notes: Notes) -> Series:
+    """Return the seconds of training at the steps of a run's timing.jsonl; empty for older runs."""
+    return _series(_lines(run, notes, TIMING), "training_seconds", run, notes)
+
+
+def seconds_at(step: int, seconds: Series) -> float | None:
+    """Return the seconds of training at a step, between two known ones on a line; None outside of them."""
+    if step in seconds:
+        return seconds[step]
+    steps = list(seconds)
+    place = bisect.bisect(steps, step)
+    if place in (0, len(steps)):
+        return None
+    before, after = steps[place - 1], steps[place]
+    share = (step - before) / (after - before)
+    return seconds[before] + share * (seconds[after] - seconds[before])
 
 
 def last_values(run: Path, tags: Collection[str], notes: Notes) -> dict[str, float]:
@@ -71,13 +91,21 @@ def _series(lines: Sequence[bytes], tag: str, run: Path, notes: Notes) -> Series
     return dict(sorted((step, value) for step, value in values if value is not None))
 
 
+def _errors(lines: Sequence[bytes], tag: str, run: Path, notes: Notes) -> Series:
+    split, _, name = tag.rpartition("/")
+    if name != "error":
+        return {}
+    accuracies = _series(lines, f"{split}/accuracy", run, notes)
+    return {step: 100 - 100 * value for step, value in accuracies.items()}
+
+
 def _needle(tag: str) -> bytes:
     return json.dumps(tag).encode()
 
 
-def _lines(run: Path, notes: Notes) -> list[bytes]:
-    """Return the lines that look complete."""
-    file = run / "metrics.jsonl"
+def _lines(run: Path, notes: Notes, name: str = METRICS) -> list[bytes]:
+    """Return the lines of a file that look complete."""
+    file = run / name
     try:
         lines = read_regular(file).split(b"\n")
     except FileNotFoundError:

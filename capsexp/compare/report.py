@@ -15,11 +15,22 @@ from capsexp.compare.chart import chart
 from capsexp.compare.columns import Column, as_override, distinct_keys
 from capsexp.compare.comparison import Comparison, row_label
 from capsexp.compare.curves import COLOURS, Curve, colour, learning_curves, mean_over_seeds
+from capsexp.compare.heat_map import folds_table, heat_map
+from capsexp.compare.intervals import Interval
 from capsexp.compare.layout import single_line
 from capsexp.compare.means import Row, Spread
+from capsexp.compare.measures import COSTS, cost_cells
 from capsexp.compare.runs import Run
-from capsexp.compare.tables import ABSENT, cell_text, common_folder, is_numeric, shown_columns
+from capsexp.compare.tables import (
+    ABSENT,
+    cell_text,
+    common_folder,
+    format_metric,
+    is_numeric,
+    shown_columns,
+)
 from capsexp.compare.templates import render
+from capsexp.compare.unfinished import resume_command
 from capsexp.errors import Notes, is_number
 from capsexp.files import read_regular
 from capsexp.outputs import write_output
@@ -155,6 +166,8 @@ def page(comparison: Comparison, curves: Sequence[Curve], tags: Sequence[str], n
         heads=[_head(column, comparison) for column in shown_columns(comparison)],
         runs=runs,
         sections=sections,
+        heat=heat_map(comparison, notes),
+        folds=folds_table(comparison, notes),
         curves=legend,
         coloured=len(COLOURS),
         panels=charts,
@@ -235,7 +248,7 @@ def _cell(row: Row, column: Column, folder: Path) -> Cell:
     if column.name not in row.cells:
         return Cell(text, column.is_metric)
     value = row.cells[column.name]
-    value = value.mean if isinstance(value, Spread) else value
+    value = value.mean if isinstance(value, Spread | Interval) else value
     if is_number(value):
         return Cell(text, True, None if math.isnan(value) else value, "number")
     return Cell(text, False, text, "text")
@@ -246,12 +259,16 @@ def _facts(run: Run) -> Iterator[Fact]:
     yield Fact("error", run.error[:LONGEST_FACT], is_code=True)
     yield Fact("command", run.command[:LONGEST_FACT], is_code=True)
     yield Fact("directory", str(run.path))
+    yield Fact("resume with", resume_command(run), is_code=True)
     if run.started is not None:
         yield Fact("started", time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(run.started)))
     if run.seconds is not None:
         yield Fact("time", clock(run.seconds))
     if run.step is not None:
         yield Fact("steps", f"{run.step} of {ABSENT if run.total is None else run.total}")
+    for column in COSTS:
+        value = cost_cells(run).get(column.name)
+        yield Fact(column.title, None if value is None else format_metric(value, column))
     for name, accuracy in (("validation", run.best), ("test", run.test)):
         if accuracy is not None:
             yield Fact(name, f"{accuracy:.4f}")

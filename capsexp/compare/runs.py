@@ -15,7 +15,7 @@ from capsexp.compare.index import MIN_RUNS, Index, signature
 from capsexp.config.saved import parse_saved
 from capsexp.config.settings import Published, comparable, published
 from capsexp.documents import LARGEST, damage, parse_json
-from capsexp.errors import Notes
+from capsexp.errors import Notes, is_integer
 from capsexp.files import read_regular
 from capsexp.training.run_dir import RunDir
 
@@ -57,6 +57,22 @@ class Run:
     error: str
     version: str | None
     """The version of capsexp that wrote the run."""
+    parameters: int | None = None
+    """Trained values of the network."""
+    multiplications: int | None = None
+    """Of a forward pass of one image; see capsexp.training.costs."""
+    peak_memory: int | None = None
+    """Of its process, in bytes."""
+    training_seconds: float | None = None
+    """Of the training steps alone."""
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Speed of training, without validation, checkpoints and the test."""
+        batch = self.settings.get("trainer.batch_size")
+        if self.step is None or not self.training_seconds or not is_integer(batch):
+            return None
+        return self.step * batch / self.training_seconds
 
 
 def read_below(folders: Iterable[Path], notes: Notes) -> list[Run]:
@@ -123,7 +139,7 @@ def read_files(path: Path, notes: Notes) -> Files:
 def run_of(path: Path, files: Files, notes: Notes) -> Run:
     """Return the run of a directory whose files have been read."""
     status = Fields(files.status)
-    results, best = status.section("results"), status.section("best")
+    results, best, costs = status.section("results"), status.section("best"), status.section("costs")
     step, steps_per_epoch = status.count("step"), status.count("steps_per_epoch")
     accuracy = best.accuracy("accuracy")
     run = Run(
@@ -142,6 +158,10 @@ def run_of(path: Path, files: Files, notes: Notes) -> Run:
         command=files.command,
         error=status.text("error"),
         version=files.version,
+        parameters=costs.count("parameters"),
+        multiplications=costs.count("multiplications"),
+        peak_memory=costs.count("peak_memory"),
+        training_seconds=status.time("training_seconds"),
     )
     _warn_of_values(path / "status.json", status, notes)
     return run

@@ -1,6 +1,7 @@
 """Write tables of runs: for a terminal, and as CSV, Markdown and JSON."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -13,9 +14,11 @@ from typing import Any
 
 from capsexp.compare.columns import EPOCHS, ERROR, PAPER, RUN, STATUS, TOTAL, Column, as_override
 from capsexp.compare.comparison import Comparison, compare
+from capsexp.compare.intervals import Interval
 from capsexp.compare.layout import print_table, single_line, write_stdout
 from capsexp.compare.means import Row, Spread
 from capsexp.compare.runs import Run, newest_first, read_below
+from capsexp.compare.unfinished import unfinished_lines
 from capsexp.errors import Notes, is_number
 from capsexp.text import printable
 from capsexp.training.progress import clock
@@ -24,6 +27,12 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠")  # noqa:
 _MARKDOWN = re.compile(r"[\\|`*<]|\](?=\()")
 MAX_SETTINGS = 40
 """Columns of settings in tables for people; CSV and JSON have all."""
+INTERVALS = (
+    "[95 %]: bootstrap over the groups of test images, such as toys; gaps are at equal images, or at equal "
+    "trainer.max_seconds"
+)
+COUNTS = ("parameters", "multiplications")
+MANY = 1e7  # counts from here on are shown in millions
 ABSENT = "–"  # noqa: RUF001
 
 
@@ -86,6 +95,10 @@ def print_comparison(comparison: Comparison) -> None:
     hidden = len(comparison.columns) - len(columns) - bool(comparison.grouped_by)
     more = f"; --csv shows {hidden} more settings that differ" * (hidden > 0)
     write_stdout(f"{count} run{'s' * (count != 1)} in {folder}{printable(means)}{more}\n")
+    if any(column.is_interval for column in columns):
+        write_stdout(f"{INTERVALS}\n")
+    for line in unfinished_lines(run for row in comparison.rows for run in row.runs):
+        write_stdout(f"{single_line(line)}\n")
 
 
 def print_runs(found: Sequence[Run]) -> None:
@@ -125,13 +138,20 @@ def format_metric(value: int | float, column: Column) -> str:
         return clock(value)
     if column == EPOCHS:
         return f"{round(value, 2):g}"
-    if column.name in ("steps", TOTAL.name):
+    if column.name in ("steps", TOTAL.name, "images_per_second"):
         return f"{value:.0f}"
+    if column.name in COUNTS:
+        return f"{value:,.0f}" if value < MANY else f"{value / 1e6:,.4g}M"
+    if column.name == "peak_memory":
+        return f"{value / 2**20:.0f} MiB"
+    if column.is_interval:
+        return f"{value:.2f}"
     if column == ERROR:
         return f"{value:.2f}" if value >= 1 else f"{value:.3f}"
     if column == PAPER:
         return f"{value:g}"  # as printed in the paper
-    return f"{value:.4f}" if column.name.endswith("accuracy") else f"{value:.4g}"
+    is_share = column.name.endswith("accuracy") or column.name.startswith("validation/fold")
+    return f"{value:.4f}" if is_share else f"{value:.4g}"
 
 
 def cell_text(row: Row, column: Column, folder: Path) -> str:
@@ -141,11 +161,22 @@ def cell_text(row: Row, column: Column, folder: Path) -> str:
     value: Any = row.cells[column.name]
     if column == RUN:
         return single_line(os.path.relpath(value, folder))
+    if isinstance(value, Interval):
+        return _interval_text(value, column)
+    if isinstance(value, Spread) and column.name in COUNTS and not value.sd:
+        return format_metric(value.mean, column)
     if isinstance(value, Spread):
         sd = "" if value.sd is None else f" ± {format_metric(value.sd, column)}"
         n = "" if value.n is None else f" ({value.n})"
         return f"{format_metric(value.mean, column)}{sd}{n}"
     return format_metric(value, column) if column.is_metric else single_line(as_override(value))
+
+
+def _interval_text(value: Interval, column: Column) -> str:
+    mean = format_metric(value.mean, column)
+    if value.low is None or value.high is None:
+        return mean
+    return f"{mean} [{format_metric(value.low, column)}, {format_metric(value.high, column)}]"
 
 
 def age(run: Run) -> str | None:
@@ -169,18 +200,26 @@ def shown_columns(comparison: Comparison) -> list[Column]:
 def _display_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Return short titles, and rows of rounded metrics and of run directories relative to their folder."""
     columns = shown_columns(comparison)
-    means = [column.is_metric and column != PAPER and bool(comparison.grouped_by) for column in columns]
+    without_n = (PAPER.name, *COUNTS)
+    means = [
+        bool(comparison.grouped_by)
+        and column.is_metric
+        and not column.is_interval
+        and column.name not in without_n
+        for column in columns
+    ]
     titles = [single_line(column.title) + " (n)" * mean for column, mean in zip(columns, means, strict=True)]
     folder = common_folder(run.path for row in comparison.rows for run in row.runs)
     return titles, [[cell_text(row, column, folder) for column in columns] for row in comparison.rows]
 
 
 def _field_names(comparison: Comparison) -> list[str]:
-    """Return the fields of CSV and JSON: three for a mean, two for a paper's error, else one for a column."""
+    """Return the fields of CSV and JSON: three for a mean or interval, two for a paper's error, else one."""
     names: list[str] = []
     for column in comparison.columns:
         suffixes = ["mean", "sd", "n"] if comparison.grouped_by else []
         suffixes = ["mean", "sd"] if column == PAPER else suffixes
+        suffixes = ["mean", "low", "high"] if column.is_interval else suffixes
         if column.is_metric and suffixes:
             names += [f"{column.name}.{suffix}" for suffix in suffixes]
         else:
@@ -193,8 +232,8 @@ def _record(row: Row, comparison: Comparison) -> dict[str, Any]:
     record: dict[str, Any] = {}
     for column in comparison.columns:
         value = row.cells.get(column.name)
-        if isinstance(value, Spread):
-            fields = {"mean": value.mean, "sd": value.sd, "n": value.n}
+        if isinstance(value, Spread | Interval):
+            fields = dataclasses.asdict(value)
             record |= {f"{column.name}.{name}": field for name, field in fields.items() if field is not None}
         elif column.name in row.cells:
             record[column.name] = value

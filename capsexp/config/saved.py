@@ -44,7 +44,9 @@ RENAMED_VALUES = {  # by the new name of the key
 }
 # By class: keys that configs of earlier versions lack, with the values of conf/.
 ADDED_KEYS: dict[str, dict[str, Any]] = {
+    "capsexp.data.preprocess.Preprocess": {"shift_fill": "zeros"},
     "capsexp.dataset.image_folder.ImageFolder": {"background": "auto", "white_level": None},
+    "capsexp.model.dynamic_routing.CapsNet": {"transformation": "matrix"},
     "capsexp.training.trainer.Trainer": {"max_seconds": None},
     "capsexp.model.em_routing.MatrixCapsNet": {
         "initialisation": "identity",

@@ -13,7 +13,7 @@ from capsexp.data.batches import Batches, BatchOptions
 from capsexp.data.checked_files import Progress
 from capsexp.data.manifest import SPLITS, ListedSplit, Manifest, digest_of
 from capsexp.data.preprocess import Preprocess, Shape
-from capsexp.data.split import Split, SplitName, split_validation, validation_size
+from capsexp.data.split import Groups, Split, SplitName, split_validation, validation_size
 from capsexp.errors import DataError, refuse, require_seed
 
 OTHER_DATA = (
@@ -153,6 +153,14 @@ class Dataset(ABC):
         """Return test images like those of training, for datasets whose test split differs from training.
 
         Returns None for all other datasets.
+        """
+        return None
+
+    def groups(self, split: ListedSplit) -> Groups | None:
+        """Return which images of a split belong together, in their order; None where nothing is known.
+
+        Args:
+            split: `test` is `read("test")`; `train` and `validation` are the two of `read_training()`.
         """
         return None
 

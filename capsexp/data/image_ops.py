@@ -1,9 +1,42 @@
 """Operations on batches of images."""
 
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
+
+ShiftFill = Literal["zeros", "edge"]
+
+
+def random_windows(
+    images: UInt8[Tensor, "B C H W"],
+    height: int,
+    width: int,
+    *,
+    shift: int,
+    fill: ShiftFill,
+    generator: torch.Generator,
+) -> UInt8[Tensor, "B C h w"]:
+    """Shift each image by integers in -shift … shift, and cut a random window out of it."""
+    # A shift followed by a crop is one window of the padded image.
+    count, margin = len(images), torch.full((len(images), 2), shift)
+    shifts = torch.randint(-shift, shift + 1, (count, 2), generator=generator)
+    room = (images.shape[2] - height + 1, images.shape[3] - width + 1)
+    crops = [torch.randint(n, (count,), generator=generator) for n in room]
+    corners = margin - shifts + torch.stack(crops, dim=1)
+    padded = F.pad(images, [shift] * 4) if fill == "zeros" else repeat_edges(images, shift)
+    return crop_at(padded, corners, height, width)
+
+
+def repeat_edges(images: UInt8[Tensor, "B C H W"], margin: int) -> UInt8[Tensor, "B C h w"]:
+    """Pad images on each side with their outermost pixels."""
+    rows, columns = (
+        torch.arange(-margin, side + margin, device=images.device).clamp(0, side - 1)
+        for side in images.shape[2:]
+    )
+    return images.index_select(2, rows).index_select(3, columns)
 
 
 def crop_at(

@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from capsexp.data.image_ops import (
-    crop_at,
+    ShiftFill,
     dtype_name,
     mirror,
+    random_windows,
     resized,
     standardise,
     to_unit,
@@ -61,8 +61,9 @@ class Preprocess:
     Args:
         resize: size in pixels of the images in memory, one number for a square or [height, width].
             Antialiased; done once, when a dataset is read.
-        shift: moves each image by an integer drawn from -shift … shift along each axis, and fills with zeros.
-            Training only (Sabour et al. 2017: 2).
+        shift: moves each image by an integer drawn from -shift … shift along each axis. Training only (Sabour
+            et al. 2017: 2).
+        shift_fill: what a shift moves in: "zeros", or the outermost pixels, repeated ("edge").
         crop: side of a square window, placed at random in training and in the center otherwise.
         flip: mirrors left and right with probability 1/2. Training only.
         brightness: adds one number per image, uniform in ±brightness, in units of 1/255 or, with
@@ -89,6 +90,7 @@ class Preprocess:
         *,
         resize: int | Sequence[int] | None,
         shift: int,
+        shift_fill: ShiftFill,
         crop: int | None,
         flip: bool,
         brightness: int | float,
@@ -102,10 +104,11 @@ class Preprocess:
         if standardise is not None:
             require_literal(Standardise, standardise=standardise)
         require_literal(ContrastMean, contrast_mean=contrast_mean)
+        require_literal(ShiftFill, shift_fill=shift_fill)
         if isinstance(test_crops, bool) or test_crops not in (1, 13):
             refuse(f"test_crops must be 1 or 13, got {test_crops!r}")
         self.resize = _parse_size(resize)
-        self.shift, self.crop, self.flip = shift, crop, flip
+        self.shift, self.shift_fill, self.crop, self.flip = shift, shift_fill, crop, flip
         self.standardise = standardise
         self.brightness = _scale_brightness(brightness, deviations=standardise == "first")
         self.contrast = _parse_contrast(contrast)
@@ -174,13 +177,9 @@ class Preprocess:
     ) -> UInt8[Tensor, "B C h w"]:
         count, (height, width) = len(images), self.output_shape((images.shape[1], *images.shape[2:]))[1:]
         if self.shift or self.crop is not None:
-            # A shift followed by a crop is one window of the image padded with zeros.
-            margin = torch.full((count, 2), self.shift)
-            shifts = torch.randint(-self.shift, self.shift + 1, (count, 2), generator=generator)
-            room = (images.shape[2] - height + 1, images.shape[3] - width + 1)
-            crops = [torch.randint(n, (count,), generator=generator) for n in room]
-            corners = margin - shifts + torch.stack(crops, dim=1)
-            images = crop_at(F.pad(images, [self.shift] * 4), corners, height, width)
+            images = random_windows(
+                images, height, width, shift=self.shift, fill=self.shift_fill, generator=generator
+            )
         if self.flip:
             images = mirror(images, torch.rand(count, generator=generator) < 0.5)
         return images
@@ -217,6 +216,7 @@ class Preprocess:
 IDENTITY: dict[str, Any] = {
     "resize": None,
     "shift": 0,
+    "shift_fill": "zeros",
     "crop": None,
     "flip": False,
     "brightness": 0,

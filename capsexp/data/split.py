@@ -31,6 +31,17 @@ class Split(NamedTuple):
         return len(self.labels)
 
 
+class Groups(NamedTuple):
+    """Images that belong together, such as all views of one toy. Errors come in groups."""
+
+    kind: str
+    """What a group is, such as `toy`."""
+    names: tuple[str, ...]
+    """Of the groups."""
+    of: Int64[Tensor, " N"]
+    """Group of each image, 0 … groups - 1, in the order of the split."""
+
+
 def split_validation(split: Split, *, count: int | float, seed: int) -> tuple[Split, Split]:
     """Set images aside for validation, chosen by `seed`.
 

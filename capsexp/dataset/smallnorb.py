@@ -14,10 +14,11 @@ from torch import Tensor
 
 from capsexp.data.cache import cached, content_fingerprint, file_fingerprint
 from capsexp.data.checked_files import Progress, RemoteFile, StoredFile, digest
+from capsexp.data.manifest import ListedSplit
 from capsexp.data.norb_file import check_values, held_out_instances, open_norb
 from capsexp.data.preprocess import RESIZE_CHUNK, Preprocess
 from capsexp.data.published import USABLE, PublishedDataset
-from capsexp.data.split import Split, SplitName
+from capsexp.data.split import Groups, Split, SplitName
 from capsexp.errors import DataError, refuse
 
 URL = "https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/"
@@ -165,6 +166,19 @@ class SmallNORB(PublishedDataset):
         """
         _, factors = self._annotations(split)
         return factors[self._rows(split, factors)]
+
+    def groups(self, split: ListedSplit) -> Groups:
+        """Return the toy on each image of a split: an instance of a class, such as `car 9`."""
+        part: SplitName = "test" if split == "test" else "train"
+        labels, factors = self._annotations(part)
+        rows = self._rows(part, factors)
+        if split != "test":
+            training, validation = self._split_rows(factors[rows])
+            rows = rows[validation if split == "validation" else training]
+        instances = self.setup.instances[part]
+        names = tuple(f"{name} {instance}" for name in self.classes for instance in instances)
+        place = torch.searchsorted(torch.tensor(instances), factors[rows, FACTORS.index("instance")])
+        return Groups("toy", names, labels[rows] * len(instances) + place)
 
     def check_test(self) -> int:
         """Verify labels and factors of the test split, open its images, and return their number."""

@@ -61,6 +61,11 @@ class RoutedLayer(nn.Module, ABC):
             votes = self.lazy_votes(poses.to(self.weight.dtype))
             return self.routing.route_fused(votes, activations)  # type: ignore[operator]
 
+    def step(self, poses: Float[Tensor, "B I D"], before: Float[Tensor, "B J E"] | None) -> Routed:
+        """One iteration of a `SteppedRouting`, from the parents' poses before it; None in the first."""
+        inputs = (poses,) if before is None else (poses, before)
+        return chunked(self._step, *inputs, images=self._images_per_chunk())
+
     def fused_reason(self) -> str | None:
         """Why this layer takes the reference path; None where it takes the fused one. See `FusedRouting`."""
         if not isinstance(self.routing, FusedRouting) or self.routing.fused_votes is not self.lazy_type:
@@ -77,6 +82,12 @@ class RoutedLayer(nn.Module, ABC):
         for _ in range(BALANCE_ROUNDS):
             costs = [routing.cost(self.votes(poses), activations) for poses, activations in chunks]
             routing.balance(torch.cat(costs))
+
+    def _step(self, poses: Float[Tensor, "B I D"], before: Float[Tensor, "B J E"] | None = None) -> Routed:
+        with torch.autocast(poses.device.type, enabled=False):
+            votes = self.votes(poses.to(self.weight.dtype))
+            routed: Routed = self.routing.step(votes, before)  # type: ignore[operator]
+            return routed
 
     def _images_per_chunk(self) -> int:
         size = self.votes_per_image * self.weight.element_size()

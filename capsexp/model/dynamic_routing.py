@@ -15,7 +15,7 @@ from capsexp.errors import (
     require_positive,
     stop_if_refused,
 )
-from capsexp.layer.class_caps import ClassCaps
+from capsexp.layer.class_caps import ClassCaps, Transformation
 from capsexp.layer.decoder import Decode, check_decode, decoded_class
 from capsexp.layer.primary import PrimaryCaps
 from capsexp.ops.receptive_fields import Grid, Padding, require_kernels
@@ -43,7 +43,7 @@ class CapsNet(nn.Module):
         primary_types, primary_dim, primary_kernel, primary_stride, primary_scale: see `PrimaryCaps`.
         padding: "valid" or "same", of both convolutions.
         class_dim: pose size of the class capsules.
-        shared_transformations: see `ClassCaps`.
+        shared_transformations, transformation: see `ClassCaps`.
         initialisation: "default", or "official", that of the authors' code.
         decode: the class to decode: "label": the label if given, else the longest capsule; "prediction":
             always the longest; or a class index.
@@ -69,6 +69,7 @@ class CapsNet(nn.Module):
         padding: Padding,
         class_dim: int,
         shared_transformations: bool,
+        transformation: Transformation,
         initialisation: Initialisation,
         decode: Decode | int,
         votes_mib: int | float | None,
@@ -90,6 +91,10 @@ class CapsNet(nn.Module):
         require_positive(primary_scale=primary_scale)
         check_decode(decode, classes)
         require_literal(Initialisation, initialisation=initialisation)
+        require_literal(Transformation, transformation=transformation)
+        if transformation == "elementwise" and primary_dim != class_dim:
+            got = f"{class_dim} and {primary_dim}"
+            refuse(f"transformation elementwise needs class_dim = primary_dim, got {got}")
         stop_if_refused()
         self.decode: Decode | int = decode
         self.primary_caps = PrimaryCaps(
@@ -110,6 +115,7 @@ class CapsNet(nn.Module):
             classes,
             class_dim,
             shared_transformations=shared_transformations,
+            transformation=transformation,
             routing=routing,
             votes_mib=votes_mib,
         )

@@ -17,7 +17,7 @@ from capsexp.capsules import Routed
 from capsexp.ops.em_steps import SMALLEST_MASS
 from capsexp.ops.moments import Fitted, Parents, features, fit, log_densities
 
-CACHED = 2**21
+CACHED = 2**20
 """Bytes of couplings that are computed at a time: with more they leave the cache between two passes."""
 
 

@@ -43,12 +43,12 @@ def exponential_squash(vectors: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
 
     Args: vectors: s.
     Returns: v, of length < 1 up to rounding and in the same direction.
-    Laws: the result at 0 is 0, with gradient 0; rotating the input rotates the output.
+    Laws: the result at 0 is 0, with the gradient of the identity; rotating the input rotates the output.
     """
     vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-    n = length(vectors).unsqueeze(-1)
-    # expm1 keeps the digits of short vectors. At n = 0 it is 0, so clamping the divisor changes no value.
-    return vectors * (-torch.expm1(-n) / n.clamp_min(torch.finfo(n.dtype).tiny))
+    # expm1 keeps the digits of short vectors. At the smallest normal number the factor is 1, its limit at 0.
+    n = length(vectors).unsqueeze(-1).clamp_min(torch.finfo(vectors.dtype).tiny)
+    return vectors * (-torch.expm1(-n) / n)
 
 
 def squash_backward(vectors: Float[Tensor, "*N D"], gradient: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:

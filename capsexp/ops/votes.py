@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from capsexp.capsules import ReceptiveFields, Routed
 from capsexp.errors import is_in, refuse
+from capsexp.ops.receptive_fields import gather_windows
 
 MIB = 2**20
 LARGEST_BUDGET = 2**62  # bytes: torch counts in 64 bits
@@ -79,6 +80,31 @@ def window_votes(
     product = torch.bmm(by_place, blocks.reshape(places, dim, types * dim))  # [K, B * P, J * D]
     by_parent = product.view(places, batch, positions, types, dim).permute(1, 2, 3, 0, 4).contiguous()
     return by_parent.permute(0, 1, 3, 2, 4)
+
+
+def summed_votes(votes: MatrixVotes) -> Float[Tensor, "B P J D"]:
+    """Sum of the votes of all children for each parent, by one product that never makes votes.
+
+    P is 1 where every parent sees every child.
+    """
+    poses = votes.poses.unsqueeze(1)
+    if votes.fields is not None:
+        poses = gather_windows(votes.poses, votes.fields)
+    batch, positions, places, dim = poses.shape
+    matrices, types, side, _ = votes.weight.shape
+    # Children with the same matrix are summed first.
+    if places > matrices:
+        by_matrix = poses.new_zeros(batch, positions, matrices, dim).index_add(2, votes.matrices, poses)
+    else:
+        by_matrix = poses
+    rows = by_matrix.unflatten(3, (-1, side)).permute(0, 1, 3, 2, 4).flatten(3)  # [B, P, rows, W * n]
+    product = rows @ votes.weight.permute(0, 2, 1, 3).reshape(matrices * side, types * side)
+    total = product.unflatten(3, (types, side)).permute(0, 1, 3, 2, 4).flatten(3)  # [B, P, J, D]
+    if votes.offsets is not None:
+        total = total + votes.offsets.sum(0)
+    if votes.bias is not None:
+        total = total + votes.bias[votes.matrices].sum(0)
+    return total
 
 
 def votes_budget(votes_mib: int | float | None) -> int | None:

@@ -107,6 +107,18 @@ class AgreementRouting(Protocol):
         ...
 
 
+@runtime_checkable
+class SteppedRouting(Protocol):
+    """Optional: route one iteration at a time. `RoutedLayer.step` calls it, for the concurrent network."""
+
+    iterations: int
+    """Passes of the algorithm."""
+
+    def step(self, votes: Tensor, before: Tensor | None) -> Routed:
+        """Return the state after one iteration, from the parents' poses before it; None in the first."""
+        ...
+
+
 def reads_poses(routing: object) -> bool:
     """Whether a routing is called with the poses of the children, [B, I, D], as a third argument."""
     return bool(getattr(routing, "reads_poses", False))

@@ -105,6 +105,7 @@ class InvertedRouting(nn.Module):
     score_weight: nn.Parameter | None
     score_bias: nn.Parameter | None
     windows: Tensor | None
+    squashes = True  # a pose is a normalized sum of votes
 
     def __init__(
         self,

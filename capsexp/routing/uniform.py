@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from capsexp.capsules import ReceptiveFields, Routed
 from capsexp.ops.squash import length, squash
+from capsexp.ops.votes import MatrixVotes, summed_votes
 
 
 def uniform_routing(
@@ -56,6 +57,8 @@ class UniformRouting(nn.Module):
     bias: nn.Parameter | None
     windows: Tensor | None
     squashes = True
+    fused_votes = MatrixVotes
+    fused_bias = True
 
     def __init__(
         self,
@@ -79,6 +82,20 @@ class UniformRouting(nn.Module):
         """
         fields = None if self.windows is None else ReceptiveFields(self.windows, *self.counts)
         return uniform_routing(votes, bias=self.bias, fields=fields)
+
+    def fused_reason(self, weight: Float[Tensor, "W J n n"]) -> str | None:
+        """None: the sum of the votes of matrix capsules never needs the votes."""
+        return None
+
+    def route_fused(self, votes: MatrixVotes, activations: Float[Tensor, "B I"]) -> Routed:
+        """Sum the votes without making them, and squash."""
+        total = summed_votes(votes) / self.out_caps
+        poses = squash(total if self.bias is None else total + self.bias)
+        shape = (len(poses), *poses.shape[1:2], len(votes.matrices), self.out_caps)
+        coupling = poses.new_full((), 1 / self.out_caps).expand(shape)
+        coupling = coupling.squeeze(1) if votes.fields is None else coupling
+        poses = poses.flatten(1, 2)
+        return Routed(poses, length(poses), coupling, votes.fields)
 
     def extra_repr(self) -> str:
         """The sizes of the layer."""

@@ -14,6 +14,7 @@ from capsexp.schedule import Step
 from capsexp.training.metrics import Loss, accuracies, autocast, batch_metrics, pool_crops
 from capsexp.training.parallel import SINGLE, ProcessGroup
 from capsexp.training.per_class import balanced_accuracy, count_labels
+from capsexp.training.tally import Tally
 
 
 @contextmanager
@@ -37,6 +38,7 @@ def evaluate(
     precision: torch.dtype = torch.float32,
     at_batch: Callable[[], None] = lambda: None,
     processes: ProcessGroup = SINGLE,
+    tally: Tally | None = None,
 ) -> dict[str, float]:
     """Average the metrics over all images of a split, and over the crops of each if there are several.
 
@@ -48,6 +50,7 @@ def evaluate(
         precision: of autocast; float32 for none.
         at_batch: called before each batch; may raise to stop the evaluation.
         processes: share the images of each batch.
+        tally: counts the images by class and predicted class.
 
     Returns:
         The metrics of `batch_metrics`, and `balanced_accuracy`, the mean of the accuracies of the classes.
@@ -64,12 +67,17 @@ def evaluate(
             _, share = slices[0]
             own = [view for view, _ in slices]
             metrics, scores = _view_metrics(own, model, loss, step, precision)
+            # Processes that share the same image count it once together.
+            weight = share * size / len(own[0].labels)
+            if tally is not None:
+                tally.add(own[0], scores, weight=weight)
             for name, value in metrics.items():
                 sums[name] += value * (share * size)
-            # Processes that share the same image count it once together.
             for name, value in count_labels(scores, own[0].labels).items():
-                labels[name] += value * (share * size / len(own[0].labels))
+                labels[name] += value * weight
             count += size
+    if tally is not None:
+        tally.sum_over(processes)
     means = {name: total / count for name, total in processes.sum(sums).items()}
     balanced = balanced_accuracy(processes.sum(labels))
     return {"accuracy": means["accuracy"], "balanced_accuracy": balanced, **means}

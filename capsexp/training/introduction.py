@@ -1,15 +1,29 @@
 """The first lines of a run: its data and its network."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from capsexp.config.components import Components
 from capsexp.data.dataset import Dataset
 from capsexp.data.preprocess import Shape
 from capsexp.text import printable
+from capsexp.training.costs import in_words
+from capsexp.training.early_stop import caveats
+from capsexp.training.running_statistics import describe_statistics
 from capsexp.training.splits import Splits
 from capsexp.training.state import State
 
 SHOWN_CLASSES = 10
 SHOWN_LETTERS = 20
+
+
+def first_lines(
+    components: Components, splits: Splits, state: State, costs: Mapping[str, int | None]
+) -> list[str]:
+    """Return the data, the network with what it costs, and what to keep in mind beside every metric."""
+    network = describe_network(state, costs, epochs=components.trainer.max_epochs)
+    data = describe_data(components.dataset, splits)
+    statistics = describe_statistics(state.model, accumulate=components.trainer.accumulate)
+    return [*data, network, *statistics, *components.caveats(), *caveats(splits.familiar)]
 
 
 def describe_data(dataset: Dataset, splits: Splits) -> list[str]:
@@ -21,21 +35,23 @@ def describe_data(dataset: Dataset, splits: Splits) -> list[str]:
     return [first, *dataset.notes()]
 
 
-def describe_network(state: State, *, epochs: int | None) -> str:
-    """Return the network, its number of parameters, and the step at which the run starts.
+def describe_network(state: State, costs: Mapping[str, int | None], *, epochs: int | None) -> str:
+    """Return the network, what it costs, and the step at which the run starts.
 
     Args:
         state: of the run.
+        costs: parameters and multiplications.
         epochs: `trainer.max_epochs`.
     """
-    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    products = costs["multiplications"]
+    work = "" if products is None else f" and {in_words(products)} multiplications per image"
     budget = state.budget
     start = (
         f"resuming at {budget.describe_place(state.step, state.seconds)}"
         if state.step
         else budget.describe(epochs)
     )
-    return f"{type(state.model).__name__} with {parameters:,} parameters; {start}"
+    return f"{type(state.model).__name__} with {costs['parameters']:,} parameters{work}; {start}"
 
 
 def _counts(splits: Splits) -> str:

@@ -5,10 +5,11 @@ resolved_config.yaml                 the same config with every interpolation re
 data.json                            classes, and the files or checksums of every split: capsexp.data.manifest
 command.txt   env.json  dirty.patch  the command; versions, commit, machine; uncommitted changes
 status.json                          running | completed | failed | interrupted, step, total, heartbeat, best,
-                                     steps_per_epoch, seconds of work, training_seconds (of the training
-                                     steps alone), results or error,
+                                     steps_per_epoch, seconds of work, training_seconds, results or error,
                                      choices (option of each config group),
-                                     stopped (if an accuracy ended the training: which one, on which images)
+                                     stopped (if an accuracy ended the training: which one, on which images),
+                                     costs (of the network: capsexp.training.costs)
+test_errors.json   validation_errors.json   errors by class and by group: capsexp.training.tally
 metrics.jsonl   train.log   tb/      metrics in full precision; the log; TensorBoard
 timing.jsonl                         seconds of training by step: see capsexp.training.timing
 figures/                             plots and image grids: NAME.png
@@ -47,11 +48,11 @@ FOLDERS = (".hydra", "checkpoints", "figures", "predictions", "studies", "tb")
 APPENDED = (LOCK, "evaluations.jsonl", "metrics.jsonl", "stdout.log", "timing.jsonl", "train.log")
 REPLACED = (
     *("command.txt", "data.json", "dirty.patch", "env.json", "non_finite.json", "profile.txt"),
-    *("resolved_config.yaml", "status.json", "trace.json"),
+    *("resolved_config.yaml", "status.json", "test_errors.json", "trace.json", "validation_errors.json"),
 )
 LARGEST_STATUS = 16 * 2**20  # bytes
 LONGEST = 1e12  # seconds; a larger number in a file is damage
-CARRIED_OVER = ("started", "resumes", "step", "total", "steps_per_epoch", "training_seconds", "best")
+CARRIED_OVER = ("started", "resumes", "step", "total", "steps_per_epoch", "training_seconds", "best", "costs")
 """Fields of status.json that a resumed run starts with."""
 HEARTBEAT_SECONDS = 5
 

@@ -14,10 +14,11 @@ from capsexp.data.batches import Batches
 from capsexp.routing import advance
 from capsexp.schedule import Step
 from capsexp.training import checkpoint
-from capsexp.training.early_stop import caveats, describe_end
+from capsexp.training.costs import note_network, note_peak
+from capsexp.training.early_stop import describe_end
 from capsexp.training.evaluate import evaluate
 from capsexp.training.gradients import accumulate_gradients, gradient_norm
-from capsexp.training.introduction import describe_data, describe_network
+from capsexp.training.introduction import first_lines
 from capsexp.training.metrics import prefixed, sentence
 from capsexp.training.non_finite import refuse_non_finite
 from capsexp.training.parallel import SINGLE, ProcessGroup
@@ -27,12 +28,12 @@ from capsexp.training.reconstructions import log_reconstructions
 from capsexp.training.record import NoRecord, Record, closing
 from capsexp.training.run_data import keep_data, keep_fingerprints
 from capsexp.training.run_dir import RunDir
-from capsexp.training.running_statistics import describe_statistics
 from capsexp.training.saved_state import process_count, saved_position
 from capsexp.training.splits import Splits, read_splits, require_same_images
 from capsexp.training.start import resume_state, start_state
 from capsexp.training.state import State, random_state
 from capsexp.training.stop_signal import StopSignal
+from capsexp.training.tally import Tally, new_tally, report_test, report_validation
 from capsexp.training.timing import StepClock
 
 
@@ -77,12 +78,7 @@ def train(
         )
         reporter = Reporter(state.position, timed=components.trainer.max_seconds is not None)
         stop, profiled = StopSignal(), components.trainer.profile and processes.is_main
-        with (
-            closing(record),
-            stop,
-            reporter,
-            profiler(run.path, enabled=profiled) as profile,
-        ):
+        with closing(record), stop, reporter, profiler(run.path, enabled=profiled) as profile:
             training = Training(components, splits, state, run, processes, record, reporter, stop, profile)
             training.introduce(saved)
             training.fit()
@@ -125,11 +121,8 @@ class Training:
         if saved is not None and process_count(saved) != size:
             change = f"was {process_count(saved)}, is {size}"
             report(f"number of processes: {change}; the run resumes, but not bit for bit")
-        components, splits = self.components, self.splits
-        network = describe_network(self.state, epochs=self.settings.max_epochs)
-        lines = [*describe_data(components.dataset, splits), network]
-        lines += describe_statistics(self.state.model, accumulate=self.settings.accumulate)
-        for line in [*lines, *components.caveats(), *caveats(splits.familiar)]:
+        costs = note_network(self.run, self.components)
+        for line in first_lines(self.components, self.splits, self.state, costs):
             report(line)
 
     def fit(self) -> None:
@@ -143,8 +136,6 @@ class Training:
                 self._validate(epoch=ended, last=last)
             state.epoch, state.batch = ended, 0
             self._save()
-        if state.stopped is None and (line := state.budget.end_line(state.step, state.seconds)) is not None:
-            self.reporter.print(line)
 
     def _train_epoch(self) -> None:
         """Train on the rest of an epoch."""
@@ -194,8 +185,9 @@ class Training:
         """Evaluate at the end of an epoch, and decide whether an accuracy ends the training."""
         state, settings, splits = self.state, self.settings, self.splits
         metrics: dict[str, float] = {}
+        tally = new_tally(self.components, "validation")
         if splits.validation is not None:
-            metrics |= self._evaluate(splits.validation, "validation", state.position)
+            metrics |= self._evaluate(splits.validation, "validation", state.position, tally)
         if splits.familiar is not None:
             familiar = self._evaluate(splits.familiar, "familiar", state.position)
             metrics["familiar/accuracy"] = familiar["familiar/accuracy"]
@@ -206,6 +198,7 @@ class Training:
         stopped = self.processes.broadcast(lambda: settings.check_stop(metrics, state.step))
         if stopped is not None:
             state.note_stop(stopped, metrics)
+        report_validation(self.run, tally, state, self.components)
         self.run.update_status("running", **state.progress, best=state.best)
         self.reporter.print(f"epoch {epoch}: {sentence(metrics)}")
         if epoch % settings.images_every == 0 or last or stopped is not None:
@@ -220,8 +213,8 @@ class Training:
         state, settings = self.state, self.settings
         self.testing = True
         results = {} if state.best_step is None else {"validation/best_accuracy": state.best_accuracy}
-        if settings.stop_accuracy is not None:
-            self.reporter.print(describe_end(settings, state.stopped, state.total))
+        for line in describe_end(settings, state):
+            self.reporter.print(line)
         if settings.test != "none":
             position = self._restore_tested_weights()
             results |= self._familiar_accuracy(position)
@@ -229,9 +222,12 @@ class Training:
             if self.processes.is_main:
                 keep_fingerprints(self.run.path, self.components.dataset, report=self.reporter.print)
             batches = self.components.batches(split, limit=settings.limit_eval_batches)
-            results |= self._evaluate(batches, "test", position)
+            tally = new_tally(self.components, "test")
+            results |= self._evaluate(batches, "test", position, tally)
+            report_test(self.run, tally, position, self.components)
             self.reporter.print(f"test split, {batches.visited} images: {sentence(results)}")
         self.record.log_metrics(state.step, results, seconds=state.seconds, epoch=state.epoch)
+        note_peak(self.run, self.components)
         ending = {"results": results, "stopped": state.stopped, "exit_code": 0}
         self.run.update_status("completed", **state.progress, **ending)
         return results
@@ -253,7 +249,9 @@ class Training:
         metrics = self._evaluate(self.splits.familiar, "familiar", position)
         return {"familiar/accuracy": metrics["familiar/accuracy"]}
 
-    def _evaluate(self, batches: Batches, split: str, position: Step) -> dict[str, float]:
+    def _evaluate(
+        self, batches: Batches, split: str, position: Step, tally: Tally | None = None
+    ) -> dict[str, float]:
         """Return the metrics of a split, with its name as a prefix, with every schedule at a position."""
         advance(self.evaluated_model, position)
         metrics = evaluate(
@@ -264,6 +262,7 @@ class Training:
             precision=self.settings.precision,
             processes=self.processes,
             at_batch=self._stop_if_asked,
+            tally=tally,
         )
         return prefixed(split, metrics)
 

@@ -120,7 +120,7 @@ def test_every_study_passes_the_checks_and_a_wrong_key_is_reported(path):
 def test_every_option_passes_the_checks(group, tmp_path):
     for path in yamls(group):
         overrides = [f"{group}={path.stem}", f"data_root={tmp_path}"]
-        overrides += ["dataset=mnist"] if group == "model" else []  # large enough for every network
+        overrides += ["dataset=affnist"] if group == "model" else []  # large enough for every network
         if path.stem == "image_folder":
             continue  # needs images: see its own test
         if path.stem in ("cuda", "mps") and not available()[path.stem]:

@@ -47,7 +47,7 @@ def problems(*overrides, **keywords):
         ("routing=null", "routing=null: no such option; choose from dynamic, em, "),
         (
             "model=3",
-            "model=3: no such option; choose from cnn_affnist, cnn_hinton, cnn_multimnist, cnn_sabour, ",
+            "model=3: no such option; choose from cluster, cluster_small, ",
         ),
         ("seed", "cannot read 'seed': missing EQUAL at '<EOF>'; an override has the form KEY=VALUE"),
         ("=3", "cannot read '=3': no key; an override has the form KEY=VALUE"),

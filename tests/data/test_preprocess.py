@@ -12,6 +12,7 @@ from capsexp.data.split import Split
 EVERYTHING = {
     "resize": None,
     "shift": 2,
+    "shift_fill": "zeros",
     "crop": 7,
     "flip": True,
     "brightness": 63,
@@ -207,6 +208,28 @@ def test_without_a_crop_the_window_is_the_image():
         for region in ("window", "image")
     )
     torch.testing.assert_close(window.images, image.images, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_shift_can_repeat_the_edges(channels):
+    images = random_images(channels=channels)
+    keywords = {"shift": 3, "crop": None}
+    zeros, edge = (
+        Preprocess.identity(**keywords, shift_fill=fill).train(images, generator()).pixels
+        for fill in ("zeros", "edge")
+    )
+    inside = zeros > 0  # the images have no zeros
+    assert torch.equal(edge[inside], zeros[inside])
+    padded = F.pad(images.float() / 255, [3] * 4, mode="replicate")
+    for image, whole in zip(edge, padded, strict=True):
+        windows = whole.unfold(1, 9, 1).unfold(2, 11, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
+        assert (windows == image).all((1, 2, 3)).any()
+
+
+@pytest.mark.usefixtures("no_type_checks")
+def test_an_unknown_fill_is_refused():
+    with pytest.raises(ValueError, match="shift_fill must be one of zeros, edge, got mirror"):
+        Preprocess.identity(shift_fill="mirror")
 
 
 def test_the_draws_of_images_in_a_batch_differ():

@@ -30,6 +30,7 @@ COUNT = 5 * 2 * 3 * 4 * 2
 OF_THE_PAPER = {
     "resize": 48,
     "shift": 0,
+    "shift_fill": "zeros",
     "crop": 32,
     "flip": False,
     "brightness": 63,
@@ -478,3 +479,17 @@ def test_published_images_of_the_two_cameras_correlate(real):
     left, right = centred[:, 0], centred[:, 1]
     correlation = (left * right).sum(1) / (left.norm(dim=1) * right.norm(dim=1))
     assert correlation.median() > 0.8
+
+
+@pytest.mark.parametrize("changes", [{}, {"validation_instance": None}, {"viewpoint": "azimuth"}])
+def test_the_groups_of_a_split_are_its_toys(world, changes):
+    dataset = world(**changes)
+    training, validation = dataset.read_training()
+    for name, split in (("train", training), ("validation", validation), ("test", dataset.read("test"))):
+        groups = dataset.groups(name)
+        assert groups.kind == "toy"
+        assert len(groups.of) == split.size
+        grays = split.images[:, 0, 0, 0] if split.size else torch.empty(0)
+        for gray, label, group in zip(grays.tolist(), split.labels.tolist(), groups.of.tolist(), strict=True):
+            assert groups.names[group] == f"{dataset.classes[label]} {gray - 20 * label}"
+    assert dataset.groups("test").names[:3] == ("animal 0", "animal 5", "human 0")

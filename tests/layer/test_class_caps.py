@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from wave_numbers import wave
 
 from capsexp.capsules import Capsules
 from capsexp.layer.class_caps import ClassCaps
@@ -98,11 +99,12 @@ def test_a_budget_without_room_is_refused(votes_mib):
         class_caps(6, 4, 5, 8, routing=dynamic(), votes_mib=votes_mib)
 
 
+@pytest.mark.parametrize(("transformation", "dim"), [("matrix", 6), ("elementwise", 3)])
 @pytest.mark.parametrize("shared", [False, True])
-def test_without_routing_is_the_uniform_control(shared):
+def test_without_routing_is_the_uniform_control(shared, transformation, dim):
     torch.manual_seed(0)
     uniform = functools.partial(UniformRouting, bias=False)
-    layer = class_caps(5, 3, 4, 6, shared=shared, routing=uniform, votes_mib=None)
+    layer = class_caps(5, 3, 4, dim, shared=shared, transformation=transformation, routing=uniform)
     routed, unrouted = layer(capsules(2, 5, 3)), layer.without_routing()(capsules(2, 5, 3))
     for tensor, other in zip(routed, unrouted, strict=True):
         torch.testing.assert_close(other, tensor)
@@ -136,10 +138,19 @@ def test_a_shared_transformation_with_uniform_coupling_sees_the_sum_of_its_child
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("sizes", [(300, 8, 10, 16), (50, 4, 3, 8), (1152, 8, 50, 16)])
-def test_at_the_start_the_sums_are_as_long_as_independent_children(sizes, shared):
+@pytest.mark.parametrize(
+    ("sizes", "transformation"),
+    [
+        ((300, 8, 10, 16), "matrix"),
+        ((50, 4, 3, 8), "matrix"),
+        ((1152, 8, 50, 16), "matrix"),
+        ((300, 8, 10, 8), "elementwise"),
+    ],
+)
+def test_at_the_start_the_sums_are_as_long_as_independent_children(sizes, transformation, shared):
     torch.manual_seed(0)
-    layer = class_caps(*sizes, shared=shared, routing=dynamic(iterations=1), votes_mib=None)
+    options = {"shared": shared, "transformation": transformation}
+    layer = class_caps(*sizes, **options, routing=dynamic(iterations=1))
     inputs = capsules(64, *sizes[:2])
     lengths = layer(inputs).activations
     sums = (lengths / (1 - lengths)).sqrt()  # squash, undone
@@ -155,3 +166,34 @@ def test_a_routing_that_reads_poses_gets_those_of_the_children_and_their_size():
     expected = layer.routing(layer.votes(inputs.poses), inputs.activations, inputs.poses)
     torch.testing.assert_close(layer(inputs).poses, expected.poses)
     torch.testing.assert_close(layer(inputs).activations, expected.activations)
+
+
+def test_uniform_coupling_of_shared_matrices_has_the_lengths_computed_elsewhere():
+    uniform = functools.partial(UniformRouting, bias=False)
+    layer = class_caps(6, 4, 3, 4, shared=True, routing=uniform).double()
+    layer.weight.data.copy_(wave((4, 3, 4), 1)[None])
+    poses = wave((6, 4))[None]
+    lengths = layer(Capsules(poses, poses.norm(dim=2))).activations[0]
+    assert lengths.tolist() == pytest.approx([0.6602291345, 0.5684569644, 0.5641071589], abs=1e-10)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("votes_mib", [None, 1e-6])
+def test_an_elementwise_transformation_is_a_diagonal_matrix(shared, votes_mib):
+    options = {"shared": shared, "routing": dynamic(), "votes_mib": votes_mib}
+    layer, matrices = (
+        class_caps(6, 4, 5, 4, transformation=transformation, **options).double()
+        for transformation in ("elementwise", "matrix")
+    )
+    assert layer.weight.shape == (1 if shared else 6, 5, 4)
+    matrices.weight.data.copy_(torch.diag_embed(layer.weight).transpose(1, 2))
+    inputs = capsules(3, 6, 4, dtype=torch.float64)
+    torch.testing.assert_close(layer.votes(inputs.poses), matrices.votes(inputs.poses))
+    for tensor, other in zip(layer(inputs)[:3], matrices(inputs)[:3], strict=True):
+        torch.testing.assert_close(tensor, other)
+    assert "no fused routing of elementwise" in layer.fused_reason()
+
+
+def test_an_elementwise_transformation_of_other_poses_is_one_line():
+    with pytest.raises(ValueError, match=r"^transformation elementwise needs in_dim = out_dim, got 4 and 8$"):
+        class_caps(6, 4, 5, 8, transformation="elementwise", routing=dynamic())

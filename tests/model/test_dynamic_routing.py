@@ -131,6 +131,8 @@ def test_too_small_a_image_is_refused_with_the_smallest_size(image_shape):
         ("decode=longest", "decode must be one of label, prediction, or a class 0 ... 9, got longest"),
         ("decode=10", "decode must be one of label, prediction, or a class 0 ... 9, got 10"),
         ("initialisation=xavier", "initialisation must be one of default, official, got xavier"),
+        ("transformation=elementwise", "elementwise needs class_dim = primary_dim, got 16 and 8"),
+        ("transformation=dot", "transformation must be one of matrix, elementwise, got dot"),
         ("padding=full", "padding must be one of valid, same, got full"),
         ("votes_mib=0", "votes_mib must be > 0 or null, got 0"),
     ],

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capsexp.ops.squash import length, squash, squash_backward
+from capsexp.ops.squash import exponential_squash, length, squash, squash_backward
 
 
 def vectors(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
@@ -27,9 +27,10 @@ def test_squash_is_exact_at_every_length(exponent):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-15, 1.0, 1e15])
-def test_values_and_gradients_are_finite(dtype, size):
+@pytest.mark.parametrize("function", [squash, exponential_squash])
+def test_values_and_gradients_are_finite(function, dtype, size):
     s = torch.full((2, 3), size, dtype=dtype, requires_grad=True)
-    v = squash(s)
+    v = function(s)
     (v.sum() + length(v).sum()).backward()
     assert v.dtype == dtype
     assert v.isfinite().all()

@@ -30,7 +30,9 @@ def routing(name):
     [
         ("em", (True, True, True, True, False)),
         ("dynamic", (True, False, False, True, True)),
-        ("uniform", (False, False, False, True, False)),
+        ("uniform", (True, False, False, True, False)),
+        ("self_routing", (False, False, False, False, False)),
+        ("inverted", (False, False, False, True, False)),
     ],
 )
 def test_a_routing_has_the_protocols_of_its_methods(name, expected):
@@ -44,6 +46,8 @@ def test_a_routing_has_the_protocols_of_its_methods(name, expected):
         ("em", "EMRouting(in_caps=8, out_caps=5, pose_dim=16, iterations=3)"),
         ("dynamic", "DynamicRouting(in_caps=8, out_caps=5, pose_dim=16, iterations=3)"),
         ("uniform", "UniformRouting(in_caps=8, out_caps=5, pose_dim=16)"),
+        ("self_routing", "SelfRouting(in_caps=8, out_caps=5, pose_dim=16)"),
+        ("inverted", "InvertedRouting(in_caps=8, out_caps=5, pose_dim=16, iterations=2)"),
     ],
 )
 def test_a_routing_shows_its_sizes(name, shown):

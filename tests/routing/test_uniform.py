@@ -1,9 +1,13 @@
+import functools
+
 import pytest
 import torch
 
-from capsexp.capsules import Batch
+from capsexp.capsules import Batch, Capsules
 from capsexp.config.build import build
 from capsexp.config.compose import compose, to_plain
+from capsexp.layer.dense_caps import DenseCaps
+from capsexp.layer.matrix_caps import ConvCaps, SharedClassCaps
 from capsexp.ops.receptive_fields import Grid, receptive_fields
 from capsexp.ops.squash import length, squash
 from capsexp.routing.dynamic import dynamic_routing_reference
@@ -67,6 +71,32 @@ def test_dense_values_are_those_of_plain_sums_bit_for_bit(bias):
     routed = UniformRouting(7, 4, 3, bias=bias)(votes, torch.ones(2, 7))
     assert torch.equal(routed.poses, poses)
     assert torch.equal(routed.activations, length(poses))
+
+
+def layers():
+    """Windows, class capsules with coordinates, capsules with shared matrices; with biases."""
+    routing = functools.partial(UniformRouting, bias=True)
+    options = {"routing": routing, "vote_bias": True, "init_noise": 1.0}
+    yield ConvCaps(Grid(4, 5), 2, types=3, kernel=3, stride=2, **options)
+    yield ConvCaps(Grid(4, 5), 2, types=3, kernel=2, shared_transformations=True, **options)
+    yield SharedClassCaps(Grid(4, 5), 2, 3, image_size=(9, 9), **options)
+    yield DenseCaps(40, 3, **options)
+    yield DenseCaps(40, 3, shared_transformations=True, **options)
+
+
+@pytest.mark.parametrize("layer", list(layers()), ids=["windows", "shared", "class", "dense", "dense shared"])
+def test_sums_without_votes_are_those_of_the_votes(layer):
+    layer = layer.double()
+    layer.bias.data.normal_(generator=torch.Generator().manual_seed(0))
+    poses, activations = torch.randn(2, 40, 16).double().requires_grad_(), torch.rand(2, 40).double()
+    assert layer.fused_reason() is None
+    fused, reference = layer(Capsules(poses, activations)), layer.routing(layer.votes(poses), activations)
+    for tensor, other in zip(reference[:3], fused[:3], strict=True):
+        torch.testing.assert_close(other, tensor)
+    leaves = [poses, *layer.parameters()]
+    gradients = [torch.autograd.grad(routed.poses.pow(3).sum(), leaves) for routed in (reference, fused)]
+    for tensor, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, tensor)
 
 
 def test_votes_that_do_not_fit_the_windows_are_refused():

@@ -66,31 +66,88 @@ def test_every_option_survives_a_resume(overrides, tmp_path, kill_at, train_tiny
 @pytest.mark.parametrize(
     "network",
     [
-        ["model=cnn_sabour", "model.conv_channels=[4,4]", "model.hidden=[8,8]"],
-        ["model=cluster_small", "trainer.ema_decay=0.9"],
-        [
-            "model=em_routing",
-            "model.conv_types=[4]",
-            "model.conv_kernels=[2]",
-            "model.conv_strides=[1]",
-            "routing.inverse_temperature_ramp="
-            "{_target_: capsexp.schedule.Linear, start: 0.5, end: 1, steps: 0.9}",
-            "trainer.ema_decay=0.9",
-            "trainer.accumulate=3",
-        ],
-        [
-            "model=vb",
-            "model.conv_types=[4]",
-            "model.conv_kernels=[2]",
-            "model.conv_strides=[1]",
-            "trainer.ema_decay=0.9",
-        ],
-    ],
-    ids=[
-        "dropout",
-        "cluster routing, stairs",
-        "matrix capsules, a balanced start, ramps",
-        "running means of capsule norms, a gain",
+        pytest.param(["model=cnn_sabour", "model.conv_channels=[4,4]", "model.hidden=[8,8]"], id="dropout"),
+        pytest.param(["model=cluster_small", "trainer.ema_decay=0.9"], id="cluster routing, stairs"),
+        pytest.param(
+            [
+                "model=em_routing",
+                "model.conv_types=[4]",
+                "model.conv_kernels=[2]",
+                "model.conv_strides=[1]",
+                "routing.inverse_temperature_ramp="
+                "{_target_: capsexp.schedule.Linear, start: 0.5, end: 1, steps: 0.9}",
+                "trainer.ema_decay=0.9",
+                "trainer.accumulate=3",
+            ],
+            id="matrix capsules, a balanced start, ramps",
+        ),
+        pytest.param(
+            [
+                "model=vb",
+                "model.conv_types=[4]",
+                "model.conv_kernels=[2]",
+                "model.conv_strides=[1]",
+                "trainer.ema_decay=0.9",
+            ],
+            id="running means of capsule norms, a gain",
+        ),
+        pytest.param(
+            [
+                "model=self_routing",
+                "model.trunk.stem=4",
+                "model.trunk.channels=[4,6]",
+                "model.trunk.blocks=[1,1]",
+                "model.trunk.strides=[1,2]",
+                "model.primary_types=2",
+                "model.conv_types=[3]",
+                "model.conv_kernels=[3]",
+                "model.conv_strides=[1]",
+                "trainer.ema_decay=0.9",
+            ],
+            id="self-routing",
+        ),
+        pytest.param(
+            [
+                "model=concurrent",
+                "model.trunk.stem=4",
+                "model.trunk.channels=[4]",
+                "model.trunk.blocks=[1]",
+                "model.trunk.strides=[2]",
+                "model.primary_types=2",
+                "model.conv_types=[3]",
+                "model.conv_kernels=[3]",
+                "model.conv_strides=[1]",
+            ],
+            id="concurrent",
+        ),
+        pytest.param(
+            [
+                "model=efficient",
+                "model.conv_channels=[8,16]",
+                "model.conv_kernels=[3,3]",
+                "model.conv_strides=[1,2]",
+                "trainer.ema_decay=0.9",
+            ],
+            id="self-attention, batch normalization",
+        ),
+        pytest.param(
+            [
+                "model=trunk_caps",
+                "model.channels=[4,4]",
+                "model.strides=[1,2]",
+                "model.primary_types=2",
+                "model.dense_types=[3]",
+                "model.initialisation=orthogonal",
+                "model.norm=batch",
+                "routing.beta_start=0.5",
+                "trainer.ema_decay=0.9",
+            ],
+            id="Heinsen routing, running means of the trunk",
+        ),
+        pytest.param(
+            ["model=pool", "model.channels=[4,4]", "model.strides=[1,2]", "trainer.accumulate=2"],
+            id="the trunk alone",
+        ),
     ],
 )
 def test_other_networks_resume_bit_for_bit(network, tmp_path, kill_at, tiny_overrides, assert_same_run):

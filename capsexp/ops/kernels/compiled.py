@@ -21,7 +21,7 @@ from capsexp.files import read_regular, sweep_unfinished, write_atomic
 from capsexp.locks import locked
 
 SOURCES = [Path(__file__).with_name(name) for name in ("em.cpp", "dynamic.cpp")]
-HEADERS = [Path(__file__).with_name("vectors.h")]
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 # Apple's clang has no OpenMP: on a Mac the kernels run on one thread.
 THREADS = ["-fopenmp"] if sys.platform.startswith("linux") else []
 FLAGS = [

@@ -50,9 +50,16 @@ PUBLISHED_ERRORS = {
     "hinton2018_azimuth_baseline": (20, None),
     "hinton2018_elevation": (12.3, None),
     "hinton2018_elevation_baseline": (17.8, None),
+    "hahn2019_cifar10": (8.17, 0.18),
+    "hahn2019_smallnorb_azimuth": (19.86, 1.03),
+    "hahn2019_smallnorb_elevation": (15.91, 1.09),
+    "tsai2020_cifar10": (5.15, None),
+    "gu2020_affnist": (6.79, None),
 }
 # Our own recipes, or recipes with other settings than the published experiment.
 UNPUBLISHED = {
+    *("hahn2019_cifar10_laptop", "hahn2019_smallnorb_azimuth_laptop", "hahn2019_smallnorb_elevation_laptop"),
+    *("tsai2020_cifar10_laptop", "gu2020_mnist_affine_laptop", "byerly2021_mnist_laptop"),
     *("quickstart", "quickstart_em", "sabour2017_mnist_official", "sabour2017_cifar10"),
     *("hinton2018_smallnorb_laptop", "hinton2018_smallnorb_laptop_baseline"),
     *("sabour2017_mnist_uniform", "sabour2017_mnist_shared_uniform", "sabour2017_mnist_shared_r3"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from capsexp.capsules import ReceptiveFields
 from capsexp.ops.em_steps import EMOptions, initial_shares
 from capsexp.ops.kernels import em as kernel
+from capsexp.ops.kernels import problem
 from capsexp.ops.kernels.em import fused_em_routing
 from capsexp.ops.receptive_fields import Grid, gather_windows, receptive_fields
 from capsexp.ops.votes import MatrixVotes, window_votes
@@ -183,7 +184,7 @@ def test_every_switch_does_what_it_does_in_the_reference(layer, changes, iterati
     kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     stride=st.integers(1, 3),
     types=st.integers(1, 18),
-    pose=st.sampled_from(kernel.SHAPES),
+    pose=st.sampled_from(problem.SHAPES),
     dense=st.booleans(),
     iterations=st.integers(1, 4),
     switch=st.sampled_from(SWITCHES),
@@ -249,7 +250,7 @@ def test_float32_error_is_at_most_twice_that_of_the_reference(layer, changes):
 @pytest.mark.parametrize(
     "layer", [Layer(3, 2, 1, (2, 2), 1, 2, (2, 2)), Layer(2, 1, 1, types=2, dense=True)], ids=str
 )
-@pytest.mark.parametrize("normalisation", kernel.NORMALISATIONS)
+@pytest.mark.parametrize("normalisation", problem.NORMALISATIONS)
 def test_gradients_pass_gradcheck(layer, normalisation):
     inputs = [tensor.requires_grad_() for tensor in example(layer, batch=1)]
 
@@ -373,7 +374,7 @@ def test_what_there_is_no_code_for_is_named(arguments, reason):
 
 
 def test_every_shape_of_pose_has_code():
-    for pose, dtype in itertools.product(kernel.SHAPES, (torch.float32, torch.float64)):
+    for pose, dtype in itertools.product(problem.SHAPES, (torch.float32, torch.float64)):
         layer = Layer(pose=pose)
         inputs = [tensor.to(dtype) for tensor in example(layer)]
         for tensor, other in zip(plain(layer, *inputs), fused(layer, *inputs), strict=True):

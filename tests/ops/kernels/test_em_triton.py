@@ -16,8 +16,8 @@ from capsexp.routing.em import em_routing
 
 pytest.importorskip("triton", reason="Triton is not installed: it is built for Linux only")
 
-from capsexp.ops.kernels.em import padded_types
 from capsexp.ops.kernels.em_triton import em_backward, em_forward
+from capsexp.ops.kernels.problem import padded_types
 
 STRONG = (0.3, 0.5, 0.4, 0.6)  # activations and their competition count
 OPTIONS = {

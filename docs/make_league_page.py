@@ -1,0 +1,299 @@
+"""Write the tables and the figure of docs/league.md from finished runs, through docs/league.json.
+
+    python docs/make_league_page.py FOLDER…    # read the runs of league recipes, write data, page and figure
+    python docs/make_league_page.py            # write page and figure again from the data
+    python docs/make_league_page.py --check    # exit code 1 if the page does not equal the data
+
+Every number of the tables comes from docs/league.json, which this script writes. The page has text of its own
+outside of the two markers.
+"""
+
+import json
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from capsexp.compare.comparison import compare
+from capsexp.compare.curves import COLOURS, OTHER_COLOUR, Point, learning_curves, mean_over_seeds
+from capsexp.compare.group_errors import test_errors
+from capsexp.compare.intervals import Interval
+from capsexp.compare.means import Row, Spread, spread
+from capsexp.compare.measures import CHOSEN, FOLD, FOLDS
+from capsexp.compare.runs import Run, read_below
+from capsexp.compare.unfinished import resume_command
+from capsexp.documents import read_json
+from capsexp.errors import Notes, is_number
+from capsexp.files import write_atomic
+from capsexp.training.run_dir import RunDir
+
+DOCS = Path(__file__).resolve().parent
+DATA, PAGE, FIGURE = DOCS / "league.json", DOCS / "league.md", DOCS / "images" / "league.png"
+COMMAND = "python docs/make_league_page.py"
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+BASELINES = ("uniform", "pool")
+CURVE, CURVE_POINTS = "validation/error", 60
+NONE = "–"  # noqa: RUF001
+
+# Published test errors on smallNORB in %, by the choice of routing or model. They are of larger networks or
+# longer trainings than ours, and stand beside our rows for orientation only.
+PUBLISHED = {
+    "em": "2.2 (68K parameters, full length; Hinton et al. 2018)",
+    "dynamic": "2.7 (Sabour et al. 2017)",
+    "heinsen": "0.9 (272K parameters at 96x96; best of ten trainings, chosen on test images; Heinsen 2019)",
+    "vb": "1.3 (169K parameters, 300 epochs; the authors' README)",
+    "cluster": "1.57 (chosen on test images; the authors' README)",
+    "cnn_hinton": "5.2 (4.2M parameters; Hinton et al. 2018)",
+}
+
+
+def collect(folders: Sequence[Path], notes: Notes) -> dict[str, Any]:
+    """Return what the page shows of the league's runs at or below some folders."""
+    runs = [
+        run for run in read_below(folders, notes) if run.choices.get("experiment", "").startswith("league_")
+    ]
+    final = [run for run in runs if run.settings.get(FOLD) is None]
+    choices = {choice for run in final for choice in run.choices.values()}
+    baselines = [name for name in BASELINES if name in choices]
+    table = compare(final, notes, group_by=["seed"], baselines=baselines, sort_by="test")
+    folds = {_key(row): row for row in compare(runs, Notes(), folds=True).rows}
+    rows = [_row(row, folds.pop(_key(row), None), notes) for row in table.rows]
+    rows += [_row(row, row, notes) for row in folds.values()]  # held out only: no test yet
+    return {"rows": sorted(rows, key=_order), "curves": _curves(runs, notes)}
+
+
+def _key(row: Row) -> tuple[str, str]:
+    run = row.runs[0]
+    return run.choices["experiment"], _budget(run)
+
+
+def _budget(run: Run) -> str:
+    seconds = run.settings.get("trainer.max_seconds")
+    if is_number(seconds):
+        return f"{seconds / 60:g} minutes of training"
+    steps, batch = run.settings.get("trainer.max_steps"), run.settings.get("trainer.batch_size")
+    return f"{steps * batch:,} images" if is_number(steps) and is_number(batch) else "its own length"
+
+
+def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    error = row["measures"].get("test/error", {}).get("mean")
+    return (row["dataset"], row["budget"], error is None, error, row["recipe"])
+
+
+def _row(row: Row, folds: Row | None, notes: Notes) -> dict[str, Any]:
+    """Return the values of a row, as JSON has them. A row that is its own `folds` has no test."""
+    first, tested = row.runs[0], row.counted if row is not folds else ()
+    cells = {name: value for name, value in row.cells.items() if tested or not name.startswith("test/")}
+    if folds is not None:
+        cells |= {column.name: folds.cells.get(column.name) for column in FOLDS}
+    measures = {name: _plain(value) for name, value in cells.items() if isinstance(value, Spread | Interval)}
+    if error := [100 - 100 * run.test for run in tested if run.test is not None]:
+        measures["test/error"] = _plain(spread(error))
+    errors = [found for run in tested if (found := test_errors(run.path, run.test, notes)) is not None]
+    return {
+        "recipe": first.choices["experiment"],
+        "dataset": first.choices.get("dataset", ""),
+        "budget": _budget(first),
+        "routing": first.choices.get("routing"),
+        "model": first.choices.get("model"),
+        "seeds": sorted(run.settings["seed"] for run in tested if "seed" in run.settings),
+        "measures": measures,
+        "classes": _means_by_name([found.classes for found in errors]),
+        "toys": _means_by_name([found.groups for found in errors]),
+        "machine": sorted({_machine(run) for run in row.runs}),
+        "command": _command(first),
+        "status": row.cells["status"],
+        "resume": [command for run in row.runs if (command := resume_command(run)) is not None],
+    }
+
+
+def _command(run: Run) -> str:
+    """Return the command of a row, without what differs between its runs."""
+    varied = ("seed=", f"{FOLD}=")
+    overrides = [text for text in RunDir(run.path).overrides() if not text.startswith(varied)]
+    return shlex.join(["capsexp", "train", *overrides])
+
+
+def _plain(value: Spread | Interval) -> dict[str, Any]:
+    return {name: _rounded(number) for name, number in vars(value).items() if number is not None}
+
+
+def _rounded(number: int | float) -> int | float:
+    """Return a number with six digits: more would change with the order of a sum."""
+    return number if isinstance(number, int) else float(f"{number:.6g}")
+
+
+def _means_by_name(runs: Sequence[Iterable[Any]]) -> dict[str, int | float]:
+    """Return the error of each class or toy in %, averaged over runs."""
+    shares: dict[str, list[float]] = {}
+    for parts in runs:
+        for part in parts:
+            if part.images:
+                shares.setdefault(part.name, []).append(100 * part.errors / part.images)
+    return {name: _rounded(sum(values) / len(values)) for name, values in shares.items()}
+
+
+def _machine(run: Run) -> str:
+    try:
+        found = read_json(run.path / "env.json")
+        return f"{found['device']}, {found['cores']} cores, torch {found['versions']['torch']}"
+    except (OSError, ValueError, LookupError, TypeError):
+        return "unknown"
+
+
+def _curves(runs: Sequence[Run], notes: Notes) -> list[dict[str, Any]]:
+    """Return the validation error of each recipe by seconds of training, a mean over seeds and four folds."""
+    held_out = [run for run in runs if run.settings.get(FOLD) in CHOSEN]
+    if not held_out:
+        return []
+    means = mean_over_seeds(compare(held_out, notes, folds=True), notes)
+    curves = learning_curves(means, (CURVE,), Notes(), x_axis="seconds")
+    return [
+        {
+            "label": curve.runs[0].choices["experiment"],
+            "points": [[_rounded(point.x), _rounded(point.mean)] for point in _few(curve.points[CURVE])],
+        }
+        for curve in curves
+    ]
+
+
+def _few(points: Sequence[Point]) -> Sequence[Point]:
+    return points[:: -(-len(points) // CURVE_POINTS) or 1]
+
+
+def tables(data: Mapping[str, Any]) -> str:
+    """Return the part of the page between the markers."""
+    if not data["rows"]:
+        return "No row has run yet.\n"
+    by_table = groupby(data["rows"], key=lambda row: (row["dataset"], row["budget"]))
+    parts = [part for _, rows in by_table for part in _table([*rows])]
+    if data["curves"]:
+        parts.append("![Error on toys held out against seconds of training](images/league.png)\n")
+    return "\n".join([*parts, *_conditions(data["rows"])])
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the tables of one dataset and budget: errors and costs, then errors by class."""
+    yield f"**{rows[0]['dataset']}, {rows[0]['budget']}**\n"
+    columns = [column for column in COLUMNS if any(column[1](row) != NONE for row in rows)]
+    yield _markdown([title for title, _ in columns], [[cell(row) for _, cell in columns] for row in rows])
+    for kind, title in (("classes", "class"), ("toys", "test toy")):
+        names = list(dict.fromkeys(name for row in rows for name in row[kind]))
+        lines = [
+            [_name(row), *(f"{row[kind][name]:.1f}" if name in row[kind] else NONE for name in names)]
+            for row in rows
+        ]
+        if names:
+            yield f"Errors by {title}, %:\n"
+            yield _markdown(["row", *names], lines)
+
+
+def _markdown(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    every = [titles, ["---"] * len(titles), *lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in every)
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"`{row['recipe']}`"
+
+
+def _measure(name: str, form: str, scale: float = 1.0) -> Any:
+    """Return the function that shows a measure of a row: mean ± deviation (n), or mean [low, high]."""
+
+    def shown(row: Mapping[str, Any]) -> str:
+        found = row["measures"].get(name)
+        if not found:
+            return NONE
+        text = form.format(found["mean"] * scale)
+        if "low" in found:
+            return f"{text} [{form.format(found['low'] * scale)}, {form.format(found['high'] * scale)}]"
+        if found.get("sd"):
+            text += f" ± {form.format(found['sd'] * scale)}"
+        return f"{text} ({found['n']})" if found.get("n", 1) > 1 and found.get("sd") else text
+
+    return shown
+
+
+def _published(row: Mapping[str, Any]) -> str:
+    return PUBLISHED.get(row["routing"]) or PUBLISHED.get(row["model"]) or NONE
+
+
+COLUMNS = (
+    ("row", _name),
+    ("test error, %", _measure("test/error", "{:.2f}")),
+    ("[95 %] over toys", _measure("test/error_over_groups", "{:.2f}")),
+    ("gap to uniform", _measure("test/gap_to_uniform", "{:+.2f}")),
+    ("gap to pool", _measure("test/gap_to_pool", "{:+.2f}")),
+    ("folds 4, 6, 7, 8, %", _measure("validation/folds_4_6_7_8", "{:.1f}", 100)),
+    ("fold 9, %", _measure("validation/fold_9", "{:.1f}", 100)),
+    ("parameters", _measure("parameters", "{:,.0f}")),
+    ("multiplications, million", _measure("multiplications", "{:.1f}", 1e-6)),
+    ("images/s", _measure("images_per_second", "{:.0f}")),
+    ("peak memory, MiB", _measure("peak_memory", "{:.0f}", 2.0**-20)),
+    ("published, %", _published),
+    ("runs", lambda row: row["status"]),
+)
+
+
+def _conditions(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the commands, machines and seeds, and what is unfinished."""
+    machines = sorted({machine for row in rows for machine in row["machine"]})
+    yield f"Machine: {'; '.join(machines)}.\n"
+    for row in rows:
+        seeds = ", ".join(map(str, row["seeds"])) or "none finished"
+        yield f"- {_name(row)}, {row['budget']}: `{row['command']}`, seeds {seeds}"
+        for command in row["resume"]:
+            yield f"    - unfinished; `{command}` resumes it"
+    yield ""
+
+
+def page(data: Mapping[str, Any], before: str) -> str:
+    """Return the page with the tables of the data between its markers."""
+    head, begin, rest = before.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"{PAGE} needs the lines {BEGIN} and {END}")
+    return f"{head}{BEGIN}\n\n{tables(data)}\n{END}{tail}"
+
+
+def draw(data: Mapping[str, Any], file: Path) -> None:
+    """Draw the error on toys held out against time, a line for each recipe."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for place, curve in enumerate(data["curves"]):
+        seconds, errors = zip(*curve["points"], strict=True)
+        colour = COLOURS[place] if place < len(COLOURS) else OTHER_COLOUR
+        axes.plot(seconds, errors, color=colour, label=curve["label"].removeprefix("league_"))
+    axes.set(xlabel="seconds of training", ylabel="error on toys held out, %")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    write_atomic(file, lambda opened: figure.savefig(opened, format="png", dpi=130))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write data, page and figure, or check the page."""
+    if [*arguments] == ["--check"]:
+        written = PAGE.read_text(encoding="utf-8")
+        if page(read_json(DATA), written) != written:
+            raise SystemExit(f"{PAGE.name} does not equal {DATA.name}: run `{COMMAND}`")
+        return
+    if arguments:
+        notes = Notes()
+        data = collect([Path(argument) for argument in arguments], notes)
+        notes.print_warnings()
+        content = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+        write_atomic(DATA, lambda file: file.write(content.encode()))
+    data = read_json(DATA)
+    content = page(data, PAGE.read_text(encoding="utf-8"))
+    write_atomic(PAGE, lambda file: file.write(content.encode()))
+    if data["curves"]:
+        draw(data, FIGURE)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

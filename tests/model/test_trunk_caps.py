@@ -151,7 +151,7 @@ def test_gradients_are_finite_and_move_every_parameter(routing):
     net.calibrate(batch)
     net(batch).scores.square().sum().backward()
     for name, parameter in net.named_parameters():
-        if routing in READ_NO_ACTIVATIONS and ".score." in name:
+        if routing in READ_NO_ACTIVATIONS and ".score" in name and not name.startswith("class_caps"):
             assert parameter.grad is None
             continue
         assert parameter.grad.isfinite().all(), name

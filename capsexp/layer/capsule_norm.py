@@ -44,8 +44,11 @@ class ChannelNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels) if batch else None)
         self.register_buffer("running_var", torch.ones(channels) if batch else None)
 
-    def forward(self, values: Float[Tensor, "B C L"]) -> Float[Tensor, "B C L"]:
+    def forward(self, values: Float[Tensor, "B C *L"]) -> Float[Tensor, "B C *L"]:
         """Normalize. Autocast is off inside."""
+        return self._flat(values.flatten(2)).view_as(values)
+
+    def _flat(self, values: Float[Tensor, "B C L"]) -> Float[Tensor, "B C L"]:
         with torch.autocast(values.device.type, enabled=False):
             values = values.to(torch.promote_types(values.dtype, torch.float32))
             if self.norm == "group":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from capsexp.capsules import Output
 from capsexp.errors import refuse, require_at_least_1, require_in, require_literal, stop_if_refused
+from capsexp.layer.capsule_norm import ChannelNorm
 from capsexp.layer.class_caps import ClassCaps
 from capsexp.layer.decoder import Decode, check_decode, decoded_class
 from capsexp.layer.whole_map_primary import WholeMapPrimaryCaps
@@ -149,7 +150,11 @@ def _convolutions(
     for (before, after), (kernel, stride) in zip(channels, sizes, strict=True):
         yield nn.Conv2d(before, after, kernel, stride)
         yield nn.LeakyReLU(leak)
-        yield nn.BatchNorm2d(after) if norm == "batch" else nn.InstanceNorm2d(after, affine=True)
+        yield (
+            ChannelNorm(after, norm="batch", affine=True)
+            if norm == "batch"
+            else nn.InstanceNorm2d(after, affine=True)
+        )
 
 
 def _check_lengths(channels: Sequence[int], kernels: Sequence[int], strides: Sequence[int]) -> None:

@@ -1,11 +1,9 @@
 """Training that ends at an accuracy, as the papers do to match networks with each other."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from capsexp.config.components import Components
 from capsexp.data.batches import Batches
 from capsexp.errors import UserError
+from capsexp.training.state import State
 from capsexp.training.trainer import Trainer
 
 
@@ -34,11 +32,20 @@ def caveats(familiar: Batches | None) -> list[str]:
     ]
 
 
-def describe_end(settings: Trainer, stopped: Mapping[str, Any] | None, total: int | None) -> str:
-    """Describe how a training with `trainer.stop_accuracy` ended."""
+def describe_end(settings: Trainer, state: State) -> list[str]:
+    """Describe how a training with `trainer.stop_accuracy` or `trainer.max_seconds` ended."""
+    lines = []
+    if settings.stop_accuracy is not None:
+        lines.append(_describe_accuracy(settings, state))
+    early = None if state.stopped else state.budget.end_line(state.step, state.seconds)
+    return lines if early is None else [*lines, early]
+
+
+def _describe_accuracy(settings: Trainer, state: State) -> str:
+    stopped = state.stopped
     if stopped is None:
         return f"an accuracy of {settings.stop_accuracy} on {settings.stop_on} images was not reached"
     # Where time ends the training, its steps are only expected.
-    of_total = "" if total is None or settings.max_seconds is not None else f" of {total}"
+    of_total = f" of {state.total}" if settings.max_seconds is None else ""
     at = f"stopped at step {stopped['step']}{of_total}"
     return f"{at}: accuracy {stopped['accuracy']:.4f} on {stopped['on']} images"

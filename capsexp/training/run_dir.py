@@ -5,8 +5,7 @@ resolved_config.yaml                 the same config with every interpolation re
 data.json                            classes, and the files or checksums of every split: capsexp.data.manifest
 command.txt   env.json  dirty.patch  the command; versions, commit, machine; uncommitted changes
 status.json                          running | completed | failed | interrupted, step, total, heartbeat, best,
-                                     steps_per_epoch, seconds of work, training_seconds (of the training
-                                     steps alone), results or error,
+                                     steps_per_epoch, seconds of work, training_seconds, results or error,
                                      choices (option of each config group),
                                      stopped (if an accuracy ended the training: which one, on which images),
                                      costs (of the network: capsexp.training.costs)

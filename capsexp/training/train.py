@@ -78,12 +78,7 @@ def train(
         )
         reporter = Reporter(state.position, timed=components.trainer.max_seconds is not None)
         stop, profiled = StopSignal(), components.trainer.profile and processes.is_main
-        with (
-            closing(record),
-            stop,
-            reporter,
-            profiler(run.path, enabled=profiled) as profile,
-        ):
+        with closing(record), stop, reporter, profiler(run.path, enabled=profiled) as profile:
             training = Training(components, splits, state, run, processes, record, reporter, stop, profile)
             training.introduce(saved)
             training.fit()
@@ -141,8 +136,6 @@ class Training:
                 self._validate(epoch=ended, last=last)
             state.epoch, state.batch = ended, 0
             self._save()
-        if state.stopped is None and (line := state.budget.end_line(state.step, state.seconds)) is not None:
-            self.reporter.print(line)
 
     def _train_epoch(self) -> None:
         """Train on the rest of an epoch."""
@@ -220,8 +213,8 @@ class Training:
         state, settings = self.state, self.settings
         self.testing = True
         results = {} if state.best_step is None else {"validation/best_accuracy": state.best_accuracy}
-        if settings.stop_accuracy is not None:
-            self.reporter.print(describe_end(settings, state.stopped, state.total))
+        for line in describe_end(settings, state):
+            self.reporter.print(line)
         if settings.test != "none":
             position = self._restore_tested_weights()
             results |= self._familiar_accuracy(position)

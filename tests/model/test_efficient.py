@@ -98,7 +98,7 @@ def test_network_is_the_papers_wiring():
 
 def test_normalisation_follows_the_activation():
     kinds = [type(module).__name__ for module in network(*SMALL).convs]
-    assert kinds == ["Conv2d", "LeakyReLU", "BatchNorm2d"] * 3
+    assert kinds == ["Conv2d", "LeakyReLU", "ChannelNorm"] * 3
     instance = network(*SMALL, "model.norm=instance", "model.leak=0.3").convs
     assert instance[1].negative_slope == 0.3
     assert isinstance(instance[2], nn.InstanceNorm2d)

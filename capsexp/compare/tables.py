@@ -32,7 +32,6 @@ INTERVALS = (
     "trainer.max_seconds"
 )
 COUNTS = ("parameters", "multiplications")
-MANY = 1e7  # counts from here on are shown in millions
 ABSENT = "–"  # noqa: RUF001
 
 
@@ -140,8 +139,10 @@ def format_metric(value: int | float, column: Column) -> str:
         return f"{round(value, 2):g}"
     if column.name in ("steps", TOTAL.name, "images_per_second"):
         return f"{value:.0f}"
-    if column.name in COUNTS:
-        return f"{value:,.0f}" if value < MANY else f"{value / 1e6:,.4g}M"
+    if column.name == "parameters":
+        return f"{value:,.0f}"
+    if column.name == "multiplications":
+        return f"{value / 1e6:.3g}M"
     if column.name == "peak_memory":
         return f"{value / 2**20:.0f} MiB"
     if column.is_interval:

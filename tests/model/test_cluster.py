@@ -146,11 +146,13 @@ def test_a_few_steps_reduce_the_loss():
 
 @pytest.mark.compile
 def test_compiled_network_gives_the_same_values_and_gradients():
-    net, images = network(*SMALL), random_images(4, 1, 8, 8)
+    # 1 / deviation is steep where votes agree: in float32 the gradients differ in the third digit.
+    net = network(*SMALL, "model.strides=[1,2]").double()
+    images = random_images(4, 1, 8, 8).double()
 
     def results(forward):
         scores = forward(images).scores
         return scores, *torch.autograd.grad(scores.square().sum(), list(net.parameters()))
 
     for expected, got in zip(results(net), results(torch.compile(net)), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)

@@ -83,6 +83,24 @@ def test_every_option_survives_a_resume(overrides, tmp_path, kill_at, train_tiny
         ),
         pytest.param(
             [
+                "model=trunk_caps",
+                "model.channels=[4,4]",
+                "model.strides=[1,2]",
+                "model.primary_types=2",
+                "model.dense_types=[3]",
+                "model.initialisation=orthogonal",
+                "model.norm=batch",
+                "routing.beta_start=0.5",
+                "trainer.ema_decay=0.9",
+            ],
+            id="Heinsen routing, running means of the trunk",
+        ),
+        pytest.param(
+            ["model=pool", "model.channels=[4,4]", "model.strides=[1,2]", "trainer.accumulate=2"],
+            id="the trunk alone",
+        ),
+        pytest.param(
+            [
                 "model=vb",
                 "model.conv_types=[4]",
                 "model.conv_kernels=[2]",
@@ -129,24 +147,6 @@ def test_every_option_survives_a_resume(overrides, tmp_path, kill_at, train_tiny
                 "trainer.ema_decay=0.9",
             ],
             id="self-attention, batch normalization",
-        ),
-        pytest.param(
-            [
-                "model=trunk_caps",
-                "model.channels=[4,4]",
-                "model.strides=[1,2]",
-                "model.primary_types=2",
-                "model.dense_types=[3]",
-                "model.initialisation=orthogonal",
-                "model.norm=batch",
-                "routing.beta_start=0.5",
-                "trainer.ema_decay=0.9",
-            ],
-            id="Heinsen routing, running means of the trunk",
-        ),
-        pytest.param(
-            ["model=pool", "model.channels=[4,4]", "model.strides=[1,2]", "trainer.accumulate=2"],
-            id="the trunk alone",
         ),
     ],
 )

@@ -6,8 +6,7 @@ data.json                            classes, and the files or checksums of ever
 command.txt   env.json  dirty.patch  the command; versions, commit, machine; uncommitted changes
 status.json                          running | completed | failed | interrupted, step, total, heartbeat, best,
                                      steps_per_epoch, seconds of work, training_seconds (of the training
-                                     steps alone), results or error,
-                                     choices (option of each config group),
+                                     steps alone), results or error, choices (option of each config group),
                                      stopped (if an accuracy ended the training: which one, on which images),
                                      costs (of the network: capsexp.training.costs)
 test_errors.json   validation_errors.json   errors by class and by group: capsexp.training.tally

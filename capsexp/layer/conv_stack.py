@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from capsexp.errors import refuse, require_at_least_1
+from capsexp.errors import refuse
 from capsexp.layer.matrix_caps import ConvCaps, MatrixCapsOptions
 from capsexp.ops.receptive_fields import Grid
 
@@ -10,18 +10,16 @@ from capsexp.ops.receptive_fields import Grid
 def require_windows(
     conv_types: Sequence[int], conv_kernels: Sequence[int], conv_strides: Sequence[int]
 ) -> None:
-    """Check the lists that describe layers of convolutional capsules; all may be empty.
+    """Check that the lists that describe layers of convolutional capsules have the same length.
 
     Raises:
-        ValueError: lists of different lengths, a number < 1.
+        ValueError: they have not.
     """
     if not len(conv_types) == len(conv_kernels) == len(conv_strides):
         refuse(
             "conv_types, conv_kernels and conv_strides must have one number per layer, "
             f"got {len(conv_types)}, {len(conv_kernels)} and {len(conv_strides)}"
         )
-    elif conv_types:
-        require_at_least_1(conv_types=conv_types, conv_kernels=conv_kernels, conv_strides=conv_strides)
 
 
 def conv_stack(

@@ -1,6 +1,6 @@
 """The matrix capsule network of Hinton, Sabour, Frosst 2018, for images of any size."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -18,9 +18,10 @@ from capsexp.errors import (
 )
 from capsexp.layer.capsule_norm import CapsuleNorm, ChannelNorm, Norm, require_norm
 from capsexp.layer.class_scores import ClassScores, LossInput
+from capsexp.layer.conv_stack import conv_stack, require_windows
 from capsexp.layer.decoder import Decode, check_decode, decoded_class
 from capsexp.layer.dense_caps import DenseCaps
-from capsexp.layer.matrix_caps import ConvCaps, Coordinates, MatrixCaps, MatrixCapsOptions, SharedClassCaps
+from capsexp.layer.matrix_caps import Coordinates, MatrixCaps, MatrixCapsOptions, SharedClassCaps
 from capsexp.layer.matrix_primary import MatrixPrimaryCaps
 from capsexp.layer.matrix_start import Initialisation, Pose
 from capsexp.ops.receptive_fields import Grid, Padding, padded, require_kernels
@@ -110,7 +111,7 @@ class MatrixCapsNet(nn.Module):
             conv_strides=conv_strides or None,
             pose_dim=pose_dim,
         )
-        _check_lengths(conv_types, conv_kernels, conv_strides)
+        require_windows(conv_types, conv_kernels, conv_strides)
         require_literal(Padding, padding=padding)
         if padding == "same":  # `_first_grid` checks "valid"
             require_kernels(image_shape, conv_kernel=conv_kernel)
@@ -149,12 +150,14 @@ class MatrixCapsNet(nn.Module):
             norm=norm,
             initialisation=initialisation,
         )
-        self.routed_layers = [*(f"conv_caps_{number + 1}" for number in range(len(conv_types))), "class_caps"]
         grid = _first_grid(height, width, conv_kernel, conv_stride, padding)
         grid = _primary_grid(grid, primary_kernel, primary_stride)
-        windows = zip(conv_types, conv_kernels, conv_strides, strict=True)
-        self.grid, types = self._add_conv_caps(grid, primary_types, windows, shared)
+        windows = list(zip(conv_types, conv_kernels, conv_strides, strict=True))
+        layers, self.grid, types = conv_stack(grid, primary_types, windows, shared)
         """Positions of the last convolutional capsules."""
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.routed_layers = [*layers, "class_caps"]
         self.class_caps: MatrixCaps
         if share_positions:
             self.class_caps = SharedClassCaps(
@@ -210,23 +213,6 @@ class MatrixCapsNet(nn.Module):
             layer.calibrate(inputs)
             capsules = self._route(name, inputs)
 
-    def _add_conv_caps(
-        self, grid: Grid, types: int, windows: Iterable[tuple[int, int, int]], shared: MatrixCapsOptions
-    ) -> tuple[Grid, int]:
-        """Add the layers of convolutional capsules. Return grid and types of the last one.
-
-        Args:
-            grid: of the primary capsules.
-            types: of the primary capsules.
-            windows: parent types, kernel and stride of each layer.
-            shared: the settings that all layers share.
-        """
-        for name, (parents, kernel, stride) in zip(self.routed_layers, windows, strict=False):
-            layer = ConvCaps(grid, types, types=parents, kernel=kernel, stride=stride, **shared)
-            self.add_module(name, layer)
-            grid, types = layer.grid, parents
-        return grid, types
-
     def _features(self, images: Tensor) -> Float[Tensor, "B C H W"]:
         kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
         features: Tensor = self.conv(padded(images, kernel, stride, self.padding))
@@ -242,14 +228,6 @@ class MatrixCapsNet(nn.Module):
         norm = self.norms[name]
         assert isinstance(norm, CapsuleNorm)
         return norm.routed(routed)
-
-
-def _check_lengths(types: Sequence[int], kernels: Sequence[int], strides: Sequence[int]) -> None:
-    if not len(types) == len(kernels) == len(strides):
-        refuse(
-            "conv_types, conv_kernels and conv_strides must have one number per layer, "
-            f"got {len(types)}, {len(kernels)} and {len(strides)}"
-        )
 
 
 def _first_grid(height: int, width: int, kernel: int, stride: int, padding: Padding) -> Grid:

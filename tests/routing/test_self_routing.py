@@ -5,6 +5,7 @@ import torch
 from wave_numbers import wave
 
 from capsexp.capsules import ReceptiveFields
+from capsexp.layer.matrix_caps import ConvCaps
 from capsexp.ops.receptive_fields import Grid, receptive_fields
 from capsexp.routing.self_routing import SelfRouting, self_routing
 
@@ -175,6 +176,11 @@ def test_parameters_are_one_map_per_place():
     windows = SelfRouting(6, 3, 4, PAIR, in_dim=5)
     assert [tuple(tensor.shape) for tensor in windows.parameters()] == [(4, 5, 3), (4, 3)]
     assert not any(tensor.any() for tensor in windows.parameters())
+
+
+def test_a_layer_in_windows_has_the_papers_parameters():
+    layer = ConvCaps(Grid(8, 8), 3, types=5, pose_dim=6, pose="vector", routing=SelfRouting)
+    assert sum(parameter.numel() for parameter in layer.parameters()) == 9 * 3 * 5 * (6 * 6 + 6 + 1)
 
 
 @pytest.mark.usefixtures("no_type_checks")

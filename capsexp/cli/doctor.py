@@ -57,7 +57,7 @@ def _library() -> tuple[str, str, str]:
     path = library_path()
     if path.exists():
         return ("fused routing", str(path), "built for this processor; used by EM and dynamic routing")
-    use = "built at its first use, in half a minute" if compiler() else "EM routing uses the reference"
+    use = "built at its first use, in a minute" if compiler() else "EM routing uses the reference"
     return ("fused routing", "not built yet", use)
 
 

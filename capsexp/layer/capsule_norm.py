@@ -44,7 +44,7 @@ class ChannelNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels) if batch else None)
         self.register_buffer("running_var", torch.ones(channels) if batch else None)
 
-    def forward(self, values: Float[Tensor, "B C *L"]) -> Float[Tensor, "B C *L"]:
+    def forward(self, values: Float[Tensor, "B C ..."]) -> Float[Tensor, "B C ..."]:
         """Normalize. Autocast is off inside."""
         return self._flat(values.flatten(2)).view_as(values)
 

@@ -92,14 +92,15 @@ class _Children:
         self.graph = features(rows - self.center.unsqueeze(1))
         self.features = self.graph.detach()
         self.precise = self.features.double()
+        self.weighted = self.active * self.features  # so that use = R a is never made
 
     def even_sums(self, types: int) -> Float[Tensor, "b J f"]:
         """Sums of the features weighted by use = a / J."""
-        return (self.active.transpose(1, 2) @ self.features / types).expand(-1, types, -1)
+        return (self.weighted.sum(1, keepdim=True) / types).expand(-1, types, -1)
 
     def sums(self, shares: Float[Tensor, "b I J"]) -> Float[Tensor, "b J f"]:
         """Sums of the features weighted by use = R a."""
-        return torch.bmm((shares * self.active).transpose(1, 2), self.features)
+        return torch.bmm(shares.transpose(1, 2), self.weighted)
 
     def shares(self, lines: Float[Tensor, "b J f"]) -> Float[Tensor, "b I J"]:
         """R of the E-step that `log_densities` begins."""
@@ -120,10 +121,11 @@ class _MomentRouting(torch.autograd.Function):
         coupling = rows.new_full((batch, children, types), 1 / types)
         for chunk in _chunks(coupling):
             some = _Children(rows[chunk], activations[chunk])
-            states = [some.even_sums(types)]
+            states, shares = [some.even_sums(types)], coupling[chunk]
             for _ in range(router.iterations - 1):
-                coupling[chunk] = some.shares(router.lines(states[-1], some))
-                states.append(some.sums(coupling[chunk]))
+                shares = some.shares(router.lines(states[-1], some))
+                states.append(some.sums(shares))
+            coupling[chunk] = shares
             fitted = router.fit(states[-1], some.total, some.center)
             poses[chunk], scores[chunk] = fitted.mean.transpose(0, 1).flatten(2), fitted.scores.T
             sums.append(torch.stack(states))
@@ -194,6 +196,7 @@ class _Router:
     ) -> tuple[Tensor, Tensor]:
         """Return the gradients of poses and activations; add those of the parameters to `gradients`."""
         g_features, g_active = torch.zeros_like(some.features), torch.zeros_like(some.active)
+        g_weighted = torch.zeros_like(some.features)  # of those that a multiplies
         g_sums, g_total = self._through_last(some, sums[-1], g_poses, g_scores)
         for number in reversed(range(self.iterations - 1)):
             leaves = _leaves(sums[number], some.total)
@@ -203,18 +206,20 @@ class _Router:
             by_share = torch.bmm(some.features, g_sums.transpose(1, 2)).mul_(shares)
             along = by_share.sum(2, keepdim=True)
             g_active += along
-            g_logits = by_share.sub_(shares * along).mul_(some.active)
+            g_logits = by_share.addcmul_(shares, along, value=-1)  # divided by a
+            g_lines = torch.bmm(g_logits.transpose(1, 2), some.weighted)
+            plain = lines.detach().to(shares.dtype)
+            g_weighted.baddbmm_(shares, g_sums).baddbmm_(g_logits, plain)
             if number + 2 == self.iterations and g_coupling is not None:
                 by_share = g_coupling * shares
-                g_logits += by_share - shares * by_share.sum(2, keepdim=True)
-            g_features.baddbmm_(shares.mul_(some.active), g_sums)
-            g_features.baddbmm_(g_logits, lines.detach().to(g_logits.dtype))
-            g_lines = torch.bmm(g_logits.transpose(1, 2), some.features)
+                g_logits = by_share.addcmul_(shares, by_share.sum(2, keepdim=True), value=-1)
+                g_features.baddbmm_(g_logits, plain)
+                g_lines.baddbmm_(g_logits.transpose(1, 2), some.features)
             g_sums, more = self._grad([lines], leaves, [g_lines])
             g_total = g_total + more
         g_even = g_sums.sum(1, keepdim=True) / g_sums.shape[1]
         g_active += torch.bmm(some.features, g_even.transpose(1, 2)) + g_total.view(-1, 1, 1)
-        g_features += some.active * g_even
+        g_features.addcmul_(some.active, g_weighted + g_even)
         (g_rows,) = torch.autograd.grad(some.graph, some.rows, g_features)
         return g_rows, g_active.squeeze(2)
 

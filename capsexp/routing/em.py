@@ -29,6 +29,7 @@ from capsexp.ops.em_steps import (
     log_shares,
     m_step,
 )
+from capsexp.ops.kernels import problem
 from capsexp.ops.kernels.em import FUSED_ACTIVATION, fused_em_routing, fused_reason
 from capsexp.ops.receptive_fields import gather_windows
 from capsexp.ops.votes import MatrixVotes
@@ -280,13 +281,10 @@ class EMRouting(nn.Module):
 
     def route_fused(self, votes: MatrixVotes, activations: Float[Tensor, "B I"]) -> Routed:
         """Make the votes and route them."""
-        positions = 1 if votes.fields is None else len(votes.fields.children)
-        like = votes.poses.new_empty(1, positions, len(votes.matrices))
-        types, initial = votes.weight.shape[1], self.options.initial_coupling
         return fused_em_routing(
             votes,
             activations.to(votes.weight.dtype),
-            initial=initial_shares(like, types, votes.fields, initial).squeeze(0),
+            initial=problem.first_shares(votes, self.options.initial_coupling),
             beta_u=self.beta_u,
             beta_a=self.gain * self.beta_a,
             inverse_temperature=self.inverse_temperatures * self.ramp,

@@ -17,6 +17,7 @@ from capsexp.errors import (
     require_not_negative,
 )
 from capsexp.ops.em_steps import check_shapes, e_step, fit_gaussians, initial_shares
+from capsexp.ops.kernels.heinsen import fused_heinsen_routing, fused_reason
 from capsexp.ops.moment_routing import moment_routing, moments_problem
 from capsexp.ops.receptive_fields import gather_windows
 from capsexp.ops.votes import MatrixVotes
@@ -147,8 +148,10 @@ class HeinsenRouting(nn.Module):
         iterations: T >= 1.
         beta_start: standard deviation of the normal distribution that both betas start from; 0 as published.
         variance_floor, mass_epsilon: see `heinsen_routing`.
-        implementation: "reference": `heinsen_routing` on votes that the layer makes; "fused": without votes
-            in memory; "auto": fused where available.
+        implementation: "reference": `heinsen_routing` on votes that the layer makes; "fused": by moments of
+            the poses where all children share one matrix (capsexp/ops/moment_routing.py), otherwise an
+            operator that makes the votes itself (capsexp/ops/kernels/heinsen.py); "auto": fused where
+            available.
     Raises: ValueError: a number out of its range; an unknown option.
     """
 
@@ -218,21 +221,31 @@ class HeinsenRouting(nn.Module):
         """
         if self.implementation == "reference":
             return "routing.implementation=reference"
-        reason = self._moments_reason(weight)
+        side = weight.shape[2]
+        reason = None
+        if not self._takes_moments(weight):
+            reason = fused_reason(weight.device.type, weight.dtype, self.pose_dim // side, side)
         if reason is not None and self.implementation == "fused":
             raise UserError(f"routing.implementation=fused: {reason}")
         return reason
 
-    def _moments_reason(self, weight: Float[Tensor, "W J n n"]) -> str | None:
-        """Why moments of the poses do not replace the votes; None where they do."""
-        if self.windows is not None or len(weight) > 1:
-            return "there is no fused Heinsen routing for children with their own matrices"
-        if len(self.beta_use) > 1:
-            return "there is no fused Heinsen routing for children with their own betas"
-        return moments_problem(weight.device.type)
+    def _takes_moments(self, weight: Float[Tensor, "W J n n"]) -> bool:
+        """Whether moments of the poses replace the votes: all children share a matrix and betas."""
+        shared = self.windows is None and len(weight) == len(self.beta_use) == 1
+        return shared and moments_problem(weight.device.type) is None
 
     def route_fused(self, votes: MatrixVotes, activations: Float[Tensor, "B I"]) -> Routed:
-        """Make the votes and route them."""
+        """Make the votes and route them; without votes where all children share one matrix."""
+        if not self._takes_moments(votes.weight):
+            return fused_heinsen_routing(
+                votes,
+                activations.to(votes.weight.dtype),
+                beta_use=self.beta_use,
+                beta_ign=self.beta_ign,
+                iterations=self.iterations,
+                variance_floor=self.variance_floor,
+                mass_epsilon=self.mass_epsilon,
+            )
         return moment_routing(
             votes.poses,
             activations.to(votes.weight.dtype),

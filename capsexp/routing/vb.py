@@ -7,10 +7,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsexp.capsules import ReceptiveFields, Routed
-from capsexp.errors import require_at_least_1, require_at_most
+from capsexp.errors import UserError, require_at_least_1, require_at_most, require_literal
 from capsexp.ops.em_steps import InitialCoupling, check_shapes, initial_shares, shares_of
+from capsexp.ops.kernels import problem
+from capsexp.ops.kernels.vb import fused_reason, fused_vb_routing
 from capsexp.ops.receptive_fields import gather_windows
 from capsexp.ops.vb_steps import Normalisation, VBOptions, evidence, infer, log_densities
+from capsexp.ops.votes import MatrixVotes
 from capsexp.routing import MOST_ITERATIONS
 
 Implementation = Literal["auto", "reference", "fused"]
@@ -120,9 +123,13 @@ class VBRouting(nn.Module):
         betas: learn beta_a and beta_u per parent type, from 0. A batch norm of the scores removes them.
         prior_counts, prior_strength, prior_degrees, prior_scale: see `vb_routing`.
         outlier, normalisation, initial_coupling: see `vb_routing`.
+        implementation: "reference": `vb_routing` on votes that the layer makes; "fused": an operator that
+            makes the votes itself (capsexp/ops/kernels/vb.py); "auto": fused where available.
     Raises: ValueError: a number out of its range; an unknown option.
     """
 
+    fused_votes = MatrixVotes
+    fused_bias = True
     beta_a: nn.Parameter | None
     beta_u: nn.Parameter | None
     windows: Tensor | None
@@ -143,12 +150,14 @@ class VBRouting(nn.Module):
         outlier: int | float | None,
         normalisation: Normalisation,
         initial_coupling: InitialCoupling,
+        implementation: Implementation = "auto",
     ) -> None:
         super().__init__()
         require_at_least_1(iterations=iterations)
         require_at_most(MOST_ITERATIONS, iterations=iterations)
+        require_literal(Implementation, implementation=implementation)
         self.in_caps, self.out_caps, self.pose_dim = in_caps, out_caps, pose_dim
-        self.iterations = iterations
+        self.iterations, self.implementation = iterations, implementation
         self.options = VBOptions(
             prior_counts, prior_strength, prior_degrees, prior_scale, outlier, normalisation, initial_coupling
         )
@@ -178,6 +187,31 @@ class VBRouting(nn.Module):
         require_at_least_1(iterations=iterations)
         last = iterations or self.iterations
         return [self._fit(votes, activations, count) for count in range(1, last + 1)]
+
+    def fused_reason(self, weight: Float[Tensor, "W J n n"]) -> str | None:
+        """Why a layer with these matrices takes the reference path; None where it takes the fused one.
+
+        Raises: UserError: the implementation is "fused", and there is none for these matrices.
+        """
+        if self.implementation == "reference":
+            return "routing.implementation=reference"
+        side = weight.shape[2]
+        reason = fused_reason(weight.device.type, weight.dtype, self.pose_dim // side, side)
+        if reason is not None and self.implementation == "fused":
+            raise UserError(f"routing.implementation=fused: {reason}")
+        return reason
+
+    def route_fused(self, votes: MatrixVotes, activations: Float[Tensor, "B I"]) -> Routed:
+        """Make the votes and route them."""
+        return fused_vb_routing(
+            votes,
+            activations.to(votes.weight.dtype),
+            initial=problem.first_shares(votes, self.options.initial_coupling),
+            iterations=self.iterations,
+            beta_a=0.0 if self.beta_a is None else self.beta_a,
+            beta_u=0.0 if self.beta_u is None else self.beta_u,
+            options=self.options,
+        )
 
     def extra_repr(self) -> str:
         """The sizes of the layer, and the iterations."""

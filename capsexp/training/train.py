@@ -183,16 +183,12 @@ class Training:
 
     def _validate(self, *, epoch: int, last: bool) -> None:
         """Evaluate at the end of an epoch, and decide whether an accuracy ends the training."""
-        state, settings, splits = self.state, self.settings, self.splits
-        metrics: dict[str, float] = {}
+        state, settings, images = self.state, self.settings, self.splits.validation
         tally = new_tally(self.components, "validation")
-        if splits.validation is not None:
-            metrics |= self._evaluate(splits.validation, "validation", state.position, tally)
-        if splits.familiar is not None:
-            familiar = self._evaluate(splits.familiar, "familiar", state.position)
-            metrics["familiar/accuracy"] = familiar["familiar/accuracy"]
+        metrics = {} if images is None else self._evaluate(images, "validation", state.position, tally)
+        metrics |= self._familiar_accuracy(state.position)
         self.record.log_metrics(state.step, metrics, seconds=state.seconds, epoch=epoch)
-        if splits.validation is not None:
+        if images is not None:
             state.note_validation(metrics["validation/accuracy"])
         # Rank 0 decides for all: if only some processes stopped, the others would wait for them forever.
         stopped = self.processes.broadcast(lambda: settings.check_stop(metrics, state.step))
@@ -249,16 +245,14 @@ class Training:
         metrics = self._evaluate(self.splits.familiar, "familiar", position)
         return {"familiar/accuracy": metrics["familiar/accuracy"]}
 
-    def _evaluate(
-        self, batches: Batches, split: str, position: Step, tally: Tally | None = None
-    ) -> dict[str, float]:
+    def _evaluate(self, on: Batches, split: str, at: Step, tally: Tally | None = None) -> dict[str, float]:
         """Return the metrics of a split, with its name as a prefix, with every schedule at a position."""
-        advance(self.evaluated_model, position)
+        advance(self.evaluated_model, at)
         metrics = evaluate(
             self.evaluated_model,
-            batches,
+            on,
             self.components.loss,
-            position,
+            at,
             precision=self.settings.precision,
             processes=self.processes,
             at_batch=self._stop_if_asked,

@@ -23,7 +23,8 @@ def test_a_run_directory_has_the_documented_files(trained, home):
     expected = (
         ".hydra resolved_config.yaml command.txt env.json status.json metrics.jsonl train.log tb checkpoints"
     )
-    assert names == {*expected.split(), "data.json", "figures", "run.lock"}
+    errors = {"test_errors.json", "validation_errors.json"}
+    assert names == {*expected.split(), *errors, "data.json", "figures", "run.lock", "timing.jsonl"}
     assert {path.name for path in (run / ".hydra").iterdir()} == {
         "config.yaml",
         "overrides.yaml",

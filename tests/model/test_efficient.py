@@ -206,6 +206,7 @@ def test_a_few_steps_reduce_the_loss(norm):
 
 
 @pytest.mark.compile
+@pytest.mark.usefixtures("no_type_checks")
 def test_compiled_network_gives_the_same_values_and_gradients():
     net, images, labels = network(*SMALL), random_images(4, 1, 8, 8), torch.arange(4)
 

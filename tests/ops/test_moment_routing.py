@@ -69,7 +69,7 @@ def by_moments(poses, activations, weight, bias, beta_use, beta_ign, offsets=Non
         {},
         {"iterations": 1},
         {"iterations": 2},
-        {"iterations": 5},
+        {"iterations": 5, "variance_floor": 0.01},
         {"variance_floor": 0.3},
         {"mass_epsilon": 0.1},
     ],

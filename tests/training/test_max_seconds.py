@@ -219,7 +219,7 @@ def test_texts_do_not_name_a_total_that_is_not_known(clock, tmp_path, kill_at, t
     kill_at(8, tmp_path, *HALF)
     train_tiny(tmp_path, *HALF)
     out = " ".join(capsys.readouterr().out.split())
-    assert "parameters; 10 seconds of training" in out
+    assert "; 10 seconds of training" in out
     assert "resuming at step 8, after 7.5 of 10 seconds of training" in out
     assert "epoch 1 step 1 " in out
     assert "inf" not in out.replace("info", "")

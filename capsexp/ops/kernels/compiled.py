@@ -20,7 +20,7 @@ import torch
 from capsexp.files import read_regular, sweep_unfinished, write_atomic
 from capsexp.locks import locked
 
-SOURCES = [Path(__file__).with_name(name) for name in ("em.cpp", "dynamic.cpp")]
+SOURCES = [Path(__file__).with_name(name) for name in ("em.cpp", "vb.cpp", "heinsen.cpp", "dynamic.cpp")]
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 # Apple's clang has no OpenMP: on a Mac the kernels run on one thread.
 THREADS = ["-fopenmp"] if sys.platform.startswith("linux") else []
@@ -139,7 +139,7 @@ def _works(cxx: str) -> bool:
 def _compile(path: Path, cxx: str) -> None:
     from torch.utils import cpp_extension
 
-    print(f"capsexp: building the routing for this processor with {cxx}, once; about half a minute …",
+    print(f"capsexp: building the routing for this processor with {cxx}, once; about a minute …",
           file=sys.stderr, flush=True)  # fmt: skip
     start = time.monotonic()
     for leftover in path.parent.glob(f"{path.stem}-*"):  # of a build that was killed

@@ -17,6 +17,7 @@ template <typename L> struct EM {
   using T = typename L::T;
   using V = typename L::V;
   using M = typename L::M;
+  using Denormals = KeepDenormals;
 
   L &l;
   const EMProblem &q;
@@ -24,14 +25,17 @@ template <typename L> struct EM {
   Buffer<V> beta_u, beta_a;
   EM(L &layer, const EMProblem &problem)
       : l(layer), q(problem), floor(T(q.variance_floor)), scale(T(q.cost_scale)), smooth(T(q.mean_smoothing)),
-        temperatures((const T *)q.temperatures), beta_u(l.by_type(q.beta_u)), beta_a(l.by_type(q.beta_a)) {}
+        temperatures((const T *)q.temperatures), beta_u(l.by_type(q.beta_u, 1)), beta_a(l.by_type(q.beta_a, 1)) {}
 
   // ---------------------------------------------------------------- forward
+
+  struct Position {};  // nothing that the types at one position share
+  Position position(int64_t, int64_t, int64_t) const { return {}; }
 
   struct Parents { V mass, inverse; };
 
   // r_ij = R_ij a_i of the window, and its sum.
-  Parents parents(int64_t t, int64_t b, int64_t p, int64_t block, V *r) {
+  Parents parents(const Position &, int64_t t, int64_t b, int64_t p, int64_t block, V *r) {
     const V mass = l.assigned(t, b, p, block, r), least = V{} + T(SMALLEST_MASS);
     return {mass, 1 / (mass > least ? mass : least)};
   }
@@ -55,12 +59,15 @@ template <typename L> struct EM {
 
   // ---------------------------------------------------------------- backward
 
+  using PositionBack = Position;
+  PositionBack position_back(int64_t, int64_t, int64_t, const V *) const { return {}; }
+
   // Of the scalars of a vector of parents; g_mass gathers what all r_ij of a parent share.
   struct Gradients { V g_mass, g_deviation, mass, inverse; };
 
   // g: in the last iteration the gradient of the activation, in the others the sum of those of the logarithms of
   // the densities.
-  Gradients scalars(bool last, V g, int64_t t, int64_t block, const V *saved, V *own) {
+  Gradients scalars(const PositionBack &, bool last, V g, int64_t t, int64_t block, const V *saved, V *own) {
     const V mass = saved[0], log_deviation = saved[l.NB], least = V{} + T(SMALLEST_MASS);
     const auto active = M::logistic(saved[2 * l.NB]);
     const V g_logit = last ? g * active.on * active.off : g * active.off;
@@ -74,6 +81,13 @@ template <typename L> struct EM {
     return {g_mass, g_deviation, mass, 1 / (mass > least ? mass : least)};
   }
 
+  // Of r_ij, as far as `change` does not add it.
+  void start(const Gradients &, int64_t, int64_t, int64_t, int64_t, V *gr, V *) const { std::fill(gr, gr + l.K, V{}); }
+
+  // The factor of (V - mu) in the derivative of the logarithm of a density.
+  V scaled(const Gradients &, V precision) const { return precision; }
+
+  // One number of the poses. precision: 1 / whole.
   Change<V> change(Gradients &g, V middle, V spread, V precision, V second_moment, V g_mean, const V *before,
                    int64_t at, V &carry) const {
     const V g_var = T(0.5) * precision * (second_moment * precision + g.g_deviation);
@@ -89,8 +103,8 @@ template <typename L> struct EM {
 
   int64_t parameters() const { return 2 * l.NB; }
   void gradients(const V *own) const {
-    l.from_vectors(own, q.d_beta_u);
-    l.from_vectors(own + l.NB, q.d_beta_a);
+    l.template from_vectors<1>(own, 1, q.d_beta_u);
+    l.template from_vectors<1>(own + l.NB, 1, q.d_beta_a);
   }
 };
 

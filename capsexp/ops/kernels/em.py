@@ -17,7 +17,7 @@ FUSED_ACTIVATION = "logistic"
 _SAVED_NUMBERS = 3  # of each parent: mass, sum of log deviations, logit
 _OWN = ("beta_u", "beta_a", "temperatures")
 _READ = ("poses", "weight", "activations", *_OWN, "initial", "child", "matrix", "offsets")
-_BACKWARD = (*problem.BACKWARD, "d_beta_u", "d_beta_a")
+_BACKWARD = ("d_poses", "d_weight", "d_activations", "d_beta_u", "d_beta_a")
 
 
 class _Problem(problem.Problem):
@@ -45,7 +45,7 @@ def fused_em_routing(
 
     Returns: see `em_routing`. No second derivatives.
     """
-    fields, types = votes.fields, votes.weight.shape[1]
+    fields = votes.fields
     given = [votes.poses, votes.weight, activations, beta_u, beta_a]
     poses, parents, coupling, *_ = em_routing_op(
         *given,
@@ -61,11 +61,7 @@ def fused_em_routing(
         options.detach,
         torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given),
     )
-    if len(inverse_temperature) == 1:
-        last = initial.unsqueeze(2).expand(len(poses), -1, -1, types)
-    else:
-        last = coupling[-1, ..., :types]
-    return Routed(poses, parents, last if fields is not None else last.squeeze(1), fields)
+    return Routed(poses, parents, problem.last_coupling(coupling, initial, votes), fields)
 
 
 def fused_reason(device: str, dtype: torch.dtype, rows: int, side: int) -> str | None:

@@ -6,7 +6,7 @@
 //
 // layer.h: sizes, memory, votes. shares.h: R from densities, and backward. passes.h: the iterations, and
 // backward through them. run.h: images over threads, and code for each type and shape. One algorithm's
-// arithmetic is in em.cpp.
+// arithmetic is in em.cpp, vb.cpp, heinsen.cpp.
 //
 // Sizes: B images, I children, P parent positions, K places of a window, J types (Jp: padded to whole vectors),
 // D = rows * side numbers of a pose, T iterations.
@@ -22,19 +22,22 @@
 struct Problem {
   int64_t batch, children, positions, places, types, matrices, iterations, rows, side, lanes, doubles;
   int64_t normalisation, keep, detach, threads;
-  // Read. [B I D], [matrices J side side], [B I], [P K], [P K], [K], [K D] or null.
+  double outlier;  // least sum of densities; 0 for none
+  // Read. [B I D], [matrices J side side], [B I], [P K], [P K], [K], [K D] or null, [matrices J D] or
+  // null.
   const void *poses, *weight, *activations, *initial;
   const int64_t *child, *matrix;
-  const void *offsets;
+  const void *offsets, *bias;
   // Written by forward, read by backward; with keep = 0 all iterations share one slot.
   // [T-1 B P K Jp], [T B P D Jp], [T B P D Jp], [T B P saved Jp], of an algorithm's `saved` numbers per parent.
   void *coupling, *mean, *variance, *stats;
-  // Written by forward: [B P J D], [B P J].
-  void *out_poses, *out_activations;
+  void *whole;  // with `outlier` only, see shares.h: [T-1 B I], for TYPES [T-1 B P K]
+  // Written by forward: [B P J D], [B P J]; of EM the scores are activations.
+  void *out_poses, *out_scores;
   // Read by backward, each may be null: [B P J D], [B P J], [B P K Jp].
-  const void *g_poses, *g_activations, *g_coupling;
+  const void *g_poses, *g_scores, *g_coupling;
   // Written by backward; zero before.
-  void *d_poses, *d_weight, *d_activations;
+  void *d_poses, *d_weight, *d_activations, *d_bias;
 };
 
 namespace {
@@ -54,37 +57,49 @@ template <typename Number, int W, int ROWS_, int SIDE_, int SAVED> struct Layer 
   const T *poses, *activations, *initial, *offsets;
   V *coupling, *mean, *variance, *stats;
   Buffer<V> packed;  // weights, [NB][side (m)][matrices][side (n)]
+  Buffer<V> bias;    // [NB][side (m)][matrices][rows], or nothing
   Buffer<V> real;    // [NB]: 1 where a lane is a type, 0 in the padding
 
   explicit Layer(const Problem &problem)
       : q(problem), I(q.children), P(q.positions), K(q.places), J(q.types), T_(q.iterations),
         NB((q.types + W - 1) / W), poses((const T *)q.poses), activations((const T *)q.activations),
         initial((const T *)q.initial), offsets((const T *)q.offsets), coupling((V *)q.coupling), mean((V *)q.mean),
-        variance((V *)q.variance), stats((V *)q.stats), packed(NB * SIDE * q.matrices * SIDE), real(NB) {
-    const T *weight = (const T *)q.weight;
+        variance((V *)q.variance), stats((V *)q.stats), packed(NB * SIDE * q.matrices * SIDE),
+        bias(q.bias ? NB * q.matrices * D : 0), real(NB) {
+    const T *weight = (const T *)q.weight, *given = (const T *)q.bias;
     for (int64_t block = 0; block < NB; block++)
       for (int lane = 0; lane < W; lane++) {
         const int64_t j = block * W + lane;
         const bool there = j < J;
         real[block][lane] = there ? T(1) : T(0);
         for (int64_t k = 0; k < q.matrices; k++)
-          for (int n = 0; n < SIDE; n++)
-            for (int m = 0; m < SIDE; m++)
+          for (int m = 0; m < SIDE; m++) {
+            for (int n = 0; n < SIDE; n++)
               matrix_row(block, m, k)[n][lane] = there ? weight[((k * J + j) * SIDE + n) * SIDE + m] : T(0);
+            for (int row = 0; row < ROWS && q.bias; row++)
+              biases(block, m, k)[row][lane] = there ? given[(k * J + j) * D + row * SIDE + m] : T(0);
+          }
       }
   }
 
-  // One number per type, [J], as vectors, [NB].
-  Buffer<V> by_type(const void *numbers) const {
-    Buffer<V> packed(NB);
-    for (int64_t j = 0; j < NB * W; j++) packed[j / W][j % W] = j < J ? ((const T *)numbers)[j] : T(0);
-    return packed;
+  // Numbers of each type, [count][J], as vectors, [NB][count].
+  Buffer<V> by_type(const void *numbers, int64_t count) const {
+    Buffer<V> vectors(NB * count);
+    for (int64_t k = 0; k < count; k++)
+      for (int64_t j = 0; j < NB * W; j++)
+        vectors[j / W * count + k][j % W] = j < J ? ((const T *)numbers)[k * J + j] : T(0);
+    return vectors;
   }
-  void from_vectors(const V *vectors, void *numbers) const {
-    for (int64_t j = 0; j < J; j++) ((T *)numbers)[j] = vectors[j / W][j % W];
+  // Back from [NB][count][NUMBERS] to [count][J][NUMBERS].
+  template <int NUMBERS> void from_vectors(const V *vectors, int64_t count, void *numbers) const {
+    for (int64_t k = 0; k < count; k++)
+      for (int64_t j = 0; j < J; j++)
+        for (int e = 0; e < NUMBERS; e++)
+          ((T *)numbers)[(k * J + j) * NUMBERS + e] = vectors[(j / W * count + k) * NUMBERS + e][j % W];
   }
 
   V *matrix_row(int64_t block, int m, int64_t k) { return packed.data + ((block * SIDE + m) * q.matrices + k) * SIDE; }
+  V *biases(int64_t block, int m, int64_t k) { return bias.data + ((block * SIDE + m) * q.matrices + k) * ROWS; }
   int64_t slot(int64_t t) const { return q.keep ? t : 0; }
   int64_t parent(int64_t t, int64_t b, int64_t p) const { return (slot(t) * q.batch + b) * P + p; }
   V *means(int64_t t, int64_t b, int64_t p, int64_t block) { return mean + parent(t, b, p) * D * NB + block; }
@@ -117,24 +132,25 @@ template <typename Number, int W, int ROWS_, int SIDE_, int SAVED> struct Layer 
       v[row] = w[0] * pose[row * SIDE];
       for (int n = 1; n < SIDE; n++) v[row] += w[n] * pose[row * SIDE + n];
       if (offsets) v[row] += offsets[k * D + row * SIDE + m];
+      if (q.bias) v[row] += biases(block, m, q.matrix[k])[row];
     }
   }
 
   // Results of the parents in one vector.
-  void write(int64_t b, int64_t p, int64_t block, const V *mu, V active) {
+  void write(int64_t b, int64_t p, int64_t block, const V *mu, V score) {
     const int64_t types = std::min<int64_t>(W, J - block * W), first = (b * P + p) * J + block * W;
-    T *out = (T *)q.out_poses + first * D, *on = (T *)q.out_activations + first;
+    T *out = (T *)q.out_poses + first * D, *to = (T *)q.out_scores + first;
     for (int64_t lane = 0; lane < types; lane++) {
-      on[lane] = active[lane];
+      to[lane] = score[lane];
       for (int h = 0; h < D; h++) out[lane * D + h] = mu[h * NB][lane];
     }
   }
 
   // Gradients of the results of the parents in one vector.
-  V given_activation(int64_t b, int64_t p, int64_t block) const {
+  V given_score(int64_t b, int64_t p, int64_t block) const {
     V g = {};
-    if (!q.g_activations) return g;
-    const T *from = (const T *)q.g_activations + (b * P + p) * J + block * W;
+    if (!q.g_scores) return g;
+    const T *from = (const T *)q.g_scores + (b * P + p) * J + block * W;
     for (int64_t lane = 0; lane < std::min<int64_t>(W, J - block * W); lane++) g[lane] = from[lane];
     return g;
   }

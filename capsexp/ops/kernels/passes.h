@@ -1,8 +1,8 @@
 // The iterations of a routing that fits a Gaussian to the votes of each parent, and backward through them.
 //
-// An algorithm A is a page of arithmetic on vectors of parents (em.cpp):
-//   forward    parents, mean, spread, whole, density
-//   backward   scalars, change, parameters, gradients
+// An algorithm A is a page of arithmetic on vectors of parents; em.cpp is the simplest:
+//   forward    position, parents, mean, spread, whole, density
+//   backward   position_back, scalars, start, scaled, change, parameters, gradients
 #pragma once
 #include "shares.h"
 
@@ -32,18 +32,20 @@ template <typename L, typename A> struct Forward {
 
   void image(int64_t b, Scratch &s) {
     for (int64_t t = 0; t < l.T_; t++) {
-      for (int64_t p = 0; p < l.P; p++)
-        for (int64_t block = 0; block < l.NB; block++) fit(t, b, p, block, s);
+      for (int64_t p = 0; p < l.P; p++) {
+        const auto position = a.position(t, b, p);
+        for (int64_t block = 0; block < l.NB; block++) fit(t, b, p, block, position, s);
+      }
       if (t + 1 < l.T_) shares.normalise(t + 1, b, s.shares);
     }
   }
 
   // M-step of the parents at one position; distances and densities of the E-step, not yet normalised.
-  void fit(int64_t t, int64_t b, int64_t p, int64_t block, Scratch &s) {
+  void fit(int64_t t, int64_t b, int64_t p, int64_t block, const typename A::Position &position, Scratch &s) {
     const bool last = t + 1 == l.T_;
     const int64_t K = l.K, NB = l.NB;
     V *r = s.r.data, *tile = s.tile.data, *distance = s.distance.data;
-    const auto parents = a.parents(t, b, p, block, r);
+    const auto parents = a.parents(position, t, b, p, block, r);
     V *mu = l.means(t, b, p, block), *var = l.variances(t, b, p, block);
     const V *before = t > 0 ? l.means(t - 1, b, p, block) : nullptr;
     typename M::Product volume;
@@ -119,36 +121,40 @@ template <typename L, typename A> struct Backward {
   };
   // With d = V - mean: gV = sum over t of R_ij a_i (slope + curve d) - gl precision d.
   struct Term { V mean, slope, curve, precision; };
-  // Gradients that many images share: of the matrices, [NB][matrices][side][side], and the algorithm's own.
-  struct Shared { V *weight, *own; };
+  // Gradients that many images share: of the matrices, [NB][matrices][side][side], of the bias,
+  // [NB][matrices][D], and the algorithm's own.
+  struct Shared { V *weight, *bias, *own; };
 
   void image(int64_t b, Scratch &s, const Shared &g) {
     const int64_t first = q.detach ? l.T_ - 1 : 0;
     std::fill(s.carry.data, s.carry.data + l.P * D * NB, V{});
     for (int64_t t = l.T_ - 1; t >= first; t--) {
-      if (t + 1 < l.T_)
-        for (int64_t p = 0; p < l.P; p++) shares.logits_from_shares(t + 1, b, p, s.balance, g_logits(s, t, p));
+      if (t + 1 < l.T_) shares.logits_from_shares(t + 1, b, s.balance, g_logits(s, t, 0));
       if (t > first) shares.clear(s.balance);
-      for (int64_t p = 0; p < l.P; p++)
+      for (int64_t p = 0; p < l.P; p++) {
+        const auto position = a.position_back(t, b, p, t + 1 < l.T_ ? g_logits(s, t, p) : nullptr);
         for (int64_t block = 0; block < NB; block++) {
-          unfit(t, first, b, p, block, s, g);
+          unfit(t, first, b, p, block, position, s, g);
           if (t == first) products(first, b, p, block, s, g);
         }
+      }
     }
   }
 
   V *g_logits(Scratch &s, int64_t t, int64_t p) { return s.gl.data + (t * l.P + p) * K * NB; }
 
   // Gradients of one position's M-step t and of the densities of the E-step after it; `products` adds its votes'.
-  void unfit(int64_t t, int64_t first, int64_t b, int64_t p, int64_t block, Scratch &s, const Shared &shared) {
+  void unfit(int64_t t, int64_t first, int64_t b, int64_t p, int64_t block, const typename A::PositionBack &position,
+             Scratch &s, const Shared &shared) {
     const bool last = t + 1 == l.T_;
     V *tile = s.tile.data, *gr = s.gr.data;
     const V *gl = last ? nullptr : g_logits(s, t, p) + block, *saved = l.saved(t, b, p, block);
     V total = {};
     if (!last)
       for (int64_t k = 0; k < K; k++) total += gl[k * NB];
-    auto scalars = a.scalars(last, last ? l.given_activation(b, p, block) : total, t, block, saved, shared.own);
-    std::fill(gr, gr + K, V{});
+    const V given = last ? l.given_score(b, p, block) : total;
+    auto scalars = a.scalars(position, last, given, t, block, saved, shared.own);
+    a.start(scalars, t, b, p, block, gr, shared.own);
 
     const V *mu = l.means(t, b, p, block), *var = l.variances(t, b, p, block);
     const V *before = t > 0 ? l.means(t - 1, b, p, block) : nullptr;
@@ -173,10 +179,10 @@ template <typename L, typename A> struct Backward {
       }
       for (int row = 0; row < ROWS; row++) {
         const int h = (row * SIDE + m) * NB;
-        const V precision = 1 / (l.real[block] != 0 ? a.whole(var[h]) : V{} + 1);
+        const V inverse = 1 / (l.real[block] != 0 ? a.whole(var[h]) : V{} + 1);
+        const V precision = a.scaled(scalars, inverse);
         const V g_mean = last ? l.given_pose(b, p, block, row * SIDE + m) : first_moment[row] * precision;
-        change[row] = a.change(scalars, middle[row], var[h], precision, second_moment[row], g_mean,
-                               before, h, carry[h]);
+        change[row] = a.change(scalars, middle[row], var[h], inverse, second_moment[row], g_mean, before, h, carry[h]);
         terms[(row * SIDE + m) * l.T_] = {middle[row], change[row].slope, 2 * change[row].curve, precision};
       }
       for (int64_t k = 0; k < K; k++) {
@@ -255,6 +261,7 @@ template <typename L, typename A> struct Backward {
           v[m] = w[m][0] * pose[row * SIDE];
           for (int n = 1; n < SIDE; n++) v[m] += w[m][n] * pose[row * SIDE + n];
           if (offsets) v[m] += offsets[k * D + row * SIDE + m];
+          if (q.bias) v[m] += l.biases(block, m, matrix)[row];
         }
         for (int c = 0; c < COUNT; c++)
           for (int m = 0; m < SIDE; m++) {
@@ -265,6 +272,7 @@ template <typename L, typename A> struct Backward {
           }
         for (int m = 0; m < SIDE; m++) gv[row * SIDE + m] = total[m];
       }
+      for (int h = 0; h < D && q.bias; h++) g.bias[(block * q.matrices + matrix) * D + h] += gv[h];
       V *d_weight = g.weight + (block * q.matrices + matrix) * SIDE * SIDE;
       for (int n = 0; n < SIDE; n++)
         for (int m = 0; m < SIDE; m++) {

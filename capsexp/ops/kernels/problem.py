@@ -7,7 +7,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from capsexp.ops.em_steps import Normalisation
+from capsexp.ops.em_steps import InitialCoupling, Normalisation, initial_shares
 from capsexp.ops.kernels import HAS_TRITON
 from capsexp.ops.kernels.compiled import library_problem
 from capsexp.ops.votes import MatrixVotes
@@ -18,11 +18,11 @@ SHAPES = ((2, 2), (3, 3), (4, 4), (1, 16))
 """Rows and columns of a pose, for which run.h has code."""
 _COUNTS = "batch children positions places types matrices iterations rows side lanes doubles"
 _SWITCHES = "normalisation keep detach threads"
-READ = ("poses", "weight", "activations", "initial", "child", "matrix", "offsets")
+READ = ("poses", "weight", "activations", "initial", "child", "matrix", "offsets", "bias")
 SAVED = ("coupling", "mean", "variance", "stats")
-FORWARD = ("out_poses", "out_activations")
-GIVEN = ("g_poses", "g_activations", "g_coupling")
-BACKWARD = ("d_poses", "d_weight", "d_activations")
+FORWARD = ("out_poses", "out_scores")
+GIVEN = ("g_poses", "g_scores", "g_coupling")
+BACKWARD = ("d_poses", "d_weight", "d_activations", "d_bias")
 
 
 class Problem(ctypes.Structure):
@@ -30,7 +30,8 @@ class Problem(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in f"{_COUNTS} {_SWITCHES}".split()),
-        *((name, ctypes.c_void_p) for name in (*READ, *SAVED, *FORWARD, *GIVEN, *BACKWARD)),
+        ("outlier", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in (*READ, *SAVED, "whole", *FORWARD, *GIVEN, *BACKWARD)),
     ]
 
 
@@ -77,6 +78,29 @@ def children_of(votes: MatrixVotes) -> Tensor:
     return torch.arange(votes.poses.shape[1], device=votes.poses.device).unsqueeze(0)
 
 
+def first_shares(votes: MatrixVotes, initial: InitialCoupling) -> Tensor:
+    """R of the first iteration, the same for every type: [P, K]. See `initial_shares`."""
+    positions = 1 if votes.fields is None else len(votes.fields.children)
+    like = votes.poses.new_empty(1, positions, len(votes.matrices))
+    return initial_shares(like, votes.weight.shape[1], votes.fields, initial).squeeze(0)
+
+
+def last_coupling(coupling: Tensor, initial: Tensor, votes: MatrixVotes) -> Tensor:
+    """R of the last iteration as `Routed` has it.
+
+    Args:
+        coupling: of iterations 1 …, [T - 1, B, P, K, Jp].
+        initial: R of the first iteration, [P, K].
+        votes: of the call.
+    """
+    types = votes.weight.shape[1]
+    if len(coupling) == 0:
+        last = initial.unsqueeze(2).expand(len(votes.poses), -1, -1, types)
+    else:
+        last = coupling[-1, ..., :types]
+    return last if votes.fields is not None else last.squeeze(1)
+
+
 def lanes(types: int, dtype: torch.dtype) -> int:
     """Types that a CPU computes at a time; those of a layer are padded to a multiple."""
     return 8 if dtype == torch.float64 or types <= 8 else 16
@@ -119,6 +143,16 @@ def empty_outputs(
     )
     dtype = torch.promote_types(poses.dtype, torch.float32)
     return tuple(poses.new_empty(shape, dtype=dtype) for shape in shapes)  # type: ignore[return-value]
+
+
+def zero_gradients(
+    poses: Tensor, weight: Tensor, activations: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for `BACKWARD`: contiguous, whatever the strides of the inputs; nothing for a missing bias."""
+    d_poses, d_weight, d_activations = (
+        tensor.new_zeros(tensor.shape) for tensor in (poses, weight, activations)
+    )
+    return d_poses, d_weight, d_activations, poses.new_zeros(0 if bias is None else bias.shape)
 
 
 def call(

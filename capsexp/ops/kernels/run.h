@@ -11,6 +11,7 @@ template <typename L, typename A> void run_forward(L &layer, A &algorithm) {
   Forward<L, A> forward(layer, algorithm);
 #pragma omp parallel num_threads(layer.q.threads)
   {
+    [[maybe_unused]] const typename A::Denormals mode;
     typename Forward<L, A>::Scratch scratch(layer);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t b = 0; b < layer.q.batch; b++) forward.image(b, scratch);
@@ -23,30 +24,27 @@ template <typename L, typename A> void run_backward(L &layer, A &algorithm) {
   const Problem &q = layer.q;
   Backward<L, A> backward(layer, algorithm);
   const int64_t groups = std::min(GROUPS, q.batch), elements = layer.NB * q.matrices * NUMBERS;
-  const int64_t size = elements + algorithm.parameters();
+  const int64_t with_bias = elements + (q.bias ? layer.NB * q.matrices * L::D : 0);
+  const int64_t size = with_bias + algorithm.parameters();
   Buffer<V> shared(std::max<int64_t>(groups, 1) * size);
 #pragma omp parallel num_threads(q.threads)
   {
+    [[maybe_unused]] const typename A::Denormals mode;
     typename Backward<L, A>::Scratch scratch(layer);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t group = 0; group < groups; group++) {
       V *own = shared.data + group * size;
       std::fill(own, own + size, V{});
-      const typename Backward<L, A>::Shared g{own, own + elements};
+      const typename Backward<L, A>::Shared g{own, own + elements, own + with_bias};
       for (int64_t b = group * q.batch / groups; b < (group + 1) * q.batch / groups; b++) backward.image(b, scratch, g);
     }
   }
   for (int64_t group = 1; group < groups; group++)
     for (int64_t e = 0; e < size; e++) shared[e] += shared[group * size + e];
   if (groups == 0) return;
-  auto *d_weight = (typename L::T *)q.d_weight;
-  for (int64_t j = 0; j < q.types; j++) {
-    const int64_t block = j / L::LANES, lane = j % L::LANES;
-    for (int64_t k = 0; k < q.matrices; k++)
-      for (int e = 0; e < NUMBERS; e++)
-        d_weight[(k * q.types + j) * NUMBERS + e] = shared[(block * q.matrices + k) * NUMBERS + e][lane];
-  }
-  algorithm.gradients(shared.data + elements);
+  layer.template from_vectors<NUMBERS>(shared.data, q.matrices, q.d_weight);
+  if (q.bias) layer.template from_vectors<L::D>(shared.data + elements, q.matrices, q.d_bias);
+  algorithm.gradients(shared.data + with_bias);
 }
 
 template <template <typename> class A, typename Call, typename T, int W, int ROWS, int SIDE>

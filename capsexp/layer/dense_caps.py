@@ -1,6 +1,5 @@
 """Matrix capsules that every capsule below votes for, whatever its place in the image."""
 
-import inspect
 from collections.abc import Callable
 
 from jaxtyping import Float
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from capsexp.errors import require_at_least_1
 from capsexp.layer.matrix_caps import MatrixCaps
 from capsexp.layer.matrix_start import Initialisation, Pose
-from capsexp.layer.routed import require_factory
+from capsexp.layer.routed import require_factory, shared_keyword
 from capsexp.ops.votes import MatrixVotes
 
 
@@ -45,7 +44,6 @@ class DenseCaps(MatrixCaps):
     ) -> None:
         require_factory(routing)
         require_at_least_1(in_caps=in_caps, out_caps=out_caps)
-        takes_shared = shared_transformations and "shared" in inspect.signature(routing).parameters
         super().__init__(
             in_caps=in_caps,
             pose_dim=pose_dim,
@@ -59,7 +57,7 @@ class DenseCaps(MatrixCaps):
             init_identity=init_identity,
             init_noise=init_noise,
             vote_bias=vote_bias,
-            routing=routing(in_caps, out_caps, pose_dim, **({"shared": True} if takes_shared else {})),
+            routing=routing(in_caps, out_caps, pose_dim, **shared_keyword(routing, shared_transformations)),
             votes_mib=votes_mib,
             votes_per_image=in_caps * out_caps * pose_dim,
         )

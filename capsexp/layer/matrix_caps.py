@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from capsexp.capsules import ReceptiveFields
 from capsexp.errors import refuse, require_literal
 from capsexp.layer.matrix_start import Initialisation, Pose, matrix_side, start_matrices
-from capsexp.layer.routed import RoutedLayer, require_factory
+from capsexp.layer.routed import RoutedLayer, require_factory, shared_keyword
 from capsexp.ops.receptive_fields import Grid, gather_windows, receptive_fields
 from capsexp.ops.votes import MatrixVotes, window_votes
 
@@ -214,7 +214,8 @@ class SharedClassCaps(MatrixCaps):
         coordinates: None; "paper": row and column are added to the first two elements of the pose's
             right-hand column (3 and 7 of 16); "official": to elements 0 and 1, as in the authors' code.
         coordinate_scale: per pixel.
-        routing: builds the routing from (in_caps, out_caps, pose_dim).
+        routing: builds the routing from (in_caps, out_caps, pose_dim); with shared_transformations also from
+            `shared=True`, if it has such an argument.
         pose_dim, pose, shared_transformations, votes_mib: see `MatrixCaps`.
         initialisation, init_identity, init_noise, vote_bias: see `MatrixCaps`.
     Raises: ValueError: unknown coordinates; see `MatrixCaps`.
@@ -262,7 +263,7 @@ class SharedClassCaps(MatrixCaps):
             init_identity=init_identity,
             init_noise=init_noise,
             vote_bias=vote_bias,
-            routing=routing(in_caps, classes, pose_dim),
+            routing=routing(in_caps, classes, pose_dim, **shared_keyword(routing, shared_transformations)),
             votes_mib=votes_mib,
             votes_per_image=in_caps * classes * pose_dim,
         )

@@ -1,6 +1,8 @@
 """What all layers with a routing share: votes in chunks, the fused path, a balanced start."""
 
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -103,6 +105,11 @@ class RoutedLayer(nn.Module, ABC):
             routed = self.routing(votes, activations.to(self.weight.dtype), *given)
         _check_routed(routed, votes, name=type(self.routing).__name__)
         return routed
+
+
+def shared_keyword(routing: Callable[..., nn.Module], shared: bool) -> dict[str, bool]:
+    """`shared=True` for a routing that takes it, in a layer whose children share their matrices."""
+    return {"shared": True} if shared and "shared" in inspect.signature(routing).parameters else {}
 
 
 def require_factory(routing: object) -> None:

@@ -57,7 +57,7 @@ class ConcurrentNet(nn.Module):
     Tsai, Srivastava, Goh, Salakhutdinov, "Capsules with inverted dot-product attention routing" (ICLR 2020),
     section 4, with the values of conf/model/concurrent.yaml their network for CIFAR-10.
     Differs from it in: nothing. Primary capsules have no activations; theirs are 1 in `Output.layers`, like
-    those of the convolutional capsules.
+    those of the convolutional capsules. Studies of the routing route each layer again, one after the other.
 
     Args:
         image_shape: channels, height and width.

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from capsexp.capsules import Capsules, Output, Routed
-from capsexp.errors import require_at_least_1, stop_if_refused
+from capsexp.errors import refuse, require_at_least_1, require_not_negative, stop_if_refused
 from capsexp.layer.capsule_norm import CapsuleNorm, Norm, require_norm
 from capsexp.layer.class_scores import ClassScores
 from capsexp.layer.conv_stack import conv_stack, require_windows
@@ -15,7 +15,7 @@ from capsexp.layer.matrix_primary import MatrixPrimaryCaps
 from capsexp.layer.matrix_start import Initialisation, Pose
 from capsexp.layer.own_pose_caps import OwnPoseCaps
 from capsexp.layer.resnet import ResNetTrunk
-from capsexp.ops.receptive_fields import Grid
+from capsexp.ops.receptive_fields import Grid, with_border
 from capsexp.ops.weights import kernels_and_matrices
 
 
@@ -24,14 +24,16 @@ class SelfRoutingNet(nn.Module):
 
     Hahn, Pyeon, Kim, "Self-routing capsule networks" (NeurIPS 2019), SR-1 (no convolutional capsules) and
     SR-2 (one layer of them).
-    Differs from it in: windows have no border of zeros, so that SR-2's class layer sees 3x3 positions where
-    the paper's sees 4x4. The matrices start by `initialisation`; the norm above them removes their scale.
+    Differs from it in: the matrices start by `initialisation`; the norm above them removes their scale. Only
+    the primary capsules may have a border of zeros, which SR-2 needs.
 
     Args:
         image_shape: channels, height and width.
         classes: number of classes.
         trunk: builds the convolutions from the channels of the images, see `ResNetTrunk`.
         primary_types, primary_kernel: see `MatrixPrimaryCaps`; zeros around, so that the grid stays.
+        primary_border: positions of capsules with pose and activation 0 around the primary capsules, for the
+            windows above them.
         conv_types, conv_kernels, conv_strides: one number per layer of convolutional capsules; [] for none.
         pose_dim, pose, initialisation, votes_mib: see `MatrixCaps`.
         norm: of the capsules: "none", "batch" or "group", with a gain and a bias per type and number of a
@@ -48,6 +50,7 @@ class SelfRoutingNet(nn.Module):
         trunk: Callable[..., ResNetTrunk],
         primary_types: int,
         primary_kernel: int,
+        primary_border: int,
         conv_types: Sequence[int],
         conv_kernels: Sequence[int],
         conv_strides: Sequence[int],
@@ -69,6 +72,9 @@ class SelfRoutingNet(nn.Module):
         )
         require_windows(conv_types, conv_kernels, conv_strides)
         require_norm(norm=norm)
+        require_not_negative(primary_border=primary_border)
+        if primary_border and not conv_types:
+            refuse(f"primary_border must be 0 without convolutional capsules, got {primary_border}")
         stop_if_refused()
         channels, height, width = image_shape
         self.trunk = trunk(channels)
@@ -92,10 +98,10 @@ class SelfRoutingNet(nn.Module):
             routing=routing,
             votes_mib=votes_mib,
         )
+        self.border, self.primary_grid = primary_border, self.trunk.grid(Grid(height, width))
         windows = list(zip(conv_types, conv_kernels, conv_strides, strict=True))
-        layers, self.grid, types = conv_stack(
-            self.trunk.grid(Grid(height, width)), primary_types, windows, shared
-        )
+        grid = self.primary_grid.bordered(primary_border)
+        layers, self.grid, types = conv_stack(grid, primary_types, windows, shared)
         """Positions of the capsules below the class capsules."""
         self.conv_layers = list(layers)
         for name, layer in layers.items():
@@ -115,7 +121,7 @@ class SelfRoutingNet(nn.Module):
 
     def forward(self, images: Float[Tensor, "B C H W"], labels: Int[Tensor, " B"] | None = None) -> Output:
         """Activations of the class capsules, which sum to 1."""
-        capsules = self.primary_caps(self.trunk(images))
+        capsules = self._primary(images)
         layers: dict[str, Capsules | Routed] = {"primary_caps": capsules}
         for name in self.conv_layers:
             routed = layers[name] = self._route(name, capsules)
@@ -123,6 +129,14 @@ class SelfRoutingNet(nn.Module):
         layers["class_caps"] = routed = self.class_caps(capsules)
         scores, probabilities = self.class_scores(routed)
         return Output(scores, probabilities, layers, weights=kernels_and_matrices(self))
+
+    def _primary(self, images: Tensor) -> Capsules:
+        """Primary capsules, and their border if there is one."""
+        capsules: Capsules = self.primary_caps(self.trunk(images))
+        if not self.border:
+            return capsules
+        poses, activations = (with_border(values, self.primary_grid, self.border) for values in capsules)
+        return Capsules(poses, activations)
 
     def _route(self, name: str, capsules: Capsules) -> Routed:
         """Apply a layer of convolutional capsules, and its norm if there is one."""

@@ -78,11 +78,30 @@ class Grid(NamedTuple):
             first.append(self.first[axis] + self.step * ((kernel[axis] - 1) / 2 - before))
         return Grid(sizes[0], sizes[1], (first[0], first[1]), self.step * stride)
 
+    def bordered(self, border: int) -> "Grid":
+        """The grid with so many more positions on each side."""
+        first = (self.first[0] - border * self.step, self.first[1] - border * self.step)
+        return Grid(self.rows + 2 * border, self.columns + 2 * border, first, self.step)
+
     def centres(self) -> Float[Tensor, "P 2"]:
         """Row and column, in pixels, at the center of each position's receptive field."""
         rows = self.first[0] + self.step * torch.arange(self.rows)
         columns = self.first[1] + self.step * torch.arange(self.columns)
         return torch.cartesian_prod(rows, columns).view(-1, 2).to(torch.get_default_dtype())
+
+
+def with_border(values: Float[Tensor, "B I *rest"], grid: Grid, border: int) -> Tensor:
+    """Values of the capsules of a grid, with zeros for those of a border around it.
+
+    Args:
+        values: of each capsule.
+        grid: positions of the capsules.
+        border: positions on each side.
+    Returns: values in the order of `grid.bordered(border)`.
+    """
+    by_position = values.reshape(len(values), grid.rows, grid.columns, -1)
+    padded_values = F.pad(by_position, (0, 0, border, border, border, border))
+    return padded_values.reshape(len(values), -1, *values.shape[2:])
 
 
 def receptive_fields(grid: Grid, types: int, kernel: tuple[int, int], stride: int) -> ReceptiveFields:

@@ -1,10 +1,10 @@
 """One routing algorithm per file: a reference, a fast path, a public function, a module.
 
-A layer builds its routing from (in_caps, out_caps, pose_dim), a convolutional layer also from `fields`, a
-`DenseCaps` with shared matrices also from `shared=True` if the routing has that argument. It calls it as
-`Routing` describes. That call is all that a new algorithm needs. Everything else is optional: a routing that
-has the methods of one of the other protocols gets what that protocol describes. A routing derives from
-`nn.Module` and inherits from none of these classes.
+A layer builds its routing from (in_caps, out_caps, pose_dim), a convolutional layer also from `fields`. Where
+every parent sees every child and all children share their matrices, it also passes `shared=True`, if the
+routing has that argument. It calls it as `Routing` describes. That call is all that a new algorithm needs.
+Everything else is optional: a routing that has the methods of one of the other protocols gets what that
+protocol describes. A routing derives from `nn.Module` and inherits from none of these classes.
 
 Three optional attributes need no method:
 

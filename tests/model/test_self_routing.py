@@ -6,6 +6,7 @@ from capsexp.config.build import build
 from capsexp.config.compose import compose, to_plain
 from capsexp.errors import UserError
 from capsexp.layer.own_pose_caps import OwnPoseCaps
+from capsexp.ops.receptive_fields import Grid
 from capsexp.routing.self_routing import SelfRouting
 from capsexp.schedule import Step
 
@@ -35,14 +36,26 @@ def count(module):
 
 def test_the_papers_networks_have_their_parameters():
     assert count(network("model=self_routing")) == 931_664
+    assert count(network("model=self_routing_2")) == 3_187_536
     assert count(network("model=self_routing_norb", image_shape=(1, 32, 32), classes=5)) == 814_960
 
 
-def test_sr_2_differs_from_the_papers_by_its_grid_alone():
-    layer = ["model.conv_types=[32]", "model.conv_kernels=[3]", "model.conv_strides=[2]"]
-    net = network("model=self_routing", *layer)
-    assert (net.grid.rows, net.grid.columns) == (3, 3)  # the paper: 4x4, with a border of zeros
-    assert count(net) - count(net.class_caps) == 3_187_536 - 16 * 32 * 10 * 17
+def test_a_border_of_empty_capsules_has_no_effect_but_on_the_grid():
+    bordered, bare = (network(*SMALL, *TWO, f"model.primary_border={border}").eval() for border in (1, 0))
+    assert (bordered.grid, bare.grid) == (Grid(4, 4, (0.0, 0.0), 8), Grid(3, 3, (4.0, 4.0), 8))
+    images = torch.rand(2, 3, 32, 32)
+    primary, inner = (net(images).layers["primary_caps"] for net in (bordered, bare))
+    by_position = primary.poses.unflatten(1, (10, 10, 3))
+    torch.testing.assert_close(by_position[:, 1:-1, 1:-1].flatten(1, 3), inner.poses)
+    assert primary.activations.sum().item() == pytest.approx(inner.activations.sum().item(), rel=1e-5)
+    # With stride 1 the windows inside are the same.
+    stride_1 = ["model.conv_types=[5]", "model.conv_kernels=[3]", "model.conv_strides=[1]", "model.norm=none"]
+    outer, middle = (
+        network(*SMALL, *stride_1, f"model.primary_border={border}").eval()(images).layers["conv_caps_1"]
+        for border in (1, 0)
+    )
+    windows = outer.poses.unflatten(1, (8, 8, 5))[:, 1:-1, 1:-1].flatten(1, 3)
+    torch.testing.assert_close(windows, middle.poses)
 
 
 @pytest.mark.parametrize("more", [[], TWO], ids=["SR-1", "SR-2"])
@@ -114,6 +127,8 @@ def test_a_small_network_memorizes_a_batch(more):
     ("wrong", "message"),
     [
         ("conv_types=[3]", "conv_types, .* must have one number per layer, got 1, 0 and 0"),
+        ("primary_border=1", "primary_border must be 0 without convolutional capsules, got 1"),
+        ("primary_border=-1", "primary_border must be >= 0, got -1"),
         ("primary_kernel=0", "primary_kernel must be >= 1, got 0"),
         ("primary_types=0", "primary_types must be >= 1, got 0"),
         ("norm=layer", "norm must be one of none, batch, group, got layer"),

@@ -4,8 +4,12 @@ import pytest
 import torch
 from em_examples import mean_log_ratio, random, values_and_gradients
 
+import capsexp
+from capsexp.capsules import Capsules
 from capsexp.layer.dense_caps import DenseCaps
+from capsexp.layer.matrix_caps import SharedClassCaps
 from capsexp.ops import moment_routing
+from capsexp.ops.receptive_fields import Grid
 from capsexp.ops.votes import window_votes
 from capsexp.routing.heinsen import HeinsenRouting, heinsen_routing
 
@@ -182,8 +186,6 @@ def saved_bytes(run):
 
 
 def test_a_layer_with_shared_matrices_makes_no_votes(monkeypatch):
-    from capsexp.capsules import Capsules
-
     fused, reference = layer(), layer(implementation="reference")
     capsules = Capsules(random(4, 50, 16), random(4, 50, seed=1).sigmoid())
     with torch.no_grad():
@@ -194,6 +196,21 @@ def test_a_layer_with_shared_matrices_makes_no_votes(monkeypatch):
     monkeypatch.setattr(DenseCaps, "votes", None)
     got = fused(capsules)
     assert_close(results(expected), results(got))
+
+
+def test_class_capsules_with_shared_matrices_and_coordinates_make_no_votes(monkeypatch):
+    def make(implementation):
+        torch.manual_seed(0)
+        routing = capsexp.make("routing/heinsen", beta_start=0.5, implementation=implementation)
+        options = {"image_size": (8, 8), "shared_transformations": True, "vote_bias": True}
+        return SharedClassCaps(Grid(3, 3, (2.0, 2.0), 2), 4, 5, routing=routing, **options).double()
+
+    fused, reference = make("fused"), make("reference")
+    capsules = Capsules(random(2, 36, 16), random(2, 36, seed=1).sigmoid())
+    expected = reference(capsules)
+    monkeypatch.setattr(SharedClassCaps, "votes", None)
+    assert fused.coordinates is not None
+    assert_close(results(expected), results(fused(capsules)))
 
 
 def test_what_is_kept_for_the_gradient_is_a_tenth_of_what_votes_keep():

@@ -51,6 +51,7 @@ PUBLISHED_ERRORS = {
     "hinton2018_elevation": (12.3, None),
     "hinton2018_elevation_baseline": (17.8, None),
     "hahn2019_cifar10": (8.17, 0.18),
+    "hahn2019_cifar10_2layers": (7.86, 0.12),
     "hahn2019_smallnorb_azimuth": (19.86, 1.03),
     "hahn2019_smallnorb_elevation": (15.91, 1.09),
     "tsai2020_cifar10": (5.15, None),

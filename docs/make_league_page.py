@@ -37,8 +37,8 @@ BASELINES = ("uniform", "pool")
 CURVE, CURVE_POINTS = "validation/error", 60
 NONE = "–"  # noqa: RUF001
 
-# Published test errors on smallNORB in %, by the end of a recipe's name: of larger networks or longer trainings
-# than ours, beside our rows for orientation only.
+# Published test errors on smallNORB in %, by the end of a recipe's name: of larger networks or longer
+# trainings than ours, beside our rows for orientation only.
 EM, BEST = "parameters, full length; Hinton et al. 2018", "chosen on test images"
 PUBLISHED = {
     "em_r1": f"9.7 (310K {EM})",

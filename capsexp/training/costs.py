@@ -92,19 +92,36 @@ class Multiplications(TorchDispatchMode):
 
 
 def em_multiplications(args: Sequence[Any]) -> int:
-    """Return the multiplications of `capsexp::em_routing`, those of the reference in capsexp/routing/em.py.
+    """Return the multiplications of `capsexp::em_routing`, as those below of the reference in PyTorch."""
+    poses, weight, iterations, child = args[0], args[1], len(args[5]), args[7]
+    return _of_gaussians(poses, weight, child, iterations, step=2, parent=2 * (iterations - 1))
 
-    Of every vote: side for each number; in every M-step 2 for its weight and 3 for each number; in every
-    E-step 1 for each number and 1 for its share. Of every parent: 2 for each number in every E-step.
+
+def vb_multiplications(args: Sequence[Any]) -> int:
+    """Return the multiplications of `capsexp::vb_routing`."""
+    poses, weight, child, iterations = args[0], args[1], args[4], args[8]
+    return _of_gaussians(poses, weight, child, iterations, step=1, parent=5 * iterations - 1)
+
+
+def heinsen_multiplications(args: Sequence[Any]) -> int:
+    """Return the multiplications of `capsexp::heinsen_routing`."""
+    poses, weight, child, iterations = args[0], args[1], args[4], args[10]
+    return _of_gaussians(poses, weight, child, iterations, step=3, parent=2 * (iterations - 1))
+
+
+def _of_gaussians(
+    poses: Tensor, weight: Tensor, child: Tensor, iterations: int, *, step: int, parent: int
+) -> int:
+    """Return the multiplications of a routing that fits Gaussians to votes, which are made once.
+
+    A vote takes `side` for each of its numbers; 3 for each number and `step` for its weight in every M-step;
+    1 for each number and 1 for its share in every E-step. A parent takes `parent` for each number.
     """
-    poses, weight, temperatures, child = args[0], args[1], args[5], args[7]
     batch, _, dim = poses.shape
     types, side = weight.shape[1:3]
-    iterations = len(temperatures)
     parents = batch * child.shape[0] * types
-    votes = parents * child.shape[1]
-    per_vote = dim * side + iterations * (3 * dim + 2) + (iterations - 1) * (dim + 1)
-    return int(votes * per_vote + parents * (iterations - 1) * 2 * dim)
+    per_vote = dim * side + iterations * (3 * dim + step) + (iterations - 1) * (dim + 1)
+    return int(parents * (child.shape[1] * per_vote + parent * dim))
 
 
 def dynamic_multiplications(args: Sequence[Any]) -> int:
@@ -118,6 +135,8 @@ def dynamic_multiplications(args: Sequence[Any]) -> int:
 
 FORMULAS: dict[str, Callable[[Sequence[Any]], int]] = {
     "capsexp::em_routing": em_multiplications,
+    "capsexp::vb_routing": vb_multiplications,
+    "capsexp::heinsen_routing": heinsen_multiplications,
     "capsexp::dynamic_routing": dynamic_multiplications,
 }
 """Multiplications of the operators of capsexp, from their arguments. A new operator needs a formula here."""

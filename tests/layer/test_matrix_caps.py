@@ -280,7 +280,7 @@ def test_windows_are_routed_by_an_algorithm_that_knows_them_only():
     with pytest.raises(
         ValueError, match="routing must route windows, as `em` does; this one has no argument"
     ):
-        conv(5, 5, routing=functools.partial(UniformRouting, bias=False))
+        conv(5, 5, routing=functools.partial(DynamicRouting, iterations=2))
 
 
 @LAYERS

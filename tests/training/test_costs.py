@@ -1,11 +1,14 @@
 """What a network costs: counted products agree with a calculation by hand."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import capsexp
 from capsexp.training import costs
 from capsexp.training.costs import Multiplications, in_words, network_costs
 
@@ -37,6 +40,10 @@ def test_elements_of_products_quotients_and_squares_but_not_of_sums():
         ("model=em_routing", "dataset=mnist"),
         ("model=em_routing", "dataset=mnist", "routing.iterations=1"),
         ("model=em_routing", "dataset=mnist", "model.pose=vector"),
+        ("model=vb", "dataset=mnist"),
+        ("model=vb", "dataset=mnist", "routing.iterations=1"),
+        ("model=em_routing", "dataset=mnist", "routing=heinsen"),
+        ("model=em_routing", "dataset=mnist", "routing=heinsen", "routing.iterations=1"),
         ("model=dynamic_routing_small",),
         ("model=dynamic_routing_small", "routing.iterations=1"),
     ],
@@ -49,6 +56,12 @@ def test_a_fused_operator_counts_what_the_reference_does(tiny_components, em_con
         return network_costs(build_components(config, plugins=[]))["multiplications"]
 
     assert products("fused") == pytest.approx(products("reference"), rel=0.01)
+
+
+def test_every_operator_has_a_formula():
+    sources = Path(capsexp.__file__).parent.rglob("*.py")
+    names = {name for file in sources for name in re.findall(r'custom_op\(\s*"([\w:]+)"', file.read_text())}
+    assert {name for name in names if not name.endswith("_backward")} == set(costs.FORMULAS)
 
 
 def test_products_with_the_zeros_of_block_diagonal_matrices_are_left_out(tiny_components, em_config):

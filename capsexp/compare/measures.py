@@ -176,10 +176,16 @@ def _budget(run: Run) -> tuple[Any, ...]:
 
 
 def _closest(candidates: Sequence[Run], run: Run) -> list[Run]:
-    """Return the candidates on the run's dataset, and of these those of its network if there are any."""
-    same = [other for other in candidates if other.choices.get("dataset") == run.choices.get("dataset")]
+    """Return the candidates with the run's images, and of these those of its network if there are any."""
+    same = [other for other in candidates if _images(other) == _images(run)]
     own = [other for other in same if other.choices.get("model") == run.choices.get("model")]
     return own or same
+
+
+def _images(run: Run) -> tuple[str | None, dict[str, Any]]:
+    """Return the dataset of a run with all of its settings, also those of the preprocessing."""
+    settings = {key: value for key, value in run.settings.items() if key.startswith("dataset.")}
+    return run.choices.get("dataset"), settings
 
 
 def _without_seed(run: Run) -> str:

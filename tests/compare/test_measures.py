@@ -146,6 +146,15 @@ def test_gaps_are_at_equal_images_or_at_equal_time(league, write_tested, notes):
     assert gaps["em-longer"] is None
 
 
+def test_a_baseline_has_the_same_images(league, write_tested, notes):
+    """Another row of the same choice, on other crops, is no baseline and does not make it unclear."""
+    write_tested("uniform-crops", "uniform", 0, (9, 9, 9, 9), settings={"dataset.validation": 0.3})
+    table = compare(league(), notes, baselines=["uniform"])
+    gaps = {row.runs[0].path.name: row.cells.get("test/gap_to_uniform") for row in table.rows}
+    assert gaps["em-0"].mean == pytest.approx(-4.25)
+    assert notes == Notes()
+
+
 def test_a_baseline_that_no_run_has_and_one_that_is_not_clear(league, write_tested, notes):
     compare(league(), notes, baselines=["unifrm", "routing.kid=em"])
     assert notes.errors[0] == "--baseline: no run has unifrm"

@@ -8,6 +8,7 @@ import pytest
 
 from capsexp.errors import Notes
 
+ROWS = {"em": "em_r3", "uniform": "uniform", "vb": "vb_r1"}
 SCRIPT = Path(__file__).parents[2] / "docs" / "make_league_page.py"
 
 
@@ -46,14 +47,14 @@ def outputs(write_run, tmp_path):
             {**settings, "trainer.batch_size": 64, "routing.kind": routing},
             test=None if count is None else 1 - count / 200,
             choices={
-                **{"experiment": recipe or f"league_routing_{routing}", "routing": routing},
+                **{"experiment": recipe or f"league_routing_{ROWS[routing]}", "routing": routing},
                 **{"model": "em_routing", "dataset": "smallnorb"},
             },
             costs={"parameters": 5, "multiplications": products, "peak_memory": 2**20},
             **fields,
         )
         (path / ".hydra").mkdir()
-        overrides = [f"experiment=league_routing_{routing}", f"seed={seed}", f"run={name}"]
+        overrides = [f"experiment=league_routing_{ROWS[routing]}", f"seed={seed}", f"run={name}"]
         (path / ".hydra" / "overrides.yaml").write_text(json.dumps(overrides))
         if count is not None:
             (path / "test_errors.json").write_text(json.dumps(errors(count)))
@@ -78,9 +79,9 @@ def test_rows_come_from_the_runs_of_league_recipes(script, outputs):
     data = script.collect([outputs], Notes())
     em, uniform, vb = data["rows"]
     assert [row["recipe"] for row in data["rows"]] == [
-        "league_routing_em",
+        "league_routing_em_r3",
         "league_routing_uniform",
-        "league_routing_vb",
+        "league_routing_vb_r1",
     ]
     assert em["budget"] == "1,920 images"
     assert em["seeds"] == [0, 1]
@@ -91,23 +92,23 @@ def test_rows_come_from_the_runs_of_league_recipes(script, outputs):
     assert em["toys"] == {"car 0": 5.5}
     assert em["status"] == "2 finished, 1 interrupted"
     assert len(em["resume"]) == 1
-    assert em["command"] == "capsexp train experiment=league_routing_em"
+    assert em["command"] == "capsexp train experiment=league_routing_em_r3"
     assert "test/gap_to_uniform" not in uniform["measures"]
     assert "test/error" not in vb["measures"]
     points = {curve["label"]: curve["points"] for curve in data["curves"]}
-    assert points["league_routing_em"][0] == [1, pytest.approx(40)]  # without fold 9
+    assert points["league_routing_em_r3"][0] == [1, pytest.approx(40)]  # without fold 9
 
 
 def test_tables_show_the_data(script, outputs):
     data = json.loads(json.dumps(script.collect([outputs], Notes())))
     text = script.tables(data)
     assert "**smallnorb, 1,920 images**" in text
-    row = next(line for line in text.splitlines() if line.startswith("| `league_routing_em` | 5.50"))
+    row = next(line for line in text.splitlines() if line.startswith("| `league_routing_em_r3` | 5.50"))
     assert "| 5.50 ± 0.71 (2) | 5.50 [5.50, 5.50] | -5.00 [-5.00, -5.00] | 60.0 ± 14.1 (2) | 20.0 |" in row
     assert "| 2 finished, 1 interrupted |" in row
     assert "2.2 (68K parameters" in row
     assert "gap to pool" not in text
-    assert f"unfinished; `capsexp train experiment=league_routing_em seed=2 run={outputs}/em-2`" in text
+    assert f"unfinished; `capsexp train experiment=league_routing_em_r3 seed=2 run={outputs}/em-2`" in text
     assert "![Error on toys held out" in text
 
 

@@ -150,7 +150,7 @@ class VBRouting(nn.Module):
         outlier: int | float | None,
         normalisation: Normalisation,
         initial_coupling: InitialCoupling,
-        implementation: Implementation = "auto",
+        implementation: Implementation,
     ) -> None:
         super().__init__()
         require_at_least_1(iterations=iterations)

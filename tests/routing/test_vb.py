@@ -21,6 +21,7 @@ MODULE = {
     "outlier": None,
     "normalisation": "paper",
     "initial_coupling": "paper",
+    "implementation": "auto",
 }
 SWITCHES = [
     {},

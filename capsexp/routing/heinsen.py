@@ -148,10 +148,10 @@ class HeinsenRouting(nn.Module):
         iterations: T >= 1.
         beta_start: standard deviation of the normal distribution that both betas start from; 0 as published.
         variance_floor, mass_epsilon: see `heinsen_routing`.
-        implementation: "reference": `heinsen_routing` on votes that the layer makes; "fused": by moments of
-            the poses where all children share one matrix (capsexp/ops/moment_routing.py), otherwise an
-            operator that makes the votes itself (capsexp/ops/kernels/heinsen.py); "auto": fused where
-            available.
+        implementation: "reference": `heinsen_routing` on votes that the layer makes; "fused": an
+            operator that makes the votes itself (capsexp/ops/kernels/heinsen.py), or, where that is not
+            available and all children share one matrix, moments of the poses
+            (capsexp/ops/moment_routing.py); "auto": fused where available.
     Raises: ValueError: a number out of its range; an unknown option.
     """
 
@@ -221,25 +221,20 @@ class HeinsenRouting(nn.Module):
         """
         if self.implementation == "reference":
             return "routing.implementation=reference"
-        side = weight.shape[2]
-        reason = None
-        if not self._takes_moments(weight):
-            reason = fused_reason(weight.device.type, weight.dtype, self.pose_dim // side, side)
+        reason = self._kernel_reason(weight)
+        if self._has_moments(weight):
+            return None
         if reason is not None and self.implementation == "fused":
             raise UserError(f"routing.implementation=fused: {reason}")
         return reason
 
-    def _takes_moments(self, weight: Float[Tensor, "W J n n"]) -> bool:
-        """Whether moments of the poses replace the votes: all children share a matrix and betas."""
-        shared = self.windows is None and len(weight) == len(self.beta_use) == 1
-        return shared and moments_problem(weight.device.type) is None
-
     def route_fused(self, votes: MatrixVotes, activations: Float[Tensor, "B I"]) -> Routed:
-        """Make the votes and route them; without votes where all children share one matrix."""
-        if not self._takes_moments(votes.weight):
+        """Make the votes and route them; where there is no kernel, by moments of the poses, without votes."""
+        activations = activations.to(votes.weight.dtype)
+        if self._kernel_reason(votes.weight) is None:
             return fused_heinsen_routing(
                 votes,
-                activations.to(votes.weight.dtype),
+                activations,
                 beta_use=self.beta_use,
                 beta_ign=self.beta_ign,
                 iterations=self.iterations,
@@ -248,7 +243,7 @@ class HeinsenRouting(nn.Module):
             )
         return moment_routing(
             votes.poses,
-            activations.to(votes.weight.dtype),
+            activations,
             votes.weight[0],
             bias=None if votes.bias is None else votes.bias[0],
             offsets=votes.offsets,
@@ -258,6 +253,15 @@ class HeinsenRouting(nn.Module):
             variance_floor=self.variance_floor,
             mass_epsilon=self.mass_epsilon,
         )
+
+    def _kernel_reason(self, weight: Float[Tensor, "W J n n"]) -> str | None:
+        side = weight.shape[2]
+        return fused_reason(weight.device.type, weight.dtype, self.pose_dim // side, side)
+
+    def _has_moments(self, weight: Float[Tensor, "W J n n"]) -> bool:
+        """Whether moments of the poses could replace the votes: all children share a matrix and betas."""
+        shared = self.windows is None and len(weight) == len(self.beta_use) == 1
+        return shared and moments_problem(weight.device.type) is None
 
     def _states(self, votes: Tensor, activations: Tensor, iterations: int) -> Iterator[Routed]:
         return _states(

@@ -6,6 +6,7 @@ import torch
 from em_examples import MODULE
 from torch.autograd.graph import saved_tensors_hooks
 
+import capsexp
 from capsexp.capsules import Capsules
 from capsexp.errors import UserError
 from capsexp.layer.matrix_caps import ConvCaps, SharedClassCaps
@@ -370,10 +371,26 @@ def test_where_there_is_no_fused_path_asking_for_it_is_an_error(monkeypatch):
         assert torch.equal(tensor, other)
 
 
+@LAYERS
+@pytest.mark.parametrize("name", ["vb", "heinsen"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_other_fused_layers_do_what_the_plain_ones_do(make, name, bias):
+    results = []
+    for implementation in ("reference", "fused", "auto"):
+        routing = capsexp.make(f"routing/{name}", implementation=implementation)
+        layer, given = both(make, routing=routing, vote_bias=bias)
+        assert (layer.fused_reason() is None) == (implementation != "reference")
+        results.append(with_gradients(layer, given))
+    for expected, *got in zip(*results, strict=True):
+        for tensor in got:
+            torch.testing.assert_close(tensor, expected, rtol=1e-7, atol=1e-9)
+
+
 @pytest.mark.compile
 @LAYERS
-def test_torch_compile_takes_the_fused_layer_as_a_whole(make):
-    layer, given = both(make, routing=em(implementation="fused"))
+@pytest.mark.parametrize("name", ["em", "vb", "heinsen"])
+def test_torch_compile_takes_the_fused_layer_as_a_whole(make, name):
+    layer, given = both(make, routing=capsexp.make(f"routing/{name}", implementation="fused"))
     expected = with_gradients(layer, given)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True)

@@ -9,8 +9,9 @@ from capsexp.capsules import Capsules
 from capsexp.layer.dense_caps import DenseCaps
 from capsexp.layer.matrix_caps import SharedClassCaps
 from capsexp.ops import moment_routing
+from capsexp.ops.kernels.heinsen import fused_heinsen_routing
 from capsexp.ops.receptive_fields import Grid
-from capsexp.ops.votes import window_votes
+from capsexp.ops.votes import MatrixVotes, window_votes
 from capsexp.routing.heinsen import HeinsenRouting, heinsen_routing
 
 DEFAULTS = {"iterations": 3, "variance_floor": 1e-5, "mass_epsilon": 0.0}
@@ -185,7 +186,10 @@ def saved_bytes(run):
     return sum(storages.values())
 
 
-def test_a_layer_with_shared_matrices_makes_no_votes(monkeypatch):
+@pytest.mark.parametrize("compiler", [False, True])
+def test_a_layer_with_shared_matrices_makes_no_votes(monkeypatch, compiler):
+    if not compiler:
+        monkeypatch.setattr("capsexp.routing.heinsen.fused_reason", lambda *_: "no compiler")
     fused, reference = layer(), layer(implementation="reference")
     capsules = Capsules(random(4, 50, 16), random(4, 50, seed=1).sigmoid())
     with torch.no_grad():
@@ -198,7 +202,11 @@ def test_a_layer_with_shared_matrices_makes_no_votes(monkeypatch):
     assert_close(results(expected), results(got))
 
 
-def test_class_capsules_with_shared_matrices_and_coordinates_make_no_votes(monkeypatch):
+@pytest.mark.parametrize("compiler", [False, True])
+def test_class_capsules_with_shared_matrices_and_coordinates_make_no_votes(monkeypatch, compiler):
+    if not compiler:
+        monkeypatch.setattr("capsexp.routing.heinsen.fused_reason", lambda *_: "no compiler")
+
     def make(implementation):
         torch.manual_seed(0)
         routing = capsexp.make("routing/heinsen", beta_start=0.5, implementation=implementation)
@@ -223,4 +231,11 @@ def test_what_is_kept_for_the_gradient_is_a_tenth_of_what_votes_keep():
         betas = {"beta_use": given[4][None], "beta_ign": given[5][None]}
         return heinsen_routing(votes, activations, **betas, **DEFAULTS)
 
+    def operator():
+        matrices = torch.zeros(576, dtype=torch.long)
+        votes = MatrixVotes(poses, given[2][None], matrices, None, None, given[3][None])
+        betas = {"beta_use": given[4][None], "beta_ign": given[5][None]}
+        return fused_heinsen_routing(votes, activations, **betas, **DEFAULTS)
+
     assert saved_bytes(lambda: by_moments(*given)) < saved_bytes(reference) / 10
+    assert saved_bytes(operator) < saved_bytes(reference) / 10

@@ -63,7 +63,7 @@ def bench(config: dict[str, Any], *, plugins: Sequence[str], compiled: bool = Fa
 
 
 def _print_setup(console: Console, components: Components, model: nn.Module) -> None:
-    """Print what is measured, and which layers do not use a fused routing."""
+    """Print what is measured, and which path the routing of each layer takes."""
     shape = "x".join(map(str, components.dataset.image_shape))
     count = sum(parameter.numel() for parameter in model.parameters())
     console.print(
@@ -71,8 +71,10 @@ def _print_setup(console: Console, components: Components, model: nn.Module) -> 
         f"{str(components.trainer.precision).removeprefix('torch.')}, {components.device}, {processor()}"
     )
     for name, layer in model.named_modules():
-        if isinstance(layer, RoutedLayer) and (reason := layer.fused_reason()):
-            console.print(f"{name}.routing takes the reference path: {reason}")
+        if isinstance(layer, RoutedLayer):
+            reason = layer.fused_reason()
+            path = "the fused path" if reason is None else f"the reference path: {reason}"
+            console.print(f"{name}.routing takes {path}")
 
 
 def variants_of(config: dict[str, Any], *, routed: bool, compiled: bool) -> dict[str, Variant]:

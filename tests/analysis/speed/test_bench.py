@@ -35,6 +35,7 @@ def test_every_number_of_the_table_is_measured(quick, tiny_config, capsys):
         *("ratio to reference", "class_caps", "ms/image", "times that of reference"),
     ):
         assert label in text
+    assert "class_caps.routing takes the fused path" in text
     assert "reference path" not in text
 
 

@@ -90,8 +90,8 @@ def plain(layer, poses, weight, activations, beta_a, beta_u, *, iterations=3, **
 
 
 def assert_same(layer, inputs, **options):
-    # Densities of votes far from a parent differ by hundreds, and rounding of these is a relative error of R.
-    assert_runs_agree(plain, fused, layer, inputs, rtol=1e-8, atol=1e-9, **options)
+    # Log densities of far votes are in the hundreds; their rounding is a relative error of R, of up to 6e-11.
+    assert_runs_agree(plain, fused, layer, inputs, rtol=1e-9, atol=5e-10, **options)
 
 
 @pytest.mark.parametrize("layer", [*LAYERS, *WITH_BIAS], ids=str)

@@ -1,11 +1,12 @@
 """Write the tables and the figure of docs/league.md from finished runs, through docs/league.json.
 
-    python docs/make_league_page.py FOLDER…    # read the runs of league recipes, write data, page and figure
+    python docs/make_league_page.py FOLDER… [--alone FOLDER]  # read runs; write data, page and figure
     python docs/make_league_page.py            # write page and figure again from the data
     python docs/make_league_page.py --check    # exit code 1 if the page does not equal the data
 
 Every number of the tables comes from docs/league.json, which this script writes. The page has text of its own
-outside of the two markers.
+outside of the two markers. The runs below the folder after --alone had the machine to themselves: the speed
+of a recipe, and the seconds in the figure, come from them where they exist.
 """
 
 import json
@@ -53,8 +54,15 @@ PUBLISHED = {
 PUBLISHED |= {f"{name}_r3": PUBLISHED[name] for name in ("vb", "heinsen")}
 
 
-def collect(folders: Sequence[Path], notes: Notes) -> dict[str, Any]:
-    """Return what the page shows of the league's runs at or below some folders."""
+def collect(folders: Sequence[Path], notes: Notes, alone: Sequence[Path] = ()) -> dict[str, Any]:
+    """Return what the page shows of the league's runs at or below some folders.
+
+    Args:
+        folders: of the runs.
+        notes: takes the warnings.
+        alone: folders of short runs for speed, one at a time on a quiet machine.
+    """
+    speeds = _speeds(alone, notes)
     runs = [
         run for run in read_below(folders, notes) if run.choices.get("experiment", "").startswith("league_")
     ]
@@ -65,7 +73,17 @@ def collect(folders: Sequence[Path], notes: Notes) -> dict[str, Any]:
     folds = {_key(row): row for row in compare(runs, Notes(), folds=True).rows}
     rows = [_row(row, folds.pop(_key(row), None), notes) for row in table.rows]
     rows += [_row(row, row, notes) for row in folds.values()]  # held out only: no test yet
-    return {"rows": sorted(rows, key=_order), "curves": _curves(runs, notes)}
+    for row in rows:
+        if row["recipe"] in speeds:
+            row["measures"]["images_per_second"] = {"mean": _rounded(speeds[row["recipe"]]), "n": 1}
+    return {"rows": sorted(rows, key=_order), "curves": _curves(runs, speeds, notes)}
+
+
+def _speeds(folders: Sequence[Path], notes: Notes) -> dict[str, float]:
+    """Return the training images per second of each recipe."""
+    runs = read_below(folders, notes) if folders else []
+    measured = [(run.choices.get("experiment", ""), run.images_per_second) for run in runs]
+    return {recipe: speed for recipe, speed in measured if speed is not None}
 
 
 def _key(row: Row) -> tuple[str, str]:
@@ -147,20 +165,28 @@ def _machine(run: Run) -> str:
         return "unknown"
 
 
-def _curves(runs: Sequence[Run], notes: Notes) -> list[dict[str, Any]]:
-    """Return the validation error of each recipe by seconds of training, a mean over seeds and four folds."""
+def _curves(runs: Sequence[Run], speeds: Mapping[str, float], notes: Notes) -> list[dict[str, Any]]:
+    """Return the validation error of each recipe by seconds of training, a mean over seeds and four folds.
+
+    Args:
+        runs: of the league.
+        speeds: images per second; the seconds of a recipe without are those of its runs.
+        notes: takes the warnings.
+    """
     held_out = [run for run in runs if run.settings.get(FOLD) in CHOSEN]
     if not held_out:
         return []
     means = mean_over_seeds(compare(held_out, notes, folds=True), notes)
-    curves = learning_curves(means, (CURVE,), Notes(), x_axis="seconds")
-    return [
-        {
-            "label": curve.runs[0].choices["experiment"],
-            "points": [[_rounded(point.x), _rounded(point.mean)] for point in _few(curve.points[CURVE])],
-        }
-        for curve in curves
-    ]
+    by_seconds = learning_curves(means, (CURVE,), Notes(), x_axis="seconds")
+    by_step = learning_curves(means, (CURVE,), Notes())
+    found = []
+    for curve, steps in zip(by_seconds, by_step, strict=True):
+        run, scale = curve.runs[0], 1.0
+        if (speed := speeds.get(run.choices["experiment"])) is not None:
+            curve, scale = steps, run.settings["trainer.batch_size"] / speed
+        points = [[_rounded(scale * point.x), _rounded(point.mean)] for point in _few(curve.points[CURVE])]
+        found.append({"label": run.choices["experiment"], "points": points})
+    return found
 
 
 def _few(points: Sequence[Point]) -> Sequence[Point]:
@@ -284,7 +310,9 @@ def main(arguments: Sequence[str]) -> None:
         return
     if arguments:
         notes = Notes()
-        data = collect([Path(argument) for argument in arguments], notes)
+        folders = [Path(argument) for argument in arguments]
+        place = folders.index(Path("--alone")) if "--alone" in arguments else len(folders)
+        data = collect(folders[:place], notes, folders[place + 1 :])
         notes.print_warnings()
         content = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
         write_atomic(DATA, lambda file: file.write(content.encode()))

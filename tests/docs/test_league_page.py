@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,20 @@ def test_rows_come_from_the_runs_of_league_recipes(script, outputs):
     assert "test/error" not in vb["measures"]
     points = {curve["label"]: curve["points"] for curve in data["curves"]}
     assert points["league_routing_em_r3"][0] == [1, pytest.approx(40)]  # without fold 9
+
+
+def test_speeds_and_seconds_come_from_runs_that_had_the_machine_alone(script, outputs):
+    quiet = outputs / "quiet"
+    shutil.copytree(outputs / "em-0", quiet / "em")
+    status = json.loads((quiet / "em" / "status.json").read_text())
+    (quiet / "em" / "status.json").write_text(json.dumps({**status, "training_seconds": 1.5}))
+    data = script.collect([*(path for path in outputs.iterdir() if path != quiet)], Notes(), [quiet])
+    em, uniform, _ = data["rows"]
+    assert em["measures"]["images_per_second"] == {"mean": pytest.approx(30 * 64 / 1.5), "n": 1}
+    assert em["seeds"] == [0, 1]
+    assert "mean" in uniform["measures"]["images_per_second"]
+    points = {curve["label"]: curve["points"] for curve in data["curves"]}
+    assert points["league_routing_em_r3"][0] == [pytest.approx(10 * 1.5 / 30), pytest.approx(40)]
 
 
 def test_tables_show_the_data(script, outputs):

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsexp.capsules import ReceptiveFields
-from capsexp.errors import refuse, require_literal
+from capsexp.errors import refuse, require_literal, stop_if_refused
 from capsexp.layer.matrix_start import Initialisation, Pose, matrix_side, start_matrices
 from capsexp.layer.routed import RoutedLayer, require_factory, shared_keyword
 from capsexp.ops.receptive_fields import Grid, gather_windows, receptive_fields
@@ -165,6 +165,7 @@ class ConvCaps(MatrixCaps):
         require_factory(routing)
         if "fields" not in inspect.signature(routing).parameters:
             refuse("routing must route windows, as `em` does; this one has no argument `fields`")
+            stop_if_refused()
         window = (min(kernel, grid.rows), min(kernel, grid.columns))
         fields = receptive_fields(grid, in_types, window, stride)
         super().__init__(

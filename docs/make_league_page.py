@@ -35,6 +35,8 @@ DATA, PAGE, FIGURE = DOCS / "league.json", DOCS / "league.md", DOCS / "images" /
 COMMAND = "python docs/make_league_page.py"
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 BASELINES = ("uniform", "pool")
+CONFUSION = DOCS / "images" / "league-toy-9.png"
+ODD_FOLD = 9
 CURVE, CURVE_POINTS = "validation/error", 60
 NONE = "–"  # noqa: RUF001
 
@@ -76,7 +78,24 @@ def collect(folders: Sequence[Path], notes: Notes, alone: Sequence[Path] = ()) -
     for row in rows:
         if row["recipe"] in speeds:
             row["measures"]["images_per_second"] = {"mean": _rounded(speeds[row["recipe"]]), "n": 1}
-    return {"rows": sorted(rows, key=_order), "curves": _curves(runs, speeds, notes)}
+    return {
+        "rows": sorted(rows, key=_order),
+        "curves": _curves(runs, speeds, notes),
+        "odd_fold": _odd_fold(runs),
+    }
+
+
+def _odd_fold(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return the confusion of the last validation of each recipe with toy `ODD_FOLD` held out."""
+    found = []
+    for run in runs:
+        errors = run.path / "validation_errors.json"
+        if run.settings.get(FOLD) == ODD_FOLD and errors.exists():
+            last = read_json(errors)["last"]
+            names = [part["name"] for part in last["classes"]]
+            recipe = run.choices["experiment"]
+            found.append({"recipe": recipe, "classes": names, "confusion": last["confusion"]})
+    return found
 
 
 def _speeds(folders: Sequence[Path], notes: Notes) -> dict[str, float]:
@@ -201,6 +220,12 @@ def tables(data: Mapping[str, Any]) -> str:
     parts = [part for _, rows in by_table for part in _table([*rows])]
     if data["curves"]:
         parts.append("![Error on toys held out against seconds of training](images/league.png)\n")
+    if data.get("odd_fold"):
+        recipe = data["odd_fold"][0]["recipe"]
+        parts.append(f"![Classes predicted for toy {ODD_FOLD}](images/{CONFUSION.name})\n")
+        parts.append(
+            f"*Toy {ODD_FOLD} of each class held out: images by class and predicted class, `{recipe}`.*\n"
+        )
     return "\n".join([*parts, *_conditions(data["rows"])])
 
 
@@ -301,6 +326,25 @@ def draw(data: Mapping[str, Any], file: Path) -> None:
     write_atomic(file, lambda opened: figure.savefig(opened, format="png", dpi=130))
 
 
+def draw_confusion(entry: Mapping[str, Any], file: Path) -> None:
+    """Draw images by class and predicted class."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    shares = [[count / max(1, sum(row)) for count in row] for row in entry["confusion"]]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row, counts in enumerate(entry["confusion"]):
+        for column, count in enumerate(counts):
+            dark = shares[row][column] > 0.5
+            axes.text(column, row, str(count), ha="center", va="center", color="white" if dark else "black")
+    places = range(len(entry["classes"]))
+    axes.set_xticks(places, entry["classes"])
+    axes.set_yticks(places, entry["classes"])
+    axes.set(xlabel="predicted class", ylabel="class")
+    write_atomic(file, lambda opened: figure.savefig(opened, format="png", dpi=130))
+
+
 def main(arguments: Sequence[str]) -> None:
     """Write data, page and figure, or check the page."""
     if [*arguments] == ["--check"]:
@@ -321,6 +365,8 @@ def main(arguments: Sequence[str]) -> None:
     write_atomic(PAGE, lambda file: file.write(content.encode()))
     if data["curves"]:
         draw(data, FIGURE)
+    if data.get("odd_fold"):
+        draw_confusion(data["odd_fold"][0], CONFUSION)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def test_speeds_and_seconds_come_from_runs_that_had_the_machine_alone(script, ou
     em, uniform, _ = data["rows"]
     assert em["measures"]["images_per_second"] == {"mean": pytest.approx(30 * 64 / 1.5), "n": 1}
     assert em["seeds"] == [0, 1]
-    assert "mean" in uniform["measures"]["images_per_second"]
+    assert "images_per_second" not in uniform["measures"]
     points = {curve["label"]: curve["points"] for curve in data["curves"]}
     assert points["league_routing_em_r3"][0] == [pytest.approx(10 * 1.5 / 30), pytest.approx(40)]
 
@@ -130,6 +130,16 @@ def test_tables_show_the_data(script, outputs):
 def test_the_figure_is_drawn_from_the_data(script, outputs, tmp_path):
     script.draw(script.collect([outputs], Notes()), tmp_path / "league.png")
     assert (tmp_path / "league.png").stat().st_size > 5000
+
+
+def test_the_confusion_of_toy_9_is_drawn(script, outputs, tmp_path):
+    content = {"last": errors(40), "best": None}
+    (outputs / "fold-9" / "validation_errors.json").write_text(json.dumps(content))
+    (entry,) = script.collect([outputs], Notes())["odd_fold"]
+    assert entry["classes"] == ["car", "truck"]
+    assert entry["confusion"] == [[160, 40], [0, 0]]
+    script.draw_confusion(entry, tmp_path / "confusion.png")
+    assert (tmp_path / "confusion.png").stat().st_size > 3000
 
 
 def test_a_page_without_markers_is_refused(script):

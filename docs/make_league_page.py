@@ -141,6 +141,7 @@ def _row(row: Row, folds: Row | None, notes: Notes) -> dict[str, Any]:
         "model": first.choices.get("model"),
         "seeds": sorted({run.settings["seed"] for run in row.counted if "seed" in run.settings}),
         "measures": measures,
+        "entropies": _entropies(tested),
         "classes": _means_by_name([found.classes for found in errors]),
         "toys": _means_by_name([found.groups for found in errors]),
         "machine": sorted({_machine(run) for run in row.runs}),
@@ -148,6 +149,18 @@ def _row(row: Row, folds: Row | None, notes: Notes) -> dict[str, Any]:
         "status": row.cells["status"],
         "resume": [command for run in row.runs if (command := resume_command(run)) is not None],
     }
+
+
+def _entropies(runs: Sequence[Run]) -> list[float]:
+    """Return the coupling's entropy in the test, as a share of its maximum, by layer: means over runs."""
+    found = []
+    for run in runs:
+        lines = (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        last = next(
+            (metrics for line in reversed(lines) if "test/accuracy" in (metrics := json.loads(line))), {}
+        )
+        found.append([value for name, value in last.items() if name.startswith("test/coupling_entropy/")])
+    return [_rounded(sum(layer) / len(layer)) for layer in zip(*found, strict=False)]
 
 
 def _command(run: Run) -> str:
@@ -185,7 +198,9 @@ def _machine(run: Run) -> str:
 
 
 def _curves(runs: Sequence[Run], speeds: Mapping[str, float], notes: Notes) -> list[dict[str, Any]]:
-    """Return the validation error of each recipe by seconds of training, a mean over seeds and four folds.
+    """Return the validation error of each recipe by seconds of training, a mean over seeds and folds.
+
+    Of the folds 4, 6, 7 and 8 those count that every recipe has, since toys differ.
 
     Args:
         runs: of the league.
@@ -195,6 +210,11 @@ def _curves(runs: Sequence[Run], speeds: Mapping[str, float], notes: Notes) -> l
     held_out = [run for run in runs if run.settings.get(FOLD) in CHOSEN]
     if not held_out:
         return []
+    by_recipe: dict[str, set[Any]] = {}
+    for run in held_out:
+        by_recipe.setdefault(run.choices["experiment"], set()).add(run.settings[FOLD])
+    common = set.intersection(*by_recipe.values())
+    held_out = [run for run in held_out if run.settings[FOLD] in common]
     means = mean_over_seeds(compare(held_out, notes, folds=True), notes)
     by_seconds = learning_curves(means, (CURVE,), Notes(), x_axis="seconds")
     by_step = learning_curves(means, (CURVE,), Notes())
@@ -279,6 +299,10 @@ COLUMNS = (
     ("gap to pool", _measure("test/gap_to_pool", "{:+.2f}")),
     ("accuracy on folds 4, 6, 7, 8, %", _measure("validation/folds_4_6_7_8", "{:.1f}", 100)),
     ("fold 9, %", _measure("validation/fold_9", "{:.1f}", 100)),
+    (
+        "coupling entropy by layer",
+        lambda row: ", ".join(f"{value:.2f}" for value in row["entropies"]) or NONE,
+    ),
     ("parameters", _measure("parameters", "{:,.0f}")),
     ("multiplications, million", _measure("multiplications", "{:.1f}", 1e-6)),
     ("images/s", _measure("images_per_second", "{:.0f}")),

@@ -97,7 +97,7 @@ def test_rows_come_from_the_runs_of_league_recipes(script, outputs):
     assert "test/gap_to_uniform" not in uniform["measures"]
     assert "test/error" not in vb["measures"]
     points = {curve["label"]: curve["points"] for curve in data["curves"]}
-    assert points["league_routing_em_r3"][0] == [1, pytest.approx(50)]  # of fold 4, the only one of all recipes
+    assert points["league_routing_em_r3"][0] == [1, pytest.approx(50)]  # fold 4: all recipes have it
 
 
 def test_speeds_and_seconds_come_from_runs_that_had_the_machine_alone(script, outputs):

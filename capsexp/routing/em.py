@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from capsexp.capsules import ReceptiveFields, Routed
 from capsexp.errors import (
-    UserError,
     refuse,
     require_at_least_1,
     require_at_most,
@@ -275,9 +274,7 @@ class EMRouting(nn.Module):
             return f"there is no fused EM routing with activation {self.options.activation}"
         side = weight.shape[2]
         reason = fused_reason(weight.device.type, weight.dtype, self.pose_dim // side, side)
-        if reason is not None and self.implementation == "fused":
-            raise UserError(f"routing.implementation=fused: {reason}")
-        return reason
+        return problem.insist(self.implementation, reason)
 
     def route_fused(self, votes: MatrixVotes, activations: Float[Tensor, "B I"]) -> Routed:
         """Make the votes and route them."""

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from capsexp.capsules import ReceptiveFields, Routed
 from capsexp.errors import (
-    UserError,
     require_at_least_1,
     require_at_most,
     require_literal,
     require_not_negative,
 )
 from capsexp.ops.em_steps import check_shapes, e_step, fit_gaussians, initial_shares
+from capsexp.ops.kernels import problem
 from capsexp.ops.kernels.heinsen import fused_heinsen_routing, fused_reason
 from capsexp.ops.moment_routing import moment_routing, moments_problem
 from capsexp.ops.receptive_fields import gather_windows
@@ -221,12 +221,8 @@ class HeinsenRouting(nn.Module):
         """
         if self.implementation == "reference":
             return "routing.implementation=reference"
-        reason = self._kernel_reason(weight)
-        if self._has_moments(weight):
-            return None
-        if reason is not None and self.implementation == "fused":
-            raise UserError(f"routing.implementation=fused: {reason}")
-        return reason
+        reason = self._kernel_reason(weight)  # also reports a missing library
+        return None if self._has_moments(weight) else problem.insist(self.implementation, reason)
 
     def route_fused(self, votes: MatrixVotes, activations: Float[Tensor, "B I"]) -> Routed:
         """Make the votes and route them; where there is no kernel, by moments of the poses, without votes."""

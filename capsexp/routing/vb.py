@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from capsexp.capsules import ReceptiveFields, Routed
-from capsexp.errors import UserError, require_at_least_1, require_at_most, require_literal
+from capsexp.errors import require_at_least_1, require_at_most, require_literal
 from capsexp.ops.em_steps import InitialCoupling, check_shapes, initial_shares, shares_of
 from capsexp.ops.kernels import problem
 from capsexp.ops.kernels.vb import fused_reason, fused_vb_routing
@@ -197,9 +197,7 @@ class VBRouting(nn.Module):
             return "routing.implementation=reference"
         side = weight.shape[2]
         reason = fused_reason(weight.device.type, weight.dtype, self.pose_dim // side, side)
-        if reason is not None and self.implementation == "fused":
-            raise UserError(f"routing.implementation=fused: {reason}")
-        return reason
+        return problem.insist(self.implementation, reason)
 
     def route_fused(self, votes: MatrixVotes, activations: Float[Tensor, "B I"]) -> Routed:
         """Make the votes and route them."""

@@ -7,6 +7,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from capsexp.errors import UserError
 from capsexp.ops.em_steps import InitialCoupling, Normalisation, initial_shares
 from capsexp.ops.kernels import HAS_TRITON
 from capsexp.ops.kernels.compiled import library_problem
@@ -69,6 +70,21 @@ def fused_reason(
     if device == "cuda":
         return None if HAS_TRITON else "Triton is not installed"
     return library_problem(f"{routing} takes the reference path, {slower} as slow")
+
+
+def insist(implementation: str, reason: str | None) -> str | None:
+    """Return the reason for the reference path, unless the config insists on the fused one.
+
+    Args:
+        implementation: of the config, "auto" or "fused".
+        reason: why there is no fused routing; None where there is one.
+
+    Raises:
+        UserError: the implementation is "fused", and there is none.
+    """
+    if reason is not None and implementation == "fused":
+        raise UserError(f"routing.implementation=fused: {reason}")
+    return reason
 
 
 def children_of(votes: MatrixVotes) -> Tensor:

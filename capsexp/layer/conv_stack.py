@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from capsexp.errors import refuse
+from capsexp.errors import refuse, require_at_least_1
 from capsexp.layer.matrix_caps import ConvCaps, MatrixCapsOptions
 from capsexp.ops.receptive_fields import Grid
 
@@ -10,11 +10,15 @@ from capsexp.ops.receptive_fields import Grid
 def require_windows(
     conv_types: Sequence[int], conv_kernels: Sequence[int], conv_strides: Sequence[int]
 ) -> None:
-    """Check that the lists that describe layers of convolutional capsules have the same length.
+    """Check the lists that describe layers of convolutional capsules, of which there may be none.
 
     Raises:
-        ValueError: they have not.
+        ValueError: a number < 1, or lists of different lengths.
     """
+    # None passes: an empty list is no layer.
+    require_at_least_1(
+        conv_types=conv_types or None, conv_kernels=conv_kernels or None, conv_strides=conv_strides or None
+    )
     if not len(conv_types) == len(conv_kernels) == len(conv_strides):
         refuse(
             "conv_types, conv_kernels and conv_strides must have one number per layer, "

@@ -94,9 +94,6 @@ class ConcurrentNet(nn.Module):
         require_at_least_1(
             primary_types=primary_types,
             pose_dim=pose_dim,
-            conv_types=conv_types or None,
-            conv_kernels=conv_kernels or None,
-            conv_strides=conv_strides or None,
         )
         require_windows(conv_types, conv_kernels, conv_strides)
         require_literal(RoutingOrder, routing_order=routing_order)

@@ -99,16 +99,13 @@ class MatrixCapsNet(nn.Module):
         decoder: Callable[..., nn.Module] | None,
     ) -> None:
         super().__init__()
-        require_at_least_1(  # None: no convolutional capsules
+        require_at_least_1(
             conv_channels=conv_channels,
             conv_kernel=conv_kernel,
             conv_stride=conv_stride,
             primary_types=primary_types,
             primary_kernel=primary_kernel,
             primary_stride=primary_stride,
-            conv_types=conv_types or None,
-            conv_kernels=conv_kernels or None,
-            conv_strides=conv_strides or None,
             pose_dim=pose_dim,
         )
         require_windows(conv_types, conv_kernels, conv_strides)

@@ -66,9 +66,6 @@ class SelfRoutingNet(nn.Module):
             primary_types=primary_types,
             primary_kernel=primary_kernel,
             pose_dim=pose_dim,
-            conv_types=conv_types or None,
-            conv_kernels=conv_kernels or None,
-            conv_strides=conv_strides or None,
         )
         require_windows(conv_types, conv_kernels, conv_strides)
         require_norm(norm=norm)

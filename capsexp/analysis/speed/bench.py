@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from capsexp.analysis.speed.measure import Variant, changed, in_process, is_routed
+from capsexp.analysis.speed.measure import in_process
+from capsexp.analysis.speed.variants import Variant, changed, is_routed
 from capsexp.config.build import build_components
 from capsexp.config.components import Components
 from capsexp.layer.routed import RoutedLayer
@@ -47,6 +48,7 @@ def bench(config: dict[str, Any], *, plugins: Sequence[str], compiled: bool = Fa
             steps.add_row(*_step_row(allocator, name, speed, peaks[name]))
         for name in list(variants)[1:]:
             steps.add_row(*ratio_row(allocator, name, speed, peaks))
+        steps.add_row(allocator, "memory floor", f"{speed['batch'] / speed['floor']:.1f}", "", "", "")
         steps.add_section()
         routed = {
             name: variant for name, variant in variants.items() if variant.routed and not variant.compiled
@@ -58,7 +60,9 @@ def bench(config: dict[str, Any], *, plugins: Sequence[str], compiled: bool = Fa
         console.print(layers)
     console.print(
         "images/s, ms/image: medians; the networks take turns, step by step. ratios: medians over neighboring"
-        " steps. memory: above the idle process. data share: time to get a batch / time of a training step"
+        " steps. memory: above the idle process. data share: time to get a batch / time of a training step."
+        " memory floor: a step that only moves what goes into and out of its layers, at the speed of a copy;"
+        " data that stay in a cache can be faster"
     )
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from capsexp.analysis.speed.bench import NETWORK, processor, variants_of
-from capsexp.analysis.speed.measure import changed, in_process
+from capsexp.analysis.speed.measure import in_process
+from capsexp.analysis.speed.variants import changed
 from capsexp.errors import UserError
 from capsexp.outputs import require_figure_file, write_output
 from capsexp.terminal import Table, new_console

@@ -3,26 +3,29 @@
 The C allocator is set up once per process, and the peak memory of a process never goes down.
 """
 
+import functools
 import json
+import math
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from capsexp.analysis.speed.floor import copy_bandwidth, step_bytes
+from capsexp.analysis.speed.variants import Variant, inputs_of_routed_layers, network_of
 from capsexp.capsules import Capsules
 from capsexp.child import python_command
 from capsexp.config.build import build_components
 from capsexp.config.components import Components
-from capsexp.config.settings import with_setting
 from capsexp.data.batches import Batches
 from capsexp.data.split import Split
-from capsexp.errors import UserError
+from capsexp.errors import UserError, first_line
 from capsexp.schedule import Step
 from capsexp.training.evaluate import inference
 from capsexp.training.gradients import accumulate_gradients, gradient_norm
@@ -34,58 +37,73 @@ MEMORY_STEPS = 3
 STEP = Step(0, 1)
 OUT_OF_MEMORY = "out of memory"
 """Key under which a process returns the allocator's message."""
+FAILED = "failed"
+"""Key under which a process returns the message of another error."""
 
 
-class Variant(NamedTuple):
-    """One of the compared networks."""
-
-    config: dict[str, Any]
-    """As `build_components` takes it."""
-    routed: bool = True
-    """False: each capsule layer is replaced by its `without_routing()`, if it has one."""
-    compiled: bool = False
-    """Under torch.compile."""
-
-
-def changed(config: dict[str, Any], group: str, **values: Any) -> dict[str, Any]:
-    """Return the config with other values in a group."""
-    for key, value in values.items():
-        config = with_setting(config, f"{group}.{key}", value)
-    return config
-
-
-def in_process(kind: str, variants: Mapping[str, Variant], *, plugins: Sequence[str]) -> dict[str, Any]:
+def in_process(
+    kind: str,
+    variants: Mapping[str, Variant],
+    *,
+    plugins: Sequence[str],
+    limit: float = math.inf,
+    timeout: float | None = None,
+) -> dict[str, Any]:
     """Measure in a new process.
 
     Args:
-        kind: "speed", "layers" or "peak", the functions below.
+        kind: "speed", "training", "layers" or "peak", the functions below.
         variants: by name; "peak" takes one.
         plugins: see `capsexp.config.build.build_components`.
+        limit: seconds after which "training" begins no more turns.
+        timeout: seconds after which the process is killed; None for no limit.
+
+    Raises:
+        MemoryError: the process had too little memory.
+        TimeoutError: it took longer than `timeout`.
+        UserError: it failed in another way.
     """
     task = {
         "kind": kind,
+        "limit": limit,
         "variants": {name: tuple(variant) for name, variant in variants.items()},
         "plugins": list(plugins),
     }
     command = python_command("from capsexp.analysis.speed.measure import answer; answer()")
     # In its own session: Ctrl-C ends it only through this process.
-    child = subprocess.run(
-        command, input=json.dumps(task), stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    try:
+        child = subprocess.run(
+            command,
+            input=json.dumps(task),
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"a measurement took longer than {timeout:.0f} s") from None
+    result = _last_line(child.stdout)
     if child.returncode != 0:
-        raise UserError(f"a measurement failed with code {child.returncode}")
-    result = dict(json.loads(child.stdout.splitlines()[-1]))
+        reason = f": {result[FAILED]}" if FAILED in result else ""
+        raise UserError(f"a measurement failed with code {child.returncode}{reason}")
     if OUT_OF_MEMORY in result:
         raise MemoryError(result[OUT_OF_MEMORY])
     return result
+
+
+def _last_line(output: str) -> dict[str, Any]:
+    """Return the result that a process printed; {} if it ended before."""
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    return dict(json.loads(lines[-1])) if lines else {}
 
 
 def answer() -> None:
     """Do the task that stdin holds, and print the result: the work of the new process."""
     try:
         result = measure(json.load(sys.stdin))
-    except (MemoryError, RuntimeError, OSError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
+            print(json.dumps({FAILED: f"{type(error).__name__}: {first_line(error)}"}))
             raise
         result = {OUT_OF_MEMORY: str(error)}
     print(json.dumps(result))
@@ -100,22 +118,54 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     first = next(iter(components.values()))
     first.device.prepare()
     torch.manual_seed(first.seed)
-    measures: dict[str, Callable[..., dict[str, Any]]] = {"speed": speed, "layers": layers, "peak": peak}
+    measures: dict[str, Callable[..., dict[str, Any]]] = {
+        "speed": speed,
+        "training": functools.partial(training, limit=task.get("limit", math.inf)),
+        "layers": layers,
+        "peak": peak,
+    }
     return measures[task["kind"]](variants, components)
 
 
 def speed(variants: Mapping[str, Variant], components: Mapping[str, Components]) -> dict[str, Any]:
-    """Return seconds of training and inference steps of networks that take turns, and of fetching a batch."""
+    """Return what `training` returns, and seconds of inference steps and of fetching a batch."""
     first = next(iter(components.values()))
     batches = random_batches(first)
-    models = {name: _network(variants[name], components[name]) for name in variants}
-    training_steps = {name: training_step(components[name], model, batches) for name, model in models.items()}
+    models = {name: network_of(variants[name], components[name]) for name in variants}
+    trained = _training(models, components, batches, limit=math.inf)
     inference_steps = {name: _inference_step(first, model, batches) for name, model in models.items()}
     return {
-        "batch": first.trainer.batch_size,
-        "training": in_turns(training_steps, first),
+        **trained,
         "inference": in_turns(inference_steps, first),
         "data": statistics.median(in_turns({"data": _fetch(batches)}, first)["data"]),
+    }
+
+
+def training(
+    variants: Mapping[str, Variant], components: Mapping[str, Components], *, limit: float
+) -> dict[str, Any]:
+    """Return seconds of training steps of networks that take turns, and the first network's floor.
+
+    The floor is the seconds of a step that only moves the `step_bytes`, at the speed of a copy.
+    """
+    batches = random_batches(next(iter(components.values())))
+    models = {name: network_of(variants[name], components[name]) for name in variants}
+    return _training(models, components, batches, limit=limit)
+
+
+def _training(
+    models: Mapping[str, nn.Module], components: Mapping[str, Components], batches: Batches, *, limit: float
+) -> dict[str, Any]:
+    (name, first), *_ = components.items()
+    moved = step_bytes(first, models[name], next(batches.training(0)))
+    bandwidth = copy_bandwidth(first.device.torch_device)
+    steps = {name: training_step(components[name], model, batches) for name, model in models.items()}
+    return {
+        "batch": first.trainer.batch_size,
+        "training": in_turns(steps, first, limit=limit),
+        "bytes": moved,
+        "bandwidth": bandwidth,
+        "floor": moved / bandwidth,
     }
 
 
@@ -125,8 +175,8 @@ def layers(variants: Mapping[str, Variant], components: Mapping[str, Components]
     batch = next(random_batches(first).training(0))
     steps: dict[str, dict[str, Callable[[], object]]] = {}
     for name in variants:
-        model = _network(variants[name], components[name])
-        for layer, capsules in _inputs_of_routed_layers(model, batch.images).items():
+        model = network_of(variants[name], components[name])
+        for layer, capsules in inputs_of_routed_layers(model, batch.images).items():
             steps.setdefault(layer, {})[name] = _layer_step(model.get_submodule(layer), capsules)
     return {
         "batch": len(batch.images),
@@ -142,7 +192,7 @@ def peak(variants: Mapping[str, Variant], components: Mapping[str, Components]) 
     batches = random_batches(components[name])
     cuda = components[name].device.torch_device.type == "cuda"
     idle = torch.cuda.memory_allocated() if cuda else _resident()
-    step = training_step(components[name], _network(variant, components[name]), batches)
+    step = training_step(components[name], network_of(variant, components[name]), batches)
     seconds = []
     for _ in range(MEMORY_STEPS):
         start = time.perf_counter()
@@ -154,10 +204,20 @@ def peak(variants: Mapping[str, Variant], components: Mapping[str, Components]) 
     return {"bytes": highest - idle, "seconds": min(seconds)}
 
 
-def in_turns(actions: Mapping[str, Callable[[], object]], components: Components) -> dict[str, list[float]]:
-    """Return seconds of each action, repeated in turns, so that a noisy machine slows all of them equally."""
+def in_turns(
+    actions: Mapping[str, Callable[[], object]], components: Components, *, limit: float = math.inf
+) -> dict[str, list[float]]:
+    """Return seconds of each action, repeated in turns, so that a noisy machine slows all of them equally.
+
+    Args:
+        actions: by name.
+        components: their device.
+        limit: seconds after which no turn begins, except the warm-up and the first one that counts.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for repeat in range(WARM_UP + REPEATS):
+        if sum(map(sum, seconds.values())) >= limit:
+            break
         for name, action in actions.items():
             start = time.perf_counter()
             action()
@@ -187,45 +247,6 @@ def random_batches(components: Components) -> Batches:
     images = torch.randint(0, 256, (count, *components.dataset.raw_shape), dtype=torch.uint8)
     split = Split(images, torch.arange(count) % len(components.dataset.classes))
     return components.batches(split, limit=None)
-
-
-def is_routed(model: nn.Module) -> bool:
-    """Return whether some layer has a form without routing."""
-    return any(hasattr(module, "without_routing") for module in model.modules())
-
-
-def without_routing(model: nn.Module) -> nn.Module:
-    """Replace each capsule layer by its `without_routing()`, in place; return the network."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if hasattr(child, "without_routing"):
-                setattr(parent, name, child.without_routing())  # type: ignore[operator]
-    return model
-
-
-def _network(variant: Variant, components: Components) -> nn.Module:
-    torch.manual_seed(components.seed)
-    model = components.new_model()
-    model = (model if variant.routed else without_routing(model)).to(components.device.torch_device)
-    model = model.to(memory_format=components.device.memory_format).train()
-    return torch.compile(model) if variant.compiled else model  # type: ignore[return-value]
-
-
-def _inputs_of_routed_layers(model: nn.Module, images: Tensor) -> dict[str, Capsules]:
-    inputs: dict[str, Capsules] = {}
-    hooks = []
-    for name, module in model.named_modules():
-        if hasattr(module, "routing") and hasattr(module, "weight"):
-
-            def record(_: nn.Module, arguments: tuple[Any, ...], name: str = name) -> None:
-                inputs[name] = Capsules(*(tensor.detach() for tensor in arguments[0]))
-
-            hooks.append(module.register_forward_pre_hook(record))
-    with torch.no_grad():
-        model(images)
-    for hook in hooks:
-        hook.remove()
-    return inputs
 
 
 def _layer_step(layer: nn.Module, capsules: Capsules) -> Callable[[], object]:

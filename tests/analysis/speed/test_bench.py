@@ -1,7 +1,7 @@
 import pytest
 
-from capsexp.analysis.speed import bench, measure
-from capsexp.analysis.speed.measure import Variant
+from capsexp.analysis.speed import bench, floor, measure
+from capsexp.analysis.speed.variants import Variant
 
 SPEED = {
     "batch": 4,
@@ -21,6 +21,7 @@ def quick(monkeypatch):
 
     monkeypatch.setattr(measure, "WARM_UP", 1)
     monkeypatch.setattr(measure, "REPEATS", 3)
+    monkeypatch.setattr(floor, "COPIED", 2**20)
     monkeypatch.setattr(bench, "in_process", in_this_process)
     monkeypatch.setenv("COLUMNS", "160")
 
@@ -32,7 +33,7 @@ def test_every_number_of_the_table_is_measured(quick, tiny_config, capsys):
     assert "batch 16" in text
     for label in (
         *("training images/s", "inference images/s", "data share", "no routing", "ratio to no routing"),
-        *("ratio to reference", "class_caps", "ms/image", "times that of reference"),
+        *("ratio to reference", "class_caps", "ms/image", "times that of reference", "memory floor"),
     ):
         assert label in text
     assert "class_caps.routing takes the fused path" in text

@@ -1,9 +1,12 @@
+import io
+import json
 import subprocess
+import sys
 
 import pytest
 
-from capsexp.analysis.speed import measure
-from capsexp.analysis.speed.measure import Variant
+from capsexp.analysis.speed import floor, measure, variants
+from capsexp.analysis.speed.variants import Variant
 from capsexp.errors import UserError
 
 
@@ -11,6 +14,7 @@ from capsexp.errors import UserError
 def quick(monkeypatch):
     monkeypatch.setattr(measure, "WARM_UP", 1)
     monkeypatch.setattr(measure, "REPEATS", 3)
+    monkeypatch.setattr(floor, "COPIED", 2**20)
 
 
 def task(kind, **variants):
@@ -29,10 +33,10 @@ def test_the_networks_take_turns(quick, tiny_components):
 def test_the_compared_network_has_the_same_parameters_and_no_votes(tiny_components):
     model = tiny_components().new_model()
     count = sum(parameter.numel() for parameter in model.parameters())
-    assert measure.is_routed(model)
-    without = measure.without_routing(model)
+    assert variants.is_routed(model)
+    without = variants.without_routing(model)
     assert sum(parameter.numel() for parameter in without.parameters()) == count
-    assert not measure.is_routed(without)
+    assert not variants.is_routed(without)
 
 
 def test_speed_has_every_network_in_both_phases(quick, tiny_config):
@@ -43,6 +47,14 @@ def test_speed_has_every_network_in_both_phases(quick, tiny_config):
         assert {name: len(times) for name, times in measured[phase].items()} == {"a": 3, "b": 3}
         assert min(min(times) for times in measured[phase].values()) > 0
     assert measured["data"] > 0
+    assert measured["floor"] == measured["bytes"] / measured["bandwidth"]
+
+
+def test_training_alone_ends_after_its_time(quick, tiny_config):
+    variants = {name: Variant(tiny_config("trainer.batch_size=8")) for name in ("a", "b")}
+    measured = measure.measure({**task("training", **variants), "limit": 0.0001})
+    assert {name: len(times) for name, times in measured["training"].items()} == {"a": 1, "b": 1}
+    assert "inference" not in measured
 
 
 def test_every_routed_layer_is_measured_alone(quick, tiny_config, em_config):
@@ -61,6 +73,23 @@ def test_the_peak_is_measured_in_a_new_process(tiny_config):
 
 
 def test_a_failed_measurement_is_an_error(tiny_config, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 9, stdout=""))
-    with pytest.raises(UserError, match="a measurement failed with code 9"):
-        measure.in_process("peak", {"a": Variant(tiny_config())}, plugins=[])
+    for printed, message in (
+        ("", "a measurement failed with code 9$"),
+        ('{"failed": "RuntimeError: no"}\n', "a measurement failed with code 9: RuntimeError: no$"),
+    ):
+        done = subprocess.CompletedProcess([], 9, stdout=printed)
+        monkeypatch.setattr(subprocess, "run", lambda *a, done=done, **k: done)
+        with pytest.raises(UserError, match=message):
+            measure.in_process("peak", {"a": Variant(tiny_config())}, plugins=[])
+
+
+def test_the_process_that_measures_says_what_went_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(task("none"))))
+    with pytest.raises(StopIteration):
+        measure.answer()
+    assert json.loads(capsys.readouterr().out) == {"failed": "StopIteration: StopIteration"}
+
+
+def test_a_measurement_that_takes_too_long_is_killed(tiny_config):
+    with pytest.raises(TimeoutError, match="a measurement took longer than 0 s"):
+        measure.in_process("peak", {"a": Variant(tiny_config())}, plugins=[], timeout=0.01)

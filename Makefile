@@ -9,7 +9,7 @@ DEMO := outputs/demo
 UNCHECKED := --strict-markers --import-mode=importlib
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-avx2 soak lint format docs clean
+.PHONY: help install demo test test-avx2 soak lint format docs clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,8 @@ $(INSTALLED):
 $(INSTALLED_DOCS): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	touch $@
+
+install: $(INSTALLED) ## the environment in .venv
 
 demo: $(INSTALLED) ## train a small CapsNet on embedded digits (under a minute), evaluate it, show where it is
 	rm -rf $(DEMO)

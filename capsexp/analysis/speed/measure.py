@@ -157,7 +157,8 @@ def _training(
     models: Mapping[str, nn.Module], components: Mapping[str, Components], batches: Batches, *, limit: float
 ) -> dict[str, Any]:
     (name, first), *_ = components.items()
-    moved = step_bytes(first, models[name], next(batches.training(0)))
+    plain = getattr(models[name], "_orig_mod", models[name])  # not under torch.compile
+    moved = step_bytes(first, plain, next(batches.training(0)))
     bandwidth = copy_bandwidth(first.device.torch_device)
     steps = {name: training_step(components[name], model, batches) for name, model in models.items()}
     return {

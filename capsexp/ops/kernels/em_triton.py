@@ -646,7 +646,8 @@ def em_backward(
         d_poses = _summed(pose_parts, seen, layer).view_as(poses)
         d_activations = _summed(active_parts, seen, layer).view_as(activations)
     by_matrix = d_weight.new_zeros(weight.shape).index_add_(0, matrix, d_weight)
-    d_beta_u, d_beta_a = betas.sum((0, 1))[:, : layer.types].unbind(0)
+    # Clones: an operator of PyTorch may not return two views of one tensor.
+    d_beta_u, d_beta_a = (part.clone() for part in betas.sum((0, 1))[:, : layer.types])
     return (
         d_poses.to(poses.dtype),
         by_matrix.to(weight.dtype),

@@ -247,6 +247,28 @@ def test_what_is_not_kept_for_a_gradient_leaves_the_last_iteration(interpreted, 
         assert torch.equal(tensor[-1:], other)
 
 
+# On CUDA the operator calls the kernels; here they take the place of C++ on the CPU.
+OPERATOR = """
+import torch
+from capsexp.ops.kernels import em, em_triton
+
+em.em_routing_op.register_kernel("cpu")(em_triton.em_forward)
+em.em_routing_backward_op.register_kernel("cpu")(em_triton.em_backward)
+inputs = [torch.rand(*shape).requires_grad_() for shape in ((1, 2, 4), (2, 3, 2, 2), (1, 2), (3,), (3,))]
+for iterations in (1, 2):
+    places = torch.full((1, 2), 1 / 3), torch.arange(2)[None], torch.arange(2), None
+    given = (*inputs, torch.ones(iterations), *places, 0.01, 1.0, 0.1, "types", False)
+    poses, activations, *_ = em.em_routing_op(*given, True)
+    torch.autograd.grad((poses.sum(), activations.sum()), inputs)
+    with torch.no_grad():
+        assert torch.equal(em.em_routing_op(*given, False)[0], poses)
+"""
+
+
+def test_the_operator_of_torch_accepts_what_the_kernels_return(interpreted):
+    interpreted(exec, OPERATOR, {})
+
+
 # Over 14 draws in float32 and 10 in each half precision (Xeon, AVX-512) log2 of the ratio of both errors has
 # means of -0.3 to 0.5 and deviations of up to 1.1, so the mean of 18 draws is 4.2 deviations or more below 1:
 # false alarms below 1e-4.

@@ -66,9 +66,10 @@ def describe_machine() -> dict[str, Any]:
     """Return the machine as a process of its own sees it, so that this one never opens the card."""
     command = python_command("from scripts.on_a_gpu.machine import answer; answer()")
     child = run_child(command, end=time.monotonic() + 60)
-    if child.code != 0 or not child.in_time:
+    try:
+        return dict(json.loads(child.out.splitlines()[-1]))
+    except (IndexError, ValueError):
         return {"error": child.last_line()}
-    return dict(json.loads(child.out.splitlines()[-1]))
 
 
 def _parse(arguments: Sequence[str] | None) -> tuple[Plan, tuple[Part, ...]]:

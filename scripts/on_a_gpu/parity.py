@@ -44,7 +44,7 @@ _ODD = (*_EM, "model.primary_types=3", "model.conv_types=[5,7]", "model.conv_ker
 _CAPSNET = ("model=dynamic_routing", "dataset=mnist")
 CASES = {
     "68K": Case(8, _EM),
-    "310K": Case(4, ("model=em_routing_310k", "dataset=smallnorb")),
+    "310K": Case(2, ("model=em_routing_310k", "dataset=smallnorb")),
     "CapsNet": Case(8, _CAPSNET),
     "odd sizes": Case(3, (*_ODD, "routing.mean_smoothing=0.3", "routing.normalisation=types")),
     "odd sizes, 3x3 poses": Case(5, (*_ODD, "model.pose_dim=9", "routing.normalisation=official_v1")),

@@ -69,7 +69,7 @@ def _head(report: Mapping[str, Any]) -> list[str]:
 
 def _tests(result: Entry) -> list[str]:
     counts = ", ".join(f"{count} {name}" for name, count in result["counts"].items())
-    return [f"`pytest -m gpu`: {counts}.", *_list(result["failures"])]
+    return [f"{counts}.", *_list(result["failures"])]
 
 
 def _parity(result: Entry) -> list[str]:

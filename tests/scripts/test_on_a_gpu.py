@@ -236,8 +236,9 @@ def test_networks_that_do_not_fit_together_are_measured_alone(monkeypatch):
 
 def test_a_measurement_that_takes_too_long_keeps_the_fused_network(monkeypatch):
     monkeypatch.setattr(measure, "in_process", measuring(fits=1, error=TimeoutError))
-    found = speed.measured({"routing": 0, "reference": 0}, False, PLAN, soon())
-    assert found["images/s"] == {"routing": 4, "reference": "more than 60 s"}
+    for cpu, reason in ((False, "more than 60 s"), (True, "no time left")):
+        found = speed.measured({"routing": 0, "reference": 0}, False, PLAN._replace(cpu=cpu), soon())
+        assert found["images/s"] == {"routing": 4, "reference": reason}
     found = speed.measured({"routing": 0}, False, PLAN, time.monotonic())
     assert found == {"images/s": {"routing": "no time left"}}
 
@@ -273,6 +274,13 @@ def test_a_training_that_fails_says_why(monkeypatch, tmp_path):
     monkeypatch.setattr(training, "run_child", lambda *arguments, **options: said)
     outcome = training.run(PLAN._replace(folder=tmp_path), soon())
     assert (outcome.status, outcome.message) == ("failed", "capsexp: out of memory")
+
+
+def test_a_machine_that_cannot_be_described_does_not_stop_the_report(light, monkeypatch, tmp_path):
+    broken = Child(1, "", "OSError: no driver\n", in_time=True)
+    monkeypatch.setattr(command, "run_child", lambda *arguments, **options: broken)
+    assert command.main(["--cpu", str(tmp_path), "--only", "tests"]) == 0
+    assert "could not be described: OSError: no driver" in (tmp_path / "on_a_gpu.md").read_text()
 
 
 def test_the_machine_is_described_without_its_owner():

@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from capsexp.capsules import Output
 from capsexp.data.batches import Batches
 from capsexp.data.preprocess import Preprocess
 from capsexp.data.split import Split
 from capsexp.data.warp import ELASTIC_POINTS, Warp
+from capsexp.loss.cross_entropy import CrossEntropy
+from capsexp.schedule import Step
 
 NONE = {"rotation": 0, "scale": None, "shear": 0, "elastic": 0}
 
@@ -178,3 +181,17 @@ def test_part_of_a_mixed_batch_keeps_its_other_labels():
     assert torch.equal(part.mixed.labels, batch.mixed.labels[3:7])
     assert torch.equal(part.images, batch.images[3:7])
     assert F.one_hot(part.labels, 40).shape == (4, 40)
+
+
+def test_a_mixed_batch_in_pieces_has_the_loss_of_the_whole():
+    batches, _ = mixup_batches()
+    batch = next(batches.training(0))
+    loss = CrossEntropy(label_smoothing=0.1, weight_decay=0.0, reconstruction_weight=0.0)
+    scores = torch.randn(16, 40, generator=generator(1))
+
+    def term(rows):
+        output = Output(scores=scores[rows], probabilities=scores[rows].softmax(1))
+        return loss(output, batch.take(rows), Step(0, 10))["cross_entropy"]
+
+    whole, halves = term(slice(None)), [term(slice(0, 8)), term(slice(8, 16))]
+    torch.testing.assert_close(sum(halves) / 2, whole)

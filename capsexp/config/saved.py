@@ -55,7 +55,7 @@ ADDED_KEYS: dict[str, dict[str, Any]] = {
     "capsexp.loss.cross_entropy.CrossEntropy": {"label_smoothing": 0.0},
     "capsexp.dataset.image_folder.ImageFolder": {"background": "auto", "white_level": None},
     "capsexp.model.dynamic_routing.CapsNet": {"transformation": "matrix"},
-    "capsexp.training.trainer.Trainer": {"max_seconds": None},
+    "capsexp.training.trainer.Trainer": {"max_seconds": None, "best_by": None, "patience": None},
     "capsexp.model.em_routing.MatrixCapsNet": {
         "initialisation": "identity",
         "vote_bias": False,

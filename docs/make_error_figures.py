@@ -66,8 +66,8 @@ class Wrong(NamedTuple):
 
 def load(path: Path) -> TrainedRun:
     """Load a run with the weights that it tested."""
-    tested = load_saved_config(path)["trainer"]["test"]
-    return capsexp.load(path, weights="last" if tested == "none" else tested)
+    weights = load_saved_config(path)["trainer"]["test"]
+    return capsexp.load(path, weights="last" if weights == "none" else weights)
 
 
 def tested(run: TrainedRun) -> Iterator[Tested]:

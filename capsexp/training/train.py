@@ -230,7 +230,8 @@ class Training:
         self.record.log_metrics(state.step, results, seconds=state.seconds, epoch=state.epoch)
         note_peak(self.run, self.components)
         ending = {"results": results, "stopped": state.stopped, "exit_code": 0}
-        self.run.update_status("completed", **state.progress, **ending)
+        caveats = self.components.caveats()
+        self.run.update_status("completed", **state.progress, **ending, caveats=caveats)
         return results
 
     def _restore_tested_weights(self) -> Step:

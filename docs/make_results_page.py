@@ -19,6 +19,7 @@ from page_parts import markers, replace_part
 from results_page import store, tables
 from results_page.figure import draw, panels
 from results_page.record import record
+from results_page.trials import trials
 
 from capsexp.errors import UserError, noting, print_error
 from capsexp.files import write_atomic
@@ -31,6 +32,7 @@ PARTS: dict[str, Callable[[store.Data], str]] = {
     "headlines": tables.headlines,
     "curves": lambda data: curves(data),
     "errors": tables.errors,
+    "trials": trials,
     "runs": tables.all_runs,
     "earlier": tables.earlier,
 }

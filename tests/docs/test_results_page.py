@@ -8,8 +8,10 @@ from pathlib import Path
 import make_results_page as script
 import pytest
 import yaml
+from page_parts import NONE
 from results_page import store, tables
 from results_page.record import record
+from results_page.trials import trials
 
 from capsexp.errors import UserError
 
@@ -297,3 +299,33 @@ def test_the_command_line_adds_a_run_and_writes_the_page(finished, data, tmp_pat
     assert script.main(["readme"]) == 0
     assert script.main(["add", str(tmp_path / "nowhere")]) == 2
     assert "nowhere is no run directory" in capsys.readouterr().err
+
+
+def trial(recipe, error, fold, *overrides, seed=0):
+    changed = [f"dataset.validation_instance={fold}", "trainer.test=none", *overrides]
+    run = {"recipe": recipe, "overrides": changed, "seed": seed, "kept": True, "tests": [], "images": 640}
+    return run | {"curve": [[320, 1.0, 50.0], [640, 2.0, error]], "epochs": 2.0}
+
+
+def test_trials_are_sorted_by_their_mean_over_toys(data):
+    data["runs"] = [
+        trial("a", 20.0, 6),
+        trial("a", 10.0, 7),
+        trial("a", 12.0, 6, "loss.label_smoothing=0.1"),
+        trial("b", 30.0, "[4,6]", seed=0),
+        trial("b", 40.0, "[4,6]", seed=1),
+    ]
+    lines = trials(data).splitlines()
+    assert lines[0].split(" | ")[3:] == ["toy 6, %", "toy 7, %", "toy [4,6], %", "mean, % |"]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:5]]
+    assert [(row[0], row[1], row[3:]) for row in cells] == [
+        ("`a`", "`loss.label_smoothing=0.1`", ["12.0", NONE, NONE, "12.0"]),
+        ("`a`", NONE, ["20.0", "10.0", NONE, "15.0"]),
+        ("`b`", NONE, [NONE, NONE, "35.0", "35.0"]),
+    ]
+    assert "In all rows: `trainer.test=none`." in lines
+
+
+def test_a_run_with_a_test_is_no_trial(data):
+    data["runs"] = [trial("a", 20.0, 6) | {"tests": [{"weights": "last"}]}]
+    assert trials(data) == "No run yet.\n"

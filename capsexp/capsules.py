@@ -8,8 +8,17 @@ both.
 
 from typing import NamedTuple
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+
+class Mixed(NamedTuple):
+    """The other image in each image of a batch that was mixed (mixup)."""
+
+    labels: Int[Tensor, " B"]
+    """Class of the other image."""
+    share: float
+    """Share in [0.5, 1] of the image that `Batch.labels` belongs to."""
 
 
 class Batch(NamedTuple):
@@ -24,6 +33,13 @@ class Batch(NamedTuple):
     the images that it was made of, each alone, in the order of the labels."""
     indices: Int[Tensor, " B *T"]
     """Position in the split of each image, or of those that it was made of, for error messages."""
+    mixed: Mixed | None = None
+    """None: not mixed. Otherwise the loss is the mean of those with both labels, by shares."""
+
+    def take(self, rows: slice | Int[Tensor, " R"] | Bool[Tensor, " B"]) -> "Batch":
+        """Return some of the images with all that belongs to them."""
+        mixed = self.mixed and self.mixed._replace(labels=self.mixed.labels[rows])
+        return Batch(self.images[rows], self.labels[rows], self.pixels[rows], self.indices[rows], mixed)
 
 
 class Capsules(NamedTuple):

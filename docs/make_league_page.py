@@ -17,8 +17,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from page_parts import NONE, few, plain, replace_part, rounded, table
+
 from capsexp.compare.comparison import compare
-from capsexp.compare.curves import COLOURS, OTHER_COLOUR, Point, learning_curves, mean_over_seeds
+from capsexp.compare.curves import COLOURS, OTHER_COLOUR, learning_curves, mean_over_seeds
 from capsexp.compare.group_errors import test_errors
 from capsexp.compare.intervals import Interval
 from capsexp.compare.means import Row, Spread, spread
@@ -33,12 +35,10 @@ from capsexp.training.run_dir import RunDir
 DOCS = Path(__file__).resolve().parent
 DATA, PAGE, FIGURE = DOCS / "league.json", DOCS / "league.md", DOCS / "images" / "league.png"
 COMMAND = "python docs/make_league_page.py"
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 BASELINES = ("uniform", "pool")
 CONFUSION = DOCS / "images" / "league-toy-9.png"
 ODD_FOLD = 9
-CURVE, CURVE_POINTS = "validation/error", 60
-NONE = "–"  # noqa: RUF001
+CURVE = "validation/error"
 
 # Published test errors on smallNORB in %, by the end of a recipe's name: of larger networks or longer
 # trainings than ours, beside our rows for orientation only.
@@ -71,13 +71,13 @@ def collect(folders: Sequence[Path], notes: Notes, alone: Sequence[Path] = ()) -
     final = [run for run in runs if run.settings.get(FOLD) is None]
     choices = {choice for run in final for choice in run.choices.values()}
     baselines = [name for name in BASELINES if name in choices]
-    table = compare(final, notes, group_by=["seed"], baselines=baselines, sort_by="test")
+    compared = compare(final, notes, group_by=["seed"], baselines=baselines, sort_by="test")
     folds = {_key(row): row for row in compare(runs, Notes(), folds=True).rows}
-    rows = [_row(row, folds.pop(_key(row), None), notes) for row in table.rows]
+    rows = [_row(row, folds.pop(_key(row), None), notes) for row in compared.rows]
     rows += [_row(row, row, notes) for row in folds.values()]  # held out only: no test yet
     for row in rows:
         if row["recipe"] in speeds:
-            row["measures"]["images_per_second"] = {"mean": _rounded(speeds[row["recipe"]]), "n": 1}
+            row["measures"]["images_per_second"] = {"mean": rounded(speeds[row["recipe"]]), "n": 1}
     return {
         "rows": sorted(rows, key=_order),
         "curves": _curves(runs, speeds, notes),
@@ -129,9 +129,9 @@ def _row(row: Row, folds: Row | None, notes: Notes) -> dict[str, Any]:
     cells = {name: value for name, value in row.cells.items() if tested or not name.startswith("test/")}
     if folds is not None:
         cells |= {column.name: folds.cells.get(column.name) for column in FOLDS}
-    measures = {name: _plain(value) for name, value in cells.items() if isinstance(value, Spread | Interval)}
+    measures = {name: plain(value) for name, value in cells.items() if isinstance(value, Spread | Interval)}
     if error := [100 - 100 * run.test for run in tested if run.test is not None]:
-        measures["test/error"] = _plain(spread(error))
+        measures["test/error"] = plain(spread(error))
     errors = [found for run in tested if (found := test_errors(run.path, run.test, notes)) is not None]
     return {
         "recipe": first.choices["experiment"],
@@ -160,7 +160,7 @@ def _entropies(runs: Sequence[Run]) -> list[float]:
             (metrics for line in reversed(lines) if "test/accuracy" in (metrics := json.loads(line))), {}
         )
         found.append([value for name, value in last.items() if name.startswith("test/coupling_entropy/")])
-    return [_rounded(sum(layer) / len(layer)) for layer in zip(*found, strict=False)]
+    return [rounded(sum(layer) / len(layer)) for layer in zip(*found, strict=False)]
 
 
 def _command(run: Run) -> str:
@@ -170,15 +170,6 @@ def _command(run: Run) -> str:
     return shlex.join(["capsexp", "train", *overrides])
 
 
-def _plain(value: Spread | Interval) -> dict[str, Any]:
-    return {name: _rounded(number) for name, number in vars(value).items() if number is not None}
-
-
-def _rounded(number: int | float) -> int | float:
-    """Return a number with six digits: more would change with the order of a sum."""
-    return number if isinstance(number, int) else float(f"{number:.6g}")
-
-
 def _means_by_name(runs: Sequence[Iterable[Any]]) -> dict[str, int | float]:
     """Return the error of each class or toy in %, averaged over runs."""
     shares: dict[str, list[float]] = {}
@@ -186,7 +177,7 @@ def _means_by_name(runs: Sequence[Iterable[Any]]) -> dict[str, int | float]:
         for part in parts:
             if part.images:
                 shares.setdefault(part.name, []).append(100 * part.errors / part.images)
-    return {name: _rounded(sum(values) / len(values)) for name, values in shares.items()}
+    return {name: rounded(sum(values) / len(values)) for name, values in shares.items()}
 
 
 def _machine(run: Run) -> str:
@@ -223,13 +214,9 @@ def _curves(runs: Sequence[Run], speeds: Mapping[str, float], notes: Notes) -> l
         run, scale = curve.runs[0], 1.0
         if (speed := speeds.get(run.choices["experiment"])) is not None:
             curve, scale = steps, run.settings["trainer.batch_size"] / speed
-        points = [[_rounded(scale * point.x), _rounded(point.mean)] for point in _few(curve.points[CURVE])]
+        points = [[rounded(scale * point.x), rounded(point.mean)] for point in few(curve.points[CURVE])]
         found.append({"label": run.choices["experiment"], "points": points})
     return found
-
-
-def _few(points: Sequence[Point]) -> Sequence[Point]:
-    return points[:: -(-len(points) // CURVE_POINTS) or 1]
 
 
 def tables(data: Mapping[str, Any]) -> str:
@@ -253,7 +240,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield the tables of one dataset and budget: errors and costs, then errors by class."""
     yield f"**{rows[0]['dataset']}, {rows[0]['budget']}**\n"
     columns = [column for column in COLUMNS if any(column[1](row) != NONE for row in rows)]
-    yield _markdown([title for title, _ in columns], [[cell(row) for _, cell in columns] for row in rows])
+    yield table([title for title, _ in columns], [[cell(row) for _, cell in columns] for row in rows])
     for kind, title in (("classes", "class"), ("toys", "test toy")):
         names = list(dict.fromkeys(name for row in rows for name in row[kind]))
         lines = [
@@ -262,12 +249,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         ]
         if names:
             yield f"Errors by {title}, %:\n"
-            yield _markdown(["row", *names], lines)
-
-
-def _markdown(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    every = [titles, ["---"] * len(titles), *lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in every)
+            yield table(["row", *names], lines)
 
 
 def _name(row: Mapping[str, Any]) -> str:
@@ -326,11 +308,7 @@ def _conditions(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def page(data: Mapping[str, Any], before: str) -> str:
     """Return the page with the tables of the data between its markers."""
-    head, begin, rest = before.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"{PAGE} needs the lines {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n\n{tables(data)}\n{END}{tail}"
+    return replace_part(before, "tables", tables(data), origin=PAGE.name)
 
 
 def draw(data: Mapping[str, Any], file: Path) -> None:

@@ -44,10 +44,18 @@ RENAMED_VALUES = {  # by the new name of the key
 }
 # By class: keys that configs of earlier versions lack, with the values of conf/.
 ADDED_KEYS: dict[str, dict[str, Any]] = {
-    "capsexp.data.preprocess.Preprocess": {"shift_fill": "zeros"},
+    "capsexp.data.preprocess.Preprocess": {
+        "shift_fill": "zeros",
+        "rotation": 0,
+        "scale": None,
+        "shear": 0,
+        "elastic": 0,
+        "mixup": 0,
+    },
+    "capsexp.loss.cross_entropy.CrossEntropy": {"label_smoothing": 0.0},
     "capsexp.dataset.image_folder.ImageFolder": {"background": "auto", "white_level": None},
     "capsexp.model.dynamic_routing.CapsNet": {"transformation": "matrix"},
-    "capsexp.training.trainer.Trainer": {"max_seconds": None},
+    "capsexp.training.trainer.Trainer": {"max_seconds": None, "best_by": None, "patience": None},
     "capsexp.model.em_routing.MatrixCapsNet": {
         "initialisation": "identity",
         "vote_bias": False,

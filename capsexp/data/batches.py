@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from capsexp.capsules import Batch
+from capsexp.capsules import Batch, Mixed
 from capsexp.data.image_ops import require_bytes
 from capsexp.data.preprocess import Preprocess, Preprocessed
 from capsexp.data.seeds import derive_seed, epoch_order
@@ -120,4 +120,6 @@ class Batches:
     def _batch(self, indices: Int64[Tensor, " B"], preprocessed: Preprocessed) -> Batch:
         images = preprocessed.images.contiguous(memory_format=self.memory_format)
         pixels = images if preprocessed.images is preprocessed.pixels else preprocessed.pixels
-        return Batch(images, self.labels[indices], pixels, indices)
+        labels, mixup = self.labels[indices], preprocessed.mixup
+        mixed = None if mixup is None else Mixed(labels[mixup.partners], mixup.share)
+        return Batch(images, labels, pixels, indices, mixed)

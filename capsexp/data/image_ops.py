@@ -48,9 +48,12 @@ def crop_at(
     return views[torch.arange(len(images), device=images.device), :, corners[:, 0], corners[:, 1]]
 
 
-def mirror(images: UInt8[Tensor, "B C H W"], chosen: Bool[Tensor, " B"]) -> UInt8[Tensor, "B C H W"]:
-    """Mirror the chosen images left to right."""
-    return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(3), images)
+def mirror(
+    images: UInt8[Tensor, "B C H W"], chosen: Bool[Tensor, " B"], *, swap_channels: bool = False
+) -> UInt8[Tensor, "B C H W"]:
+    """Mirror the chosen images left to right; `swap_channels` also reverses the order of their channels."""
+    mirrored = images.flip(1, 3) if swap_channels else images.flip(3)
+    return torch.where(chosen.to(images.device)[:, None, None, None], mirrored, images)
 
 
 def uniform_per_image(

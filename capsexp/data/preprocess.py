@@ -1,7 +1,8 @@
 """Preprocessing of a whole batch of images on its way from memory to the network.
 
-Geometry (shift, crop, flip) comes first and works on bytes; brightness, contrast and standardisation follow.
-The images in [0, 1] after geometry are returned too: they are what a decoder has to reconstruct.
+Geometry (deformation, shift, crop, flip) comes first and works on bytes; then come brightness, contrast,
+standardisation and mixup. The images in [0, 1] after geometry are returned too: they are what a decoder has
+to reconstruct.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from capsexp.data.image_ops import (
     to_unit,
     uniform_per_image,
 )
+from capsexp.data.warp import Warp
 from capsexp.errors import refuse, require_at_least_1, require_literal, require_not_negative
 
 Shape = tuple[int, int, int]
@@ -42,6 +44,16 @@ EXACT_FLOATS = (torch.float16, torch.float32, torch.float64)
 
 Standardise = Literal["first", "last", "camera"]
 ContrastMean = Literal["window", "image"]
+Flip = bool | Literal["stereo"]
+
+
+class Mixup(NamedTuple):
+    """How a training batch was mixed: image b is `share` of itself and 1 - share of its partner."""
+
+    partners: Int64[Tensor, " B"]
+    """Position in the batch of the image that each image was mixed with."""
+    share: float
+    """In [0.5, 1], the same for the whole batch."""
 
 
 class Preprocessed(NamedTuple):
@@ -51,6 +63,8 @@ class Preprocessed(NamedTuple):
     """The network's input; the same object as `pixels` when every step but geometry is off."""
     pixels: Float[Tensor, "B C H W"]
     """In [0, 1], after geometry only. The decoder's target."""
+    mixup: Mixup | None = None
+    """None for images that are not mixed."""
 
 
 class Preprocess:
@@ -63,9 +77,13 @@ class Preprocess:
             Antialiased; done once, when a dataset is read.
         shift: moves each image by an integer drawn from -shift … shift along each axis. Training only (Sabour
             et al. 2017: 2).
-        shift_fill: what a shift moves in: "zeros", or the outermost pixels, repeated ("edge").
+        shift_fill: what a shift or a deformation moves in: "zeros", or the outermost pixels, repeated
+            ("edge").
         crop: side of a square window, placed at random in training and in the center otherwise.
-        flip: mirrors left and right with probability 1/2. Training only.
+        flip: mirrors left and right with probability 1/2. Training only. "stereo" also swaps the two
+            channels of a mirrored image: a mirrored scene, seen by a mirrored pair of cameras.
+        rotation, scale, shear, elastic: ranges of a random deformation before everything else; see `Warp`.
+            0 or None for none. Training only.
         brightness: adds one number per image, uniform in ±brightness, in units of 1/255 or, with
             `standardise: first`, of the image's standard deviation. Training only.
         contrast: [lowest, highest] factor by which each channel's distance from its mean is multiplied.
@@ -78,6 +96,9 @@ class Preprocess:
             window, as the last step. That undoes brightness; it undoes contrast too for one channel, nearly
             for several. `camera` does the same to each channel by itself. `first` uses mean and deviation of
             the whole image, before everything else.
+        mixup: a of the Beta(a, a) distribution of the share by which each image of a batch, and its label,
+            is mixed with another of the batch; one share for a batch (Zhang et al., "mixup: Beyond empirical
+            risk minimization", ICLR 2018). 0 for none. Training only.
         test_crops: windows that `test_views` returns: 1, the center; or 13, which adds the center moved by
             1, 2 and 3 pixels along both diagonals (the code of Hinton et al. 2018).
 
@@ -92,15 +113,22 @@ class Preprocess:
         shift: int,
         shift_fill: ShiftFill,
         crop: int | None,
-        flip: bool,
+        flip: Flip,
+        rotation: int | float,
+        scale: Sequence[int | float] | None,
+        shear: int | float,
+        elastic: int | float,
         brightness: int | float,
         contrast: Sequence[int | float] | None,
         contrast_mean: ContrastMean,
         standardise: Standardise | None,
+        mixup: int | float,
         test_crops: int,
     ) -> None:
         require_at_least_1(crop=crop)
-        require_not_negative(shift=shift)
+        require_not_negative(shift=shift, mixup=mixup)
+        if not isinstance(flip, bool):
+            require_literal(Literal["stereo"], flip=flip)
         if standardise is not None:
             require_literal(Standardise, standardise=standardise)
         require_literal(ContrastMean, contrast_mean=contrast_mean)
@@ -109,6 +137,8 @@ class Preprocess:
             refuse(f"test_crops must be 1 or 13, got {test_crops!r}")
         self.resize = _parse_size(resize)
         self.shift, self.shift_fill, self.crop, self.flip = shift, shift_fill, crop, flip
+        self.warp = Warp.parse(rotation=rotation, scale=scale, shear=shear, elastic=elastic)
+        self.mixup = float(mixup)
         self.standardise = standardise
         self.brightness = _scale_brightness(brightness, deviations=standardise == "first")
         self.contrast = _parse_contrast(contrast)
@@ -139,6 +169,8 @@ class Preprocess:
             )
         if self.shift >= min(height, width):
             refuse(f"shift must be < the image's {height}x{width}, got {self.shift}")
+        if self.flip == "stereo" and channels != 2:
+            refuse(f"flip 'stereo' needs images of two channels, one for each camera, got {channels}")
         return (channels, self.crop or height, self.crop or width)
 
     def resize_all(self, images: UInt8[Tensor, "N C H W"]) -> UInt8[Tensor, "N C h w"]:
@@ -149,8 +181,10 @@ class Preprocess:
 
     def train(self, images: UInt8[Tensor, "B C H W"], generator: torch.Generator) -> Preprocessed:
         """Preprocess a training batch; each image gets its own draws from `generator`, a CPU generator."""
+        images = self.warp.apply(images, fill=self.shift_fill, generator=generator)
         pixels = to_unit(self._random_geometry(images, generator))
-        return Preprocessed(self._network_input(pixels, images, generator), pixels)
+        batch = Preprocessed(self._network_input(pixels, images, generator), pixels)
+        return self._mixed(batch, generator) if self.mixup else batch
 
     def test(self, images: UInt8[Tensor, "B C H W"]) -> Preprocessed:
         """Preprocess a batch without augmentation; a crop is the center of its image.
@@ -181,8 +215,20 @@ class Preprocess:
                 images, height, width, shift=self.shift, fill=self.shift_fill, generator=generator
             )
         if self.flip:
-            images = mirror(images, torch.rand(count, generator=generator) < 0.5)
+            chosen = torch.rand(count, generator=generator) < 0.5
+            images = mirror(images, chosen, swap_channels=self.flip == "stereo")
         return images
+
+    def _mixed(self, batch: Preprocessed, generator: torch.Generator) -> Preprocessed:
+        """Mix each image of a batch with another of the same batch."""
+        # Beta(a, a) from two Gamma(a, 1): torch.distributions takes no generator.
+        parameter = torch.full((2,), self.mixup, dtype=torch.float64)
+        first, second = torch._standard_gamma(parameter, generator=generator).tolist()
+        share = first / (first + second) if first + second > 0 else 1.0
+        mixup = Mixup(torch.randperm(len(batch.images), generator=generator), max(share, 1 - share))
+        partners = mixup.partners.to(batch.images.device)
+        images, pixels = (mixup.share * x + (1 - mixup.share) * x[partners] for x in batch[:2])
+        return Preprocessed(images, pixels, mixup._replace(partners=partners))
 
     def _network_input(
         self,
@@ -219,10 +265,15 @@ IDENTITY: dict[str, Any] = {
     "shift_fill": "zeros",
     "crop": None,
     "flip": False,
+    "rotation": 0,
+    "scale": None,
+    "shear": 0,
+    "elastic": 0,
     "brightness": 0,
     "contrast": None,
     "contrast_mean": "window",
     "standardise": None,
+    "mixup": 0,
     "test_crops": 1,
 }
 

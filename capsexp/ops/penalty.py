@@ -30,7 +30,7 @@ class PenalisedLoss(ABC):
     def __call__(self, output: Output, batch: Batch, step: Step) -> dict[str, Tensor]:
         """Terms of the loss, by name: its own, and "weight_decay" and "reconstruction" where they apply."""
         return {
-            **self.own_term(output, batch, step),
+            **self._mixed_term(output, batch, step),
             **weight_decay_term(output, self.weight_decay),
             **reconstruction_term(output, batch, self.reconstruction_weight(step)),
         }
@@ -38,6 +38,15 @@ class PenalisedLoss(ABC):
     def scheduled(self, step: Step) -> dict[str, float]:
         """The values at this step of what may change during training."""
         return {"reconstruction_weight": self.reconstruction_weight(step)}
+
+    def _mixed_term(self, output: Output, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """The own term; for mixed images the mean of the terms for both labels, by their shares."""
+        first = self.own_term(output, batch, step)
+        if batch.mixed is None:
+            return first
+        second = self.own_term(output, batch._replace(labels=batch.mixed.labels), step)
+        share = batch.mixed.share
+        return {name: share * term + (1 - share) * second[name] for name, term in first.items()}
 
     @abstractmethod
     def own_term(self, output: Output, batch: Batch, step: Step) -> dict[str, Tensor]:

@@ -33,10 +33,13 @@ def caveats(familiar: Batches | None) -> list[str]:
 
 
 def describe_end(settings: Trainer, state: State) -> list[str]:
-    """Describe how a training with `trainer.stop_accuracy` or `trainer.max_seconds` ended."""
+    """Describe how a training with `trainer.stop_accuracy`, `patience` or `max_seconds` ended."""
     lines = []
     if settings.stop_accuracy is not None:
         lines.append(_describe_accuracy(settings, state))
+    if state.stopped is None and settings.is_out_of_patience(state.unimproved):
+        better = f"no validation round is better than that of step {state.best_step}"
+        return [*lines, f"stopped at step {state.step}: {better} (trainer.patience={settings.patience})"]
     early = None if state.stopped else state.budget.end_line(state.step, state.seconds)
     return lines if early is None else [*lines, early]
 

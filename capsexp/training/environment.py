@@ -20,8 +20,19 @@ def describe(device: str) -> tuple[dict[str, Any], str]:
     commit, patch = _git_state(Path(__file__).resolve().parents[2])
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     machine = {"platform": platform.platform(), "python": platform.python_version(), "cores": os.cpu_count()}
+    machine["cpu"] = _processor()
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "device": device}
     return {"versions": versions, "commit": commit, "dirty": bool(patch), **machine, **owner}, patch
+
+
+def _processor() -> str:
+    """Return the model of the processor; where the system does not say it, its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine()
 
 
 def _git_state(folder: Path) -> tuple[str | None, str]:

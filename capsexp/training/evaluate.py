@@ -13,7 +13,7 @@ from capsexp.data.batches import Batches
 from capsexp.schedule import Step
 from capsexp.training.metrics import Loss, accuracies, autocast, batch_metrics, pool_crops
 from capsexp.training.parallel import SINGLE, ProcessGroup
-from capsexp.training.per_class import balanced_accuracy, count_labels
+from capsexp.training.per_class import balanced_accuracy, count_labels, macro_f1
 from capsexp.training.tally import Tally
 
 
@@ -53,7 +53,8 @@ def evaluate(
         tally: counts the images by class and predicted class.
 
     Returns:
-        The metrics of `batch_metrics`, and `balanced_accuracy`, the mean of the accuracies of the classes.
+        The metrics of `batch_metrics`, and means over the classes: `balanced_accuracy`, of accuracies, and
+        `macro_f1`.
         With several crops the predicted classes of an image are those of all its crops together.
     """
     sums: dict[str, float] = defaultdict(float)
@@ -79,8 +80,9 @@ def evaluate(
     if tally is not None:
         tally.sum_over(processes)
     means = {name: total / count for name, total in processes.sum(sums).items()}
-    balanced = balanced_accuracy(processes.sum(labels))
-    return {"accuracy": means["accuracy"], "balanced_accuracy": balanced, **means}
+    counts = processes.sum(labels)
+    by_class = {"balanced_accuracy": balanced_accuracy(counts), "macro_f1": macro_f1(counts)}
+    return {"accuracy": means["accuracy"], **by_class, **means}
 
 
 def _view_metrics(

@@ -52,7 +52,8 @@ def _microbatches(batch: Batch, count: int) -> Iterator[Batch]:
         yield batch
     else:
         size = math.ceil(len(batch.labels) / count)
-        yield from (Batch(*fields) for fields in zip(*(field.split(size) for field in batch), strict=True))
+        for start in range(0, len(batch.labels), size):
+            yield batch.take(slice(start, start + size))
 
 
 def gradient_norm(model: nn.Module, largest: float | None) -> float:

@@ -46,7 +46,7 @@ class ProcessGroup:
         if self.size == 1 or count < self.size:
             return batch, 1 / self.size
         start, end = (count * rank // self.size for rank in (self.rank, self.rank + 1))
-        return Batch(*(field[start:end] for field in batch)), (end - start) / count
+        return batch.take(slice(start, end)), (end - start) / count
 
     def all_reduce_gradients(self, model: nn.Module, metrics: dict[str, float]) -> dict[str, float]:
         """Sum the gradients of all processes, in place, and their metrics, which are returned.

@@ -17,7 +17,7 @@ def log_reconstructions(record: Record | NoRecord, model: nn.Module, batches: Ba
     With several labels per image the rows are the image, the images that it was composed of, and a
     reconstruction from each predicted class; a correct class has the place of its label.
     """
-    images, labels, pixels, _ = (field[:COUNT] for field in next(batches.in_order()))
+    images, labels, pixels, *_ = next(batches.in_order()).take(slice(COUNT))
     several = labels.dim() > 1
     with inference(model):
         output = model(images)

@@ -8,7 +8,7 @@ status.json                          running | completed | failed | interrupted,
                                      steps_per_epoch, seconds of work, training_seconds, results or error,
                                      choices (option of each config group),
                                      stopped (if an accuracy ended the training: which one, on which images),
-                                     costs (of the network: capsexp.training.costs)
+                                     costs (of the network: capsexp.training.costs), caveats of the dataset
 test_errors.json   validation_errors.json   errors by class and by group: capsexp.training.tally
 metrics.jsonl   train.log   tb/      metrics in full precision; the log; TensorBoard
 timing.jsonl                         seconds of training by step: see capsexp.training.timing

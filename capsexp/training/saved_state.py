@@ -42,6 +42,10 @@ def _is_accuracy(value: Any) -> bool:
     return is_number(value) and not math.isnan(value)
 
 
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, list) and len(value) in (1, 2) and all(map(_is_accuracy, value))
+
+
 def _is_stop(value: Any) -> bool:
     checks = {"on": lambda text: isinstance(text, str), "accuracy": _is_accuracy, "step": is_count}
     return isinstance(value, dict) and all(key in value and checks[key](value[key]) for key in checks)
@@ -103,6 +107,8 @@ LATER_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "total": (_is_total, "a number of steps"),
     "seconds": (_is_seconds, "a number of seconds"),
     "stopped": (_is_optional(_is_stop), "the accuracy that ended the training, or null"),
+    "best_rank": (_is_optional(_is_rank), "numbers that order validation rounds, or null"),
+    "unimproved": (is_count, "a number of validation rounds"),
     "random_others": (_is_random_of_others, "states of random generators"),
 }
 """The keys that checkpoints of older versions, or of one process, lack."""

@@ -11,6 +11,7 @@ from capsexp.data.split import Split
 from capsexp.errors import UserError
 from capsexp.training.early_stop import familiar_batches
 from capsexp.training.parallel import ProcessGroup
+from capsexp.training.trainer import Trainer
 
 
 class Splits(NamedTuple):
@@ -52,10 +53,19 @@ def read_splits(components: Components) -> Splits:
         familiar_batches(components),
         components.dataset.check_test() if settings.test != "none" else None,
     )
-    stops_on_validation = settings.stop_accuracy is not None and settings.stop_on == "validation"
-    if stops_on_validation and splits.validation is None:
-        raise UserError("trainer.stop_accuracy: this run has no validation images to measure it on")
+    _require_validation(settings, splits)
     return splits
+
+
+def _require_validation(settings: Trainer, splits: Splits) -> None:
+    """Check that there are validation images where a setting needs them."""
+    needs = {
+        "stop_accuracy": settings.stop_accuracy is not None and settings.stop_on == "validation",
+        "patience": settings.patience is not None,
+        "best_by": settings.best_by is not None,
+    }
+    for name in (name for name, needed in needs.items() if needed and splits.validation is None):
+        raise UserError(f"trainer.{name}: this run has no validation images to measure it on")
 
 
 def require_same_images(splits: Splits, processes: ProcessGroup) -> None:

@@ -39,6 +39,10 @@ class State:
         self.recorded = 0  # bytes of metrics.jsonl
         self.best_accuracy = -1.0
         self.best_step: int | None = None
+        self.best_rank: list[float] | None = None
+        """What `Trainer.rank` returned for the best validation."""
+        self.unimproved = 0
+        """Validation rounds since the best one."""
         self.stopped: dict[str, Any] | None = None
         """The accuracy that ended the training: `on` (the images), `accuracy`, `step`."""
 
@@ -68,10 +72,18 @@ class State:
         """Accuracy and step of the best validation so far."""
         return None if self.best_step is None else {"accuracy": self.best_accuracy, "step": self.best_step}
 
-    def note_validation(self, accuracy: float) -> None:
-        """Keep the best validation accuracy so far; of equal ones, the first."""
-        if accuracy > self.best_accuracy:
-            self.best_accuracy, self.best_step = accuracy, self.step
+    def note_validation(self, accuracy: float, rank: list[float]) -> None:
+        """Keep accuracy and step of the best validation so far; of equal ones, the first.
+
+        Args:
+            accuracy: of this validation.
+            rank: what `Trainer.rank` returns for it.
+        """
+        if self.best_rank is None or rank > self.best_rank:
+            self.best_accuracy, self.best_step, self.best_rank = accuracy, self.step, rank
+            self.unimproved = 0
+        else:
+            self.unimproved += 1
 
     def note_stop(self, stopped: dict[str, Any], metrics: Mapping[str, float]) -> None:
         """End the training here. These weights count as the best, even if an earlier accuracy was higher."""
@@ -90,7 +102,8 @@ class State:
         Args:
             rng_states: `random_state` of every process of the run, by rank.
         """
-        numbers = ("step", "seconds", "epoch", "batch", "recorded", "best_accuracy", "best_step", "stopped")
+        numbers = ["step", "seconds", "epoch", "batch", "recorded", "stopped"]
+        numbers += ["best_accuracy", "best_step", "best_rank", "unimproved"]
         return {
             **{name: getattr(self, name) for name in numbers},
             "total": self.position.total,
@@ -115,6 +128,8 @@ class State:
             setattr(self, name, saved[name])
         self.stopped = saved.get("stopped")  # older checkpoints have none
         self.seconds = saved.get("seconds", 0.0)  # older checkpoints have none
+        of_accuracy = None if self.best_step is None else [self.best_accuracy]
+        self.best_rank, self.unimproved = saved.get("best_rank", of_accuracy), saved.get("unimproved", 0)
         if rank < process_count(saved):
             _restore_random(saved if rank == 0 else saved["random_others"][rank - 1])
 

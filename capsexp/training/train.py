@@ -126,16 +126,21 @@ class Training:
             report(line)
 
     def fit(self) -> None:
-        """Train until the epochs, the steps or the seconds are used, or an accuracy ends the training."""
+        """Train until the epochs, the steps or the seconds are used, or validation ends the training."""
         state = self.state
         self._log_reconstructions()
-        while state.stopped is None and (not state.is_over or state.batch > 0):
+        while not self._is_ended and (not state.is_over or state.batch > 0):
             self._train_epoch()
             ended, last = state.epoch + 1, state.is_over
             if self.splits.has_validation and (ended % self.settings.validate_every == 0 or last):
                 self._validate(epoch=ended, last=last)
             state.epoch, state.batch = ended, 0
             self._save()
+
+    @property
+    def _is_ended(self) -> bool:
+        """Whether validation has ended the training."""
+        return self.state.stopped is not None or self.settings.is_out_of_patience(self.state.unimproved)
 
     def _train_epoch(self) -> None:
         """Train on the rest of an epoch."""
@@ -189,7 +194,7 @@ class Training:
         metrics |= self._familiar_accuracy(state.position)
         self.record.log_metrics(state.step, metrics, seconds=state.seconds, epoch=epoch)
         if images is not None:
-            state.note_validation(metrics["validation/accuracy"])
+            state.note_validation(metrics["validation/accuracy"], settings.rank(metrics))
         # Rank 0 decides for all: if only some processes stopped, the others would wait for them forever.
         stopped = self.processes.broadcast(lambda: settings.check_stop(metrics, state.step))
         if stopped is not None:
@@ -225,7 +230,8 @@ class Training:
         self.record.log_metrics(state.step, results, seconds=state.seconds, epoch=state.epoch)
         note_peak(self.run, self.components)
         ending = {"results": results, "stopped": state.stopped, "exit_code": 0}
-        self.run.update_status("completed", **state.progress, **ending)
+        caveats = self.components.caveats()
+        self.run.update_status("completed", **state.progress, **ending, caveats=caveats)
         return results
 
     def _restore_tested_weights(self) -> Step:

@@ -7,6 +7,7 @@ import torch
 
 from capsexp.errors import refuse, require_at_least_1, require_in, require_positive
 
+BestBy = Literal["accuracy", "balanced_accuracy", "macro_f1", "loss"]
 ROUNDING = 1e-6
 """Largest rounding error of a mean of float32 accuracies."""
 
@@ -36,6 +37,8 @@ class Trainer:
         validate_every: int,
         stop_accuracy: int | float | None,
         stop_on: Literal["validation", "familiar"],
+        best_by: BestBy | None,
+        patience: int | None,
         log_every: int,
         images_every: int,
         save_every: int,
@@ -55,6 +58,7 @@ class Trainer:
             images_every=images_every,
             save_every=save_every,
             keep_every=keep_every,
+            patience=patience,
         )
         require_positive(grad_clip=grad_clip, max_seconds=max_seconds)
         require_in("(0, 1)", ema_decay=ema_decay)
@@ -72,11 +76,26 @@ class Trainer:
         self.validate_every, self.log_every, self.images_every = validate_every, log_every, images_every
         self.save_every, self.keep_every = save_every, keep_every
         self.stop_accuracy, self.stop_on = stop_accuracy, stop_on
+        self.best_by, self.patience = best_by, patience
 
     def total_steps(self, batches_per_epoch: int) -> int | None:
         """Return the optimizer steps that end the run; None if only `max_seconds` ends it."""
         epochs = None if self.max_epochs is None else self.max_epochs * batches_per_epoch
         return min((steps for steps in (epochs, self.max_steps) if steps is not None), default=None)
+
+    def rank(self, metrics: Mapping[str, float]) -> list[float]:
+        """Return what orders validation rounds by these metrics of each, the best last.
+
+        With `best_by` two numbers, the second of which decides between rounds that are equal in the first.
+        """
+        if self.best_by is None:
+            return [metrics["validation/accuracy"]]
+        loss = -metrics["validation/loss"]
+        return [loss] if self.best_by == "loss" else [metrics[f"validation/{self.best_by}"], loss]
+
+    def is_out_of_patience(self, unimproved: int) -> bool:
+        """Whether this many validation rounds since the best one end the training."""
+        return self.patience is not None and unimproved >= self.patience
 
     def check_stop(self, metrics: Mapping[str, float], step: int) -> dict[str, Any] | None:
         """Return accuracy, images and step of the stop if these validation metrics end the training."""

@@ -42,6 +42,7 @@ def test_a_run_directory_has_the_documented_files(trained, home):
     assert [line["step"] for line in metrics] == [1, 2, 2, 2]
     status = json.loads((run / "status.json").read_text())
     assert (status["status"], status["step"], status["exit_code"]) == ("completed", 2, 0)
+    assert status["caveats"] == []
     assert status["results"]["test/accuracy"] == metrics[-1]["test/accuracy"]
     assert json.loads((run / "env.json").read_text())["versions"]["torch"] in torch.__version__
 

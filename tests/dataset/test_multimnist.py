@@ -32,7 +32,7 @@ def of_digits(*overrides):
 
 
 def joined(batches):
-    return [torch.cat(fields) for fields in zip(*batches, strict=True)]
+    return [torch.cat(fields) for fields in zip(*(batch[:4] for batch in batches), strict=True)]
 
 
 def test_the_source_is_mnist_by_default():
@@ -70,7 +70,7 @@ def test_the_sources_augmentation_changes_nothing(tiny_components):
         for overrides in ((), (f"{other}.shift=3", f"{other}.flip=true", f"{other}.standardise=last"))
     )
     for first, second in zip(plain.training(0), augmented.training(0), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first[:4], second[:4], strict=True))
 
 
 def test_training_has_one_pair_per_image_and_evaluation_has_test_partners(tiny_components):

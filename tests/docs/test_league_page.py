@@ -1,24 +1,19 @@
 """The tables of docs/league.md equal docs/league.json, which a script makes from finished runs."""
 
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
+import make_league_page
 import pytest
 
 from capsexp.errors import Notes
 
 ROWS = {"em": "em_r3", "uniform": "uniform", "vb": "vb_r1"}
-SCRIPT = Path(__file__).parents[2] / "docs" / "make_league_page.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("make_league_page", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return make_league_page
 
 
 def test_the_page_equals_the_data(script):

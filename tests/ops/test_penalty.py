@@ -40,4 +40,4 @@ def test_a_network_that_names_no_weights_is_refused():
 @pytest.mark.parametrize("weight", [-1.0, math.inf, math.nan])
 def test_a_weight_that_is_none_is_refused(weight):
     with pytest.raises(ValueError, match=f"weight_decay must be >= 0, got {weight}"):
-        CrossEntropy(weight_decay=weight, reconstruction_weight=0)
+        CrossEntropy(label_smoothing=0.0, weight_decay=weight, reconstruction_weight=0)

@@ -43,6 +43,18 @@ def test_the_environment_has_versions_machine_and_owner(run):
     env = environment(run)
     assert set(env["versions"]) == set(module.PACKAGES)
     assert (env["pid"], env["device"], env["cores"]) == (os.getpid(), "cpu (2 threads)", os.cpu_count())
+    assert env["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("content", "model"),
+    [("processor\t: 0\nmodel name\t: A Processor\n", "A Processor"), ("Features\t: neon\n", "an arm")],
+)
+def test_the_model_of_the_processor_is_kept(monkeypatch, content, model):
+    monkeypatch.setattr(Path, "read_text", lambda path: content)
+    monkeypatch.setattr(module.platform, "processor", lambda: "")
+    monkeypatch.setattr(module.platform, "machine", lambda: "an arm")
+    assert module._processor() == model
 
 
 def test_outside_a_checkout_there_is_no_commit_and_no_patch(run, tmp_path, monkeypatch):

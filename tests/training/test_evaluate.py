@@ -16,7 +16,7 @@ from capsexp.schedule import Step
 from capsexp.training import checkpoint
 from capsexp.training.evaluate import evaluate, inference
 from capsexp.training.metrics import autocast, pool_crops
-from capsexp.training.per_class import balanced_accuracy, count_labels
+from capsexp.training.per_class import balanced_accuracy, count_labels, macro_f1
 from capsexp.training.run_dir import RunDir
 from capsexp.training.state import State
 from capsexp.training.train import train
@@ -83,6 +83,13 @@ def test_the_balanced_accuracy_is_the_mean_over_classes():
 def test_classes_without_images_do_not_count():
     scores = torch.eye(5)[[0, 0, 0, 3]]
     assert balanced_accuracy(count_labels(scores, torch.tensor([0, 0, 3, 3]))) == pytest.approx((1 + 0.5) / 2)
+
+
+def test_macro_f1_is_the_mean_of_the_classes_f1():
+    scores = torch.eye(4)[[0, 0, 1, 1, 0, 3]]
+    counts = count_labels(scores, torch.tensor([0, 0, 0, 1, 1, 1]))
+    first, second = 2 * 2 / (3 + 3), 2 * 1 / (3 + 2)  # 2 right / (labels + predictions)
+    assert macro_f1(counts) == pytest.approx((first + second) / 2)  # class 3 is predicted, but has no label
 
 
 def test_of_several_labels_each_counts():
@@ -166,7 +173,7 @@ EM = (
 def em_run(tmp_path, tiny_overrides, monkeypatch):
     """A run whose lambda and margin change at every step, and whose first validation is the best."""
     first = State.note_validation
-    monkeypatch.setattr(State, "note_validation", lambda s, value: s.best_step or first(s, value))
+    monkeypatch.setattr(State, "note_validation", lambda s, *values: s.best_step or first(s, *values))
     shared = [text for text in tiny_overrides if not text.startswith("model.decoder")]
 
     def train_run(*overrides):

@@ -153,7 +153,7 @@ class Attacker:
                 left = ~success
                 if not left.any():
                     break
-                remaining = Batch(*(field[left] for field in batch))
+                remaining = batch.take(left)
                 remaining_targets = None if targets is None else targets[left]
                 images = pgd(
                     self.objectives[objective](remaining, remaining_targets),

@@ -32,7 +32,7 @@ def pick(
     """Add the first correct image of each class to `images`, by class, until there are `count`."""
     for place in correct.nonzero().flatten().tolist():
         if len(images) < count:
-            image = Batch(*(field[place : place + 1] for field in batch))
+            image = batch.take(slice(place, place + 1))
             images.setdefault(int(image.labels), CleanImage(image, input_gradient[place : place + 1]))
 
 

@@ -42,7 +42,7 @@ def step_bytes(components: Components, model: nn.Module, batch: Batch) -> int:
     reads parameters, gradients and its state, and writes parameters and state. Votes, couplings, and what
     one layer computes inside are 0 bytes: a fused layer keeps them on the chip.
     """
-    few = Batch(*(field[:FEW] for field in batch))
+    few = batch.take(slice(FEW))
     of_layers = sum(_layer_bytes(components, model, few)) * len(batch.labels) // len(few.labels)
     passes = 6 + 2 * optimizer_states(components)
     return of_layers + passes * _bytes(list(model.parameters()))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from capsexp.config.components import Components
-from capsexp.config.kinds import require_kind
+from capsexp.config.kinds import label_problems, require_kind
 from capsexp.config.settings import without_routing_copy
 from capsexp.config.signature import object_problems, signature_problems
 from capsexp.config.targets import resolve
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 RUN_TIME = {"model": {"image_shape", "classes"}, "optimizer": {"params"}}  # known only when a run starts
 NOT_ARGUMENTS = ("_target_", "_partial_")
+INIT_FROM = "init_from"
+"""Key of `model` that the run reads, not the network."""
+# The training loop takes the learning rate and the first weights; `_group_problems` checks both.
+NOT_BOUND = {"optimizer": {"lr"}, "model": {INIT_FROM}}
 REQUIRED_GROUPS = ("device", "trainer", "dataset", "loss", "optimizer", "model")
 
 
@@ -56,7 +60,7 @@ def build_components(
                 require_kind(group, built[group])
             except UserError as error:
                 problems += error.problems
-    problems += _label_problems(built)
+    problems += label_problems(built)
     new_optimizer, learning_rate = _not_built, _not_built
     if "optimizer" in built:
         try:
@@ -79,6 +83,7 @@ def build_components(
         new_model=new_model,
         new_optimizer=new_optimizer,
         learning_rate=learning_rate,
+        init_from=config["model"].get(INIT_FROM),
     )
 
 
@@ -205,6 +210,8 @@ def _group_problems(node: Any, group: str) -> Iterator[str]:
         yield f"optimizer.lr: must be a number or a schedule, got {node.get('lr')!r}"
     elif group == "optimizer":
         yield from leaf_problems(node["lr"], "optimizer.lr")
+    elif group == "model" and not isinstance(node.get(INIT_FROM), str | None):
+        yield f"model.{INIT_FROM}: must be the directory of a run, or null, got {node[INIT_FROM]!r}"
 
 
 def _is_rate(value: Any) -> bool:
@@ -228,26 +235,11 @@ def _node_problems(node: Any, at: str, plugins: Sequence[str]) -> Iterator[str]:
     except UserError as error:
         yield f"{at}._target_: {error}"
         return
-    # The training loop takes the learning rate; `_group_problems` checks it.
-    excluded = {"_target_", "_partial_"} | ({"lr"} if at == "optimizer" else set())
+    excluded = {"_target_", "_partial_"} | NOT_BOUND.get(at, set())
     arguments = {key: value for key, value in node.items() if key not in excluded}
     yield from signature_problems(
         target, arguments, at, run_time=RUN_TIME.get(at, set()), partial=bool(node.get("_partial_"))
     )
-
-
-def _label_problems(built: dict[str, Any]) -> Iterator[str]:
-    """Yield a line if the loss takes one label per image and the dataset has several."""
-    if "dataset" not in built or "loss" not in built:
-        return
-    dataset, loss = built["dataset"], built["loss"]
-    targets = getattr(dataset, "labels_per_image", 1)
-    if targets > 1 and not getattr(loss, "multi_label", False):
-        name = getattr(loss, "__name__", type(loss).__name__)
-        yield (
-            f"loss: {name} takes one label per image, and {dataset.name} has {targets}: "
-            "choose loss=margin or loss=sigmoid_cross_entropy"
-        )
 
 
 def _split_learning_rate(
@@ -274,7 +266,7 @@ def _split_learning_rate(
 
 def _build_model(config: dict[str, Any], dataset: "Dataset", plugins: Sequence[str]) -> "nn.Module":
     run_time = {"image_shape": dataset.image_shape, "classes": len(dataset.classes)}
-    node = without_routing_copy(config)["model"]
+    node = {key: entry for key, entry in without_routing_copy(config)["model"].items() if key != INIT_FROM}
     if "routing" in config["model"] and "routing" not in node:  # so that its errors begin with `routing`
         run_time["routing"] = build(config["routing"], at="routing", plugins=plugins)
     return build(node, at="model", plugins=plugins, **run_time)

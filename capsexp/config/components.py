@@ -29,6 +29,8 @@ class Components(NamedTuple):
     new_optimizer: "Callable[..., torch.optim.Optimizer]"
     """Takes the parameters and `lr`."""
     learning_rate: Schedule
+    init_from: str | None = None
+    """Run directory whose weights a new run starts with (`model.init_from`)."""
     remarks: tuple[str, ...] = ()
     """Lines about the data of a trained run, for the user."""
 

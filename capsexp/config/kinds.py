@@ -1,5 +1,6 @@
 """What a component of each config group must offer to a run."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from capsexp.errors import UserError
@@ -26,3 +27,17 @@ def require_kind(group: str, component: Any) -> None:
     if missing:
         got = type(component).__name__
         raise UserError(f"{group}: {got} is no {group}: it has no {', '.join(missing)}")
+
+
+def label_problems(built: dict[str, Any]) -> Iterator[str]:
+    """Yield a line if the loss takes one label per image and the dataset has several."""
+    if "dataset" not in built or "loss" not in built:
+        return
+    dataset, loss = built["dataset"], built["loss"]
+    targets = getattr(dataset, "labels_per_image", 1)
+    if targets > 1 and not getattr(loss, "multi_label", False):
+        name = getattr(loss, "__name__", type(loss).__name__)
+        yield (
+            f"loss: {name} takes one label per image, and {dataset.name} has {targets}: "
+            "choose loss=margin or loss=sigmoid_cross_entropy"
+        )

@@ -90,7 +90,10 @@ def parse_saved(text: bytes) -> dict[str, Any]:
     config = _construct(text)
     if not isinstance(config, dict):
         raise ValueError("it holds no keys")
-    return _with_renamed_keys(_with_renamed_targets({str(key): value for key, value in config.items()}))
+    config = _with_renamed_keys(_with_renamed_targets({str(key): value for key, value in config.items()}))
+    if isinstance(model := config.get("model"), dict):
+        model.setdefault("init_from", None)  # runs of earlier versions lack it
+    return config
 
 
 def parse_overrides(text: bytes) -> list[str]:

@@ -1,5 +1,6 @@
 """The state that a run starts with: new, or restored from a checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,40 @@ from capsexp.data.seeds import derive_seed
 from capsexp.routing import advance
 from capsexp.training import checkpoint
 from capsexp.training.budget import Budget
+from capsexp.training.initial_weights import load_initial_weights
 from capsexp.training.parallel import ProcessGroup
 from capsexp.training.running_statistics import MovingAverage, kept_statistics
 from capsexp.training.state import State
 
 
 def start_state(
-    components: Components, training: Batches, processes: ProcessGroup, *, calibrate: bool
+    components: Components,
+    training: Batches,
+    processes: ProcessGroup,
+    *,
+    is_new: bool,
+    report: Callable[[str], None],
 ) -> State:
-    """Build network, optimizer and moving average, with the same weights in all processes."""
+    """Build network, optimizer and moving average, with the same weights in all processes.
+
+    Args:
+        components: of the run.
+        training: its training images.
+        processes: that train together.
+        is_new: whether no checkpoint follows: the network is calibrated, and may start with weights of
+            another run.
+        report: takes a line about these weights.
+    """
     settings = components.trainer
     budget = Budget(settings.total_steps(len(training)), settings.max_seconds)
     position = budget.position(0, 0.0)
     model = components.device.place(components.new_model())
     advance(model, position)
     optimizer = components.new_optimizer(model.parameters(), lr=components.learning_rate(position))
-    if calibrate:
+    if is_new:
         _calibrate(model, training)
+        if components.init_from is not None:
+            report(load_initial_weights(model, components.init_from))
     processes.broadcast_parameters(model)
     return State(model, optimizer, moving_average(model, settings.ema_decay), budget=budget)
 

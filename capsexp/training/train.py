@@ -65,7 +65,8 @@ def train(
     if processes.is_main:
         keep_fingerprints(run.path, components.dataset, report=report)
     saved = processes.broadcast(lambda: checkpoint.load_newest(run.checkpoints, report=report))
-    state = start_state(components, splits.training, processes, calibrate=saved is None)
+    of_main = report if processes.is_main else (lambda line: None)
+    state = start_state(components, splits.training, processes, is_new=saved is None, report=of_main)
     resume_state(state, saved, components, processes)
 
     with checkpoint.explain_failed_write(run.checkpoints):

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from capsexp.config.build import build_checked
+from capsexp.config.build import INIT_FROM, build_checked
 from capsexp.config.compose import compose, option_names
 from capsexp.config.settings import GROUPS
 from capsexp.errors import UserError, nearest
@@ -44,6 +44,7 @@ def make(name: str, /, **changes: Any) -> Any:
     composed = compose("train", [f"{key}={option}" for key, option in options.items()], config_dir=None)
     defaults = OmegaConf.to_container(composed[group], resolve=True)
     assert isinstance(defaults, dict)
+    defaults.pop(INIT_FROM, None)  # of a run, not of the network
     node = _merged(defaults, {key: value for key, value in changes.items() if key not in choices}, name)
     if set(node) != set(defaults):  # completed here, and not by a layer
         node.pop("_partial_", None)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 COLUMNS = 2
 """Panels side by side; one panel takes the whole width."""
+TICKS = (1, 2, 3, 5, 7)
+"""Numbers on an axis, times powers of ten."""
 
 
 def panels(data: Data) -> dict[str, list[Group]]:
@@ -54,12 +56,13 @@ def _draw_panel(axes: "Axes", dataset: str, same: Sequence[Group]) -> None:
                 label = None
     axes.set(xscale="log", yscale="log", title=dataset)
     axes.set(xlabel="seconds of training", ylabel="validation error, %")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=TICKS))
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.16))
 
 
 def _label(group: Group, same: Sequence[Group]) -> str:

@@ -91,7 +91,8 @@ def parse_saved(text: bytes) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError("it holds no keys")
     config = _with_renamed_keys(_with_renamed_targets({str(key): value for key, value in config.items()}))
-    if isinstance(model := config.get("model"), dict):
+    model = config.get("model")
+    if isinstance(model, dict) and str(model.get("_target_")).startswith("capsexp.model."):
         model.setdefault("init_from", None)  # runs of earlier versions lack it
     return config
 

@@ -319,6 +319,8 @@ def test_an_added_key_has_the_value_of_conf_in_the_config_of_an_earlier_run(targ
     overrides = ["dataset=image_folder", "dataset.path=x"]
     if target == "capsexp.model.em_routing.MatrixCapsNet":
         overrides.append("model=em_routing")
+    if target == "capsexp.loss.cross_entropy.CrossEntropy":
+        overrides.append("loss=cross_entropy")
     today = to_plain(compose("train", overrides, config_dir=None))
     earlier = json.loads(json.dumps(today))
     nodes = nodes_of(earlier, target)

@@ -116,7 +116,8 @@ def build(node: Any, *, at: str, plugins: Sequence[str] = (), **run_time: Any) -
         return [build(item, at=f"{at}[{place}]", plugins=plugins) for place, item in enumerate(node)]
     if not isinstance(node, dict):
         return node
-    keys = (key for key in node if key not in NOT_ARGUMENTS)
+    others = {INIT_FROM, *NOT_ARGUMENTS} if at == "model" else NOT_ARGUMENTS
+    keys = (key for key in node if key not in others)
     arguments = {key: build(node[key], at=f"{at}.{key}", plugins=plugins) for key in keys}
     if "_target_" not in node:
         return arguments
@@ -266,7 +267,7 @@ def _split_learning_rate(
 
 def _build_model(config: dict[str, Any], dataset: "Dataset", plugins: Sequence[str]) -> "nn.Module":
     run_time = {"image_shape": dataset.image_shape, "classes": len(dataset.classes)}
-    node = {key: entry for key, entry in without_routing_copy(config)["model"].items() if key != INIT_FROM}
+    node = without_routing_copy(config)["model"]
     if "routing" in config["model"] and "routing" not in node:  # so that its errors begin with `routing`
         run_time["routing"] = build(config["routing"], at="routing", plugins=plugins)
     return build(node, at="model", plugins=plugins, **run_time)

@@ -214,7 +214,9 @@ def test_small_network_memorizes_a_batch():
 
 
 def test_image_shape_and_classes_are_what_the_dataset_gives():
-    node = {key: value for key, value in composed(*THIN)["model"].items() if key != "_target_"}
+    node = {
+        key: value for key, value in composed(*THIN)["model"].items() if key not in ("_target_", "init_from")
+    }
     node["routing"], node["decoder"] = (build(node[key], at=key) for key in ("routing", "decoder"))
     assert isinstance(CapsNet(image_shape=MNIST, classes=10, **node), nn.Module)
 

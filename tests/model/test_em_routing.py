@@ -254,7 +254,9 @@ def test_small_network_memorizes_a_batch(iterations):
 
 
 def test_image_shape_and_classes_are_what_the_dataset_gives():
-    node = {key: value for key, value in composed(*SMALL)["model"].items() if key != "_target_"}
+    node = {
+        key: value for key, value in composed(*SMALL)["model"].items() if key not in ("_target_", "init_from")
+    }
     node["routing"] = build(node["routing"], at="routing")
     assert isinstance(MatrixCapsNet(image_shape=STEREO, classes=5, **node), nn.Module)
 

@@ -55,6 +55,8 @@ WRONG = {
     "random_cuda": [5, None, {}, [5], [torch.zeros(3)]],
     "random_others": [5, None, {}, [5], [{}], [{"random": torch.get_rng_state()}]],
     "stopped": [5, [], *NO_STOPS],
+    "best_rank": [5, [], [None], [float("nan")], [0.1, 0.2, 0.3], {}],
+    "unimproved": ["7", -1, 1.5, True, None, 2**60, [1]],
 }
 
 

@@ -12,7 +12,7 @@ from capsexp.errors import UserError
 def digits(standardise, crop=None):
     preprocess = Preprocess.identity(crop=crop, standardise=standardise)
     stored = Digits(preprocess=preprocess, validation=0, split_seed=0).read("test").images
-    images, pixels = preprocess.test(stored)
+    images, pixels, _ = preprocess.test(stored)
     labels = torch.zeros(len(images), dtype=torch.long)
     return stored, Batch(images, labels, pixels, torch.arange(len(images)))
 
